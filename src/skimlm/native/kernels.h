@@ -1,0 +1,48 @@
+// The C interface of skimlm's native libraries: plain pointers and sizes, no Python, no torch.
+//
+// Matrices are dense and row-major: r rows (output channels), c columns (input channels). Rows are
+// independent: every function splits them over `threads` workers, and its result does not depend on
+// how many there are. A codebook is [r, k], row i using its first sizes[i] entries, ascending.
+// The readable torch version of each function stands in the Python module named beside it; nothing
+// is checked here, the Python side checks shapes, types and layout before it calls.
+#pragma once
+#include <cstdint>
+
+#define SKIMLM_API extern "C" __attribute__((visibility("default")))
+
+SKIMLM_API int skimlm_best_isa();
+
+// Exact weighted 1-D k-means of every row for k = 2, 4, .. 2^max_bits (weights/kmeans.py).
+// centroids [r, 2^(max_bits+1) - 2]: the k values of each width in turn, ascending; costs [r, max_bits].
+SKIMLM_API void skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int max_bits,
+                                   float* centroids, double* costs, int threads);
+
+// codes[i, j] = the entry of row i nearest to w[i, j]; a tie goes to the lower one (weights/kmeans.py).
+SKIMLM_API void skimlm_nearest_codes(const float* w, const float* codebook, const int32_t* sizes,
+                                     uint8_t* codes, int64_t r, int64_t c, int64_t k, int threads);
+
+// Cyclic coordinate descent under h [c, c], codebooks fixed (weights/refine.py).
+// gradient [r, c] = (w_hat - w) h on entry and on return; codes change in place.
+SKIMLM_API void skimlm_coordinate_descent(const float* h, float* gradient, const float* codebook,
+                                          const int32_t* sizes, uint8_t* codes, int64_t r, int64_t c,
+                                          int64_t k, int sweeps, int threads);
+
+// Least-squares codebooks under h, codes fixed up to sorting (weights/refine.py).
+SKIMLM_API void skimlm_codebook_step(const float* h, const float* w, const int32_t* sizes,
+                                     uint8_t* codes, float* codebook, int64_t r, int64_t c, int64_t k,
+                                     double ridge, int threads);
+
+// out[i, j] = codebook[i, codes[i, j]] as bfloat16 bits (weights/train.py).
+SKIMLM_API void skimlm_lookup_bf16(const uint8_t* codes, const float* codebook, uint16_t* out,
+                                   int64_t r, int64_t c, int64_t k, int threads);
+
+// out[i, m] = sum of gradient[i, j] (bfloat16 bits) over the j with codes[i, j] = m (weights/train.py).
+SKIMLM_API void skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradient, float* out,
+                                   int64_t r, int64_t c, int64_t k, int threads);
+
+// Dense rows out of a packed linear (kernels.py, FORMAT.md). Per stored row: byte offset, width,
+// target row, 32 float values (width <= 5) or scale and zero (width >= 6). out is float, or bfloat16.
+SKIMLM_API void skimlm_unpack_rows(const uint8_t* packed, const int64_t* offsets, const uint8_t* widths,
+                                   const int64_t* target, const float* table, const float* scale,
+                                   const float* zero, const float* in_scale, void* out, int out_bf16,
+                                   int64_t r, int64_t c, int threads);
