@@ -1,0 +1,269 @@
+"""The compressed layers: the buffers of a file, and a forward pass over them.
+
+`CompressedLinear` holds one linear as FORMAT.md stores it and multiplies by the de-quantized weight.
+`CompressedEmbedding` and `CompressedHead` hold a table [V, d] with one scale per row:
+
+    8 bit: weight int8  [V, d]           value = weight * scale
+    4 bit: weight uint8 [V, ceil(d/2)]   value = (nibble - 8) * scale, even columns in the low nibbles
+
+Two things are not obvious. The table is a `Parameter`, because transformers ties parameters by name: a tied
+head then gets the embedding's very tensor, and nothing is stored twice. And the stored numbers keep
+their dtype when the model is cast (`model.to(torch.bfloat16)` must not round scales behind the user's back).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from skimlm.kernels import dequantize_packed
+from skimlm.weights.pack import QuantizedWeight, histogram, layout, pack
+
+ROWS = 4096  # table rows quantized at a time
+
+
+class _Stored(nn.Module):
+    """A module whose registered buffers keep their dtype: `.to()` and friends only move them."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        stored = {name: self._buffers[name] for name in self.stored if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, before in stored.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    stored: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored weight, bias left out."""
+        tensors = (getattr(self, name, None) for name in ("weight", *self.stored))
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+class CompressedLinear(_Stored):
+    """A linear layer `[out_features, in_features]` kept in its packed form."""
+
+    stored = ("widths", "codebook", "row_scale", "row_zero", "in_scale")
+    weight: Tensor
+    widths: Tensor
+    row_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        counts: Mapping[int, int],
+        *,
+        in_scale: bool = False,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Make room for `counts[b]` rows of each width b; `dtype` is the bias's."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, sum(counts.values())
+        self.counts = dict(counts)
+        for name in self.stored:
+            self.register_buffer(name, None)
+        for name, (kind, shape) in layout(counts, in_features, in_scale).items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+        room = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
+        self.bias = None if room is None else nn.Parameter(room, requires_grad=False)
+
+    @classmethod
+    def from_quantized(cls, q: QuantizedWeight, bias: Tensor | None = None) -> CompressedLinear:
+        """Pack `q` into a layer; `bias` is kept as it is."""
+        cols = q.codes.shape[1]
+        layer = cls(
+            cols, histogram(q.widths), in_scale=q.in_scale is not None, bias=False, device="meta"
+        )
+        for name, tensor in pack(q).items():
+            layer.register_buffer(name, tensor)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as an ordinary matrix `[out_features, in_features]`."""
+        return dequantize_packed(
+            self.weight,
+            self.widths,
+            self.codebook,
+            self.row_scale,
+            self.row_zero,
+            self.in_scale,
+            self.in_features,
+            dtype,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
+        return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The ordinary layer this stands for."""
+        return _dense_linear(self.dequantize(dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, rows by width {self.counts}"
+
+
+class _Table(_Stored):
+    """A `[rows, cols]` table of 8 or 4 bits with a scale per row."""
+
+    stored = ("scale",)
+    owns_scale = True  # False for a head that uses the embedding's
+    scale: Tensor
+
+    def __init__(
+        self, rows: int, cols: int, bits: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.rows, self.cols, self.bits = rows, cols, bits
+        shape, dtype = table_layout(rows, cols, bits)
+        room = torch.empty(shape, dtype=dtype, device=device)
+        self.weight = nn.Parameter(room, requires_grad=False)
+        self.register_buffer("scale", torch.empty(rows, dtype=torch.bfloat16, device=device))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The table as an ordinary matrix."""
+        return table_values(self.weight, self.scale, self.cols, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}, {self.cols}, bits={self.bits}"
+
+
+class CompressedEmbedding(_Table):
+    """An embedding whose table is compressed; `multiplier` is the constant some models scale it by."""
+
+    like: Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        bits: int,
+        *,
+        multiplier: float | None = None,
+        padding_idx: int | None = None,
+        dense_type: type[nn.Embedding] = nn.Embedding,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(rows, cols, bits, device)
+        self.num_embeddings, self.embedding_dim = rows, cols
+        self.multiplier, self.padding_idx, self.dense_type = multiplier, padding_idx, dense_type
+        # empty, never saved: integers cannot say which dtype the rest of the model runs in
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids `[...]` to embeddings `[..., cols]`."""
+        dtype = self.like.dtype
+        rows = table_values(self.weight[ids], self.scale[ids], self.cols, dtype)
+        if self.multiplier is None:
+            return rows
+        return rows * torch.tensor(self.multiplier, dtype=dtype, device=rows.device)
+
+    def dense(self, dtype: torch.dtype) -> nn.Embedding:
+        """The ordinary embedding this stands for, of the class the model had."""
+        scaled = {} if self.multiplier is None else {"embed_scale": self.multiplier}
+        new = self.dense_type(self.rows, self.cols, self.padding_idx, **scaled)
+        new.weight = nn.Parameter(self.dequantize(dtype))
+        return new.to(self.weight.device)
+
+
+class CompressedHead(_Table):
+    """An output projection whose table is compressed, its own or the embedding's."""
+
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        bits: int,
+        *,
+        tied: bool = False,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(rows, cols, bits, device)
+        self.in_features, self.out_features = cols, rows
+        self.owns_scale = not tied
+        if tied:  # transformers ties `weight`; `tie` brings the scale along
+            self.register_buffer("scale", self.scale, persistent=False)
+        room = torch.empty(rows, dtype=dtype, device=device) if bias else None
+        self.bias = None if room is None else nn.Parameter(room, requires_grad=False)
+
+    def tie(self, embedding: CompressedEmbedding) -> None:
+        """Share the embedding's table."""
+        self.weight = embedding.weight
+        self.register_buffer("scale", embedding.scale, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Hidden states `[..., cols]` to logits `[..., rows]`."""
+        return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """The ordinary layer this stands for."""
+        return _dense_linear(self.dequantize(dtype), self.bias)
+
+
+def _dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    rows, cols = weight.shape
+    layer = nn.Linear(cols, rows, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(weight.dtype))
+    return layer
+
+
+def table_layout(rows: int, cols: int, bits: int) -> tuple[tuple[int, int], torch.dtype]:
+    """Shape and dtype of a table's stored codes."""
+    return ((rows, cols), torch.int8) if bits == 8 else ((rows, -(-cols // 2)), torch.uint8)
+
+
+def table_values(codes: Tensor, scale: Tensor, cols: int, dtype: torch.dtype) -> Tensor:
+    """De-quantize stored rows `[..., n]` with their scales `[...]`: float32, rounded once to `dtype`."""
+    if codes.dtype == torch.uint8:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :cols].to(torch.int8) - 8
+    return (codes.float() * scale.float().unsqueeze(-1)).to(dtype)
+
+
+def quantize_table(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round `[rows, cols]` to 8 or 4 bits: the stored codes and a bfloat16 scale per row.
+
+    Per row the scale of least squared error is taken from a few shrinkings of the range: at 4 bits it pays
+    to clip the outliers, at 8 it hardly ever does.
+    """
+    parts = [_quantize_rows(rows.float(), bits) for rows in table.detach().split(ROWS)]
+    codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    if bits == 8:
+        return codes, scale
+    nibbles = F.pad((codes + 8).to(torch.uint8), (0, codes.shape[1] % 2))
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scale
+
+
+def _quantize_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes int8 in -2**(bits-1) .. 2**(bits-1) - 1 and bfloat16 scales, by a search over scales."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    least, most = rows.aminmax(dim=1)
+    # the side that reaches further gets the extra code: the scale carries the sign
+    full = torch.where(most > -least, most / low, least / low)
+    best = torch.full_like(full, float("inf"))
+    codes = torch.zeros_like(rows, dtype=torch.int8)
+    scale = torch.zeros_like(full, dtype=torch.bfloat16)
+    for shrink in torch.linspace(0.5, 1.0, 16) if bits == 4 else torch.linspace(0.97, 1.0, 4):
+        trial = (full * shrink).to(torch.bfloat16)  # what the file will hold
+        step = torch.where(trial == 0, 1.0, trial.float()).unsqueeze(1)
+        code = (rows / step).round_().clamp_(low, high)
+        error = (code * trial.float().unsqueeze(1) - rows).square_().sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, trial, scale)
+        codes[better] = code[better].to(torch.int8)
+    return codes, scale

@@ -1,0 +1,1 @@
+"""SKIM weights: fit, allocate, scale, refine and pack one compressed linear."""

@@ -1,0 +1,108 @@
+"""Tiny random models of every family and a byte-level tokenizer, all made in code: no network, no data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from skimlm.checkpoint import linears
+from skimlm.weights.pack import QuantizedWeight
+
+VOCAB = 259  # 256 bytes, <pad>, <s>, </s>
+SIZE = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+SIZE |= dict(pad_token_id=256, bos_token_id=257, eos_token_id=258)
+GATED = SIZE | dict(intermediate_size=72, num_key_value_heads=2, max_position_embeddings=256)
+CONFIGS = {
+    "llama": ("LlamaConfig", GATED | dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3Config", GATED | dict(head_dim=16)),
+    "gemma3": ("Gemma3TextConfig", GATED | dict(head_dim=16, sliding_window=32)),
+    "mistral": ("MistralConfig", GATED),
+    "phi3": ("Phi3Config", GATED),
+    "opt": ("OPTConfig", SIZE | dict(ffn_dim=72, word_embed_proj_dim=64)),
+    "gpt_neox": ("GPTNeoXConfig", SIZE | dict(intermediate_size=72)),
+    "mixtral": ("MixtralConfig", GATED | dict(num_local_experts=4)),
+    "gpt2": ("GPT2Config", dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4)),
+}
+FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "phi3", "opt", "gpt_neox")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **changes):
+    """A random model of a family: 2 layers, hidden 64, the same numbers at every call."""
+    name, options = CONFIGS[family]
+    config = getattr(transformers, name)(**(options | changes))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():  # the usual tiny initialisation makes all logits alike
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.15)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token per byte, and three special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: i for i, char in enumerate(alphabet)}
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    vocab |= {token: 256 + i for i, token in enumerate(special.values())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def random_quantized(
+    rows: int, cols: int, seed: int = 0, in_scale: bool = False, widths: list[int] | None = None
+) -> QuantizedWeight:
+    """A valid random compressed weight of about unit variance; widths are mixed unless given."""
+    g = torch.Generator().manual_seed(seed)
+    width = torch.randint(1, 9, (rows,), generator=g)
+    if widths is not None:
+        width = torch.tensor(widths)[torch.arange(rows) % len(widths)]
+    levels = 2**width
+    codes = (torch.rand(rows, cols, generator=g) * levels[:, None]).long()
+    codebook = torch.zeros(rows, 32, dtype=torch.int8)
+    zero = torch.zeros(rows, dtype=torch.int16)
+    for i, b in enumerate(width.tolist()):
+        if b <= 5:
+            table = torch.randint(-127, 128, (2**b,), generator=g)
+            codebook[i, : 2**b] = table.sort().values.to(torch.int8)
+        else:
+            zero[i] = int(torch.randint(0, 2**b, (1,), generator=g))
+    spread = torch.where(width <= 5, 64.0, levels.float() / 4)
+    scale = (torch.rand(rows, generator=g) + 0.5) / spread / cols**0.5
+    shift = (torch.rand(cols, generator=g) + 0.5).half() if in_scale else None
+    return QuantizedWeight(
+        codes.to(torch.uint8), width.to(torch.uint8), codebook, scale.bfloat16(), zero, shift
+    )
+
+
+def quantized_linears(model, in_scale: bool = False, **kwargs) -> dict[str, QuantizedWeight]:
+    """A random compressed weight for every linear in the blocks of a model."""
+    return {
+        name: random_quantized(*module.weight.shape, seed=i, in_scale=in_scale, **kwargs)
+        for i, (name, module) in enumerate(linears(model).items())
+    }
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory, tokenizer):
+    """A tied tiny llama as a Hugging Face folder, bf16. Copy it before changing it."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_model(dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
