@@ -1,4 +1,4 @@
-"""Tiny random models of every family and a byte-level tokenizer, all made in code: no network, no data."""
+"""Tiny random models of every family and a byte-level tokenizer, all made in code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compress a language model to any bit width or file size; importing this lets transformers load the result."""
+"""Compress a language model to any bit width or file size; transformers then loads the result."""
 
 import skimlm.integrations.transformers  # noqa: F401  registers quant_method "skimlm"
 

@@ -1,19 +1,18 @@
 """Models in and out: a Hugging Face folder, a hub id or a GGUF file in; a compressed folder out.
 
-    open_checkpoint(source) -> Checkpoint      everything that can be wrong with a file, before any work
+    open_checkpoint(source) -> Checkpoint      all that can be wrong with a file, before any work
     load(source)            -> model, tokenizer
     blocks(model), linears(model)              what there is to compress, found by structure
     save(out, ...)                             shards + config + tokenizer, all or nothing
 
-A checkpoint is hostile until read: headers are parsed and bounded here, no pickle is opened, and no code
-that comes with a model is run. `save` writes a folder beside OUT and renames it, so OUT is whole or absent.
+A checkpoint is hostile until read: headers are checked first, no pickle is opened, and no code that
+comes with a model is run. `save` writes a folder beside OUT and renames it: OUT is whole or absent.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from skimlm import shards
@@ -38,7 +36,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened and checked source; `files` maps every tensor to the file that holds it (empty for GGUF)."""
+    """An opened and checked source; `files` maps each tensor to its file (empty for GGUF)."""
 
     path: Path
     config: Any
@@ -58,9 +56,9 @@ def open_checkpoint(
     source: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Checkpoint:
-    """Find and check a model: files whole, numbers finite, architecture known, something to compress."""
+    """Check a model: files whole, numbers finite, architecture known, something to compress."""
     path = _resolve(source, revision, cache_dir)
     if path.is_file():
         return _open_gguf(path)
@@ -77,7 +75,7 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     *,
     revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """Load a model, compressed or not, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,8 +90,9 @@ def load(
             path, trust_remote_code=False, **{k: v for k, v in options.items() if k == "gguf_file"}
         )
     with _one_line(source.path, "cannot be loaded"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
+            config=source.config,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
@@ -101,6 +100,7 @@ def load(
             output_loading_info=True,
             **options,
         )
+    model, info = loaded
     _check_loading(source, info)
     if source.gguf:
         _check_model_finite(source.path, model)
@@ -108,9 +108,9 @@ def load(
 
 
 def _resolve(
-    source: str | os.PathLike[str], revision: str | None, cache_dir: str | os.PathLike[str] | None
+    source: str | os.PathLike[str], revision: str | None, cache_dir: str | Path | None
 ) -> Path:
-    """A local folder or .gguf file as it is; anything shaped like a hub id through the hub's cache."""
+    """A local folder or .gguf file as it is; what is shaped like a hub id through the cache."""
     path, name = Path(source), os.fspath(source)
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -268,7 +268,7 @@ def linears(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> dict[str, nn.Linear]:
-    """The `nn.Linear`s inside the blocks by name, in model order; patterns are shell-style, on names."""
+    """The `nn.Linear`s inside the blocks by name, in model order; patterns as in a shell."""
     found = {}
     for block_name, block in blocks(model):
         for name, module in block.named_modules(prefix=block_name):
@@ -289,7 +289,7 @@ def linears(
 
 
 def _refuse_fused(name: str, module: nn.Module) -> None:
-    """Mixtures of experts keep all experts in one 3-D parameter; skimming past it would fool the user."""
+    """Experts fused into one 3-D parameter are refused: to skip them would fool the user."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return
     for own, parameter in module.named_parameters(name, recurse=False):
@@ -301,7 +301,7 @@ def _refuse_fused(name: str, module: nn.Module) -> None:
 
 
 def embeddings(model: Any) -> tuple[tuple[str, Any], tuple[str, Any] | None, bool]:
-    """(name, module) of the input embedding, of the head if there is one, and whether they are tied."""
+    """(name, module) of the input embedding, of the head if any, and whether they are tied."""
     names = {id(module): name for name, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None:
@@ -311,7 +311,7 @@ def embeddings(model: Any) -> tuple[tuple[str, Any], tuple[str, Any] | None, boo
 
 
 def multiplier_of(table: nn.Module) -> float | None:
-    """The constant a scaled embedding multiplies by, None for a plain one; other kinds are refused."""
+    """The constant a scaled embedding multiplies by, None for a plain one; refuses other kinds."""
     if type(table) is nn.Embedding:
         return None
     value = getattr(table, "scalar_embed_scale", getattr(table, "embed_scale", None))
@@ -335,7 +335,7 @@ def save(
     force: bool = False,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write a compressed folder: `quantized` replaces those linears, all else is taken from `model`."""
+    """Write a compressed folder: `quantized` replaces those linears, the rest is the model's."""
     out = Path(out)
     check_out(out, force)
     tensors = _tensors(model, quantized, embed_bits)
@@ -346,14 +346,14 @@ def save(
         }
         for name, q in quantized.items()
     }
-    with _whole_folder(out) as folder:
+    with shards.whole_folder(out) as folder:
         _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance)
         shards.write(folder, shards.split(tensors, max_shard_size))
     return out
 
 
 def check_out(out: str | os.PathLike[str], force: bool = False) -> None:
-    """Refuse an OUT that exists, or that `force` would have to destroy without its being a model."""
+    """Refuse an OUT that exists; with `force`, one that is not a model folder."""
     out = Path(out)
     if not out.exists() and not out.is_symlink():
         return
@@ -376,14 +376,15 @@ def plan_bytes(
     *,
     names: Sequence[str] | None = None,
     in_scale: bool = True,
-    bits: float = 0.0,
+    bits: float = 1 / 3,
     provenance: Mapping[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> int:
     """Bytes OUT will have besides the tensors of the compressed linears.
 
-    Exact when `counts` gives the width histogram of every linear (and `bits`, `provenance` as `save` will get
-    them); without it an upper bound, a few hundred bytes per linear too high. `names` defaults to all linears.
+    Exact when `counts` gives every linear's width histogram, and `in_scale`, `bits`, `provenance` are
+    what `save` will get; without `counts` an upper bound, at most some 300 bytes per linear
+    too high. `names` says which linears that is for, all by default.
     """
     layers = linears(model)
     bound = counts is None
@@ -430,7 +431,7 @@ def _tensors(
         module = model.get_submodule(name)
         if q.codes.shape != module.weight.shape:
             raise SkimError(
-                f"{name}: quantized as {list(q.codes.shape)}, the model has {list(module.weight.shape)}"
+                f"{name}: quantized as {list(q.codes.shape)}, not {list(module.weight.shape)}"
             )
         with _naming(name):
             tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).items()}
@@ -443,7 +444,7 @@ def _other_tensors(
     embed_bits: int,
     quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]],
 ) -> dict[str, Tensor]:
-    """The state dict without the weights that are `replaced`, tied copies dropped, tables through `quantize`."""
+    """The state dict without `replaced` weights and tied copies, tables through `quantize`."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name in replaced:
         del tensors[f"{name}.weight"]
@@ -495,42 +496,3 @@ def _write_texts(
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the body succeeds and is gone when it does not."""
-    folder = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is not what a model folder should have
-        yield folder
-        shards.sync(folder)
-        _replace(folder, out)
-    except (OSError, SafetensorError) as error:
-        raise SkimError(f"{out}: could not be written: {shards.first_line(error)}") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _replace(folder: Path, out: Path) -> None:
-    """Rename `folder` to `out`; an old `out` is put aside first and back if anything fails."""
-    if not out.exists():
-        folder.rename(out)
-        return
-    old = folder.with_name(folder.name + ".old")
-    out.rename(old)
-    try:
-        folder.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,7 +1,8 @@
-"""The operations of a compressed linear in plain torch: readable, on any device, the oracle of every fast path.
+"""The operations of a compressed linear in plain torch: readable, the oracle of every fast path.
 
-`dequantize_packed` reads the buffers as they are stored (see `weights/pack.py`): for every width in use, cut
-the rows' bytes into codes, look the codes up, scale the rows, and put them back in the model's row order.
+`dequantize_packed` reads the buffers as they are stored (see `weights/pack.py`): for every width in
+use, cut the rows' bytes into codes, look the codes up, scale the rows, and put them back in the
+model's row order.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def dequantize_packed(
     cols: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Turn stored buffers into the weight `[r, cols]`: computed in float32, rounded once to `dtype`."""
+    """Turn stored buffers into the weight `[r, cols]`: in float32, rounded once to `dtype`."""
     stored = dict(weight=weight, widths=widths, row_scale=row_scale)
     optional = dict(codebook=codebook, row_zero=row_zero)
     stored |= {name: tensor for name, tensor in optional.items() if tensor is not None}

@@ -1,19 +1,20 @@
 """The compressed layers: the buffers of a file, and a forward pass over them.
 
-`CompressedLinear` holds one linear as FORMAT.md stores it and multiplies by the de-quantized weight.
+`CompressedLinear` holds a linear as FORMAT.md stores it and multiplies by the de-quantized weight.
 `CompressedEmbedding` and `CompressedHead` hold a table [V, d] with one scale per row:
 
     8 bit: weight int8  [V, d]           value = weight * scale
-    4 bit: weight uint8 [V, ceil(d/2)]   value = (nibble - 8) * scale, even columns in the low nibbles
+    4 bit: weight uint8 [V, ceil(d/2)]   value = (nibble - 8) * scale, even columns low
 
-Two things are not obvious. The table is a `Parameter`, because transformers ties parameters by name: a tied
-head then gets the embedding's very tensor, and nothing is stored twice. And the stored numbers keep
-their dtype when the model is cast (`model.to(torch.bfloat16)` must not round scales behind the user's back).
+Two things are not obvious. The table is a `Parameter`, because transformers ties parameters by
+name: a tied head then gets the embedding's very tensor, and nothing is stored twice. And stored
+numbers keep their dtype when the model is cast: `model.to(torch.bfloat16)` must not round scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,10 @@ class CompressedLinear(_Stored):
     stored = ("widths", "codebook", "row_scale", "row_zero", "in_scale")
     weight: Tensor
     widths: Tensor
+    codebook: Tensor | None
     row_scale: Tensor
+    row_zero: Tensor | None
+    in_scale: Tensor | None
 
     def __init__(
         self,
@@ -139,7 +143,7 @@ class _Table(_Stored):
 
 
 class CompressedEmbedding(_Table):
-    """An embedding whose table is compressed; `multiplier` is the constant some models scale it by."""
+    """A compressed embedding; `multiplier` is the constant by which some models scale theirs."""
 
     like: Tensor
 
@@ -171,7 +175,7 @@ class CompressedEmbedding(_Table):
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:
         """The ordinary embedding this stands for, of the class the model had."""
-        scaled = {} if self.multiplier is None else {"embed_scale": self.multiplier}
+        scaled: dict[str, Any] = {} if self.multiplier is None else {"embed_scale": self.multiplier}
         new = self.dense_type(self.rows, self.cols, self.padding_idx, **scaled)
         new.weight = nn.Parameter(self.dequantize(dtype))
         return new.to(self.weight.device)
@@ -228,7 +232,7 @@ def table_layout(rows: int, cols: int, bits: int) -> tuple[tuple[int, int], torc
 
 
 def table_values(codes: Tensor, scale: Tensor, cols: int, dtype: torch.dtype) -> Tensor:
-    """De-quantize stored rows `[..., n]` with their scales `[...]`: float32, rounded once to `dtype`."""
+    """De-quantize rows `[..., n]` with scales `[...]`: in float32, rounded once to `dtype`."""
     if codes.dtype == torch.uint8:
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :cols].to(torch.int8) - 8
     return (codes.float() * scale.float().unsqueeze(-1)).to(dtype)
@@ -237,7 +241,7 @@ def table_values(codes: Tensor, scale: Tensor, cols: int, dtype: torch.dtype) ->
 def quantize_table(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Round `[rows, cols]` to 8 or 4 bits: the stored codes and a bfloat16 scale per row.
 
-    Per row the scale of least squared error is taken from a few shrinkings of the range: at 4 bits it pays
+    Of a few shrinkings of a row's range the one of least squared error is taken: at 4 bits it pays
     to clip the outliers, at 8 it hardly ever does.
     """
     parts = [_quantize_rows(rows.float(), bits) for rows in table.detach().split(ROWS)]
@@ -249,7 +253,7 @@ def quantize_table(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _quantize_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes int8 in -2**(bits-1) .. 2**(bits-1) - 1 and bfloat16 scales, by a search over scales."""
+    """Codes in -2**(bits-1) .. 2**(bits-1) - 1 and bfloat16 scales, by a search over scales."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     least, most = rows.aminmax(dim=1)
     # the side that reaches further gets the extra code: the scale carries the sign

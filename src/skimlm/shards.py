@@ -1,14 +1,17 @@
-"""A folder of safetensors as bytes: headers checked on the way in, shards and their index on the way out.
+"""A folder of safetensors as bytes: headers checked going in, all or nothing going out.
 
-Nothing here knows models. Headers are parsed by hand because a truncated file should be reported with the
-tensor it cuts, and because the size of a file must be known before it is written (`file_bytes`).
+Nothing here knows models. Headers are parsed by hand, for a truncated file should be reported with
+the tensor it cuts; `file_bytes` says how large a file will be before it is written.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ METADATA = {"format": "pt"}
 
 
 def tensor_files(path: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Map every tensor of a safetensors folder to its file and header entry, all files checked for length."""
+    """Map every tensor of a folder to its file and header entry, all files checked for length."""
     index, single = path / INDEX, path / "model.safetensors"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -70,7 +73,7 @@ def tensor_files(path: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Read a safetensors header: {tensor: {dtype, shape, data_offsets}}, every tensor inside the file."""
+    """Read a header: {tensor: {dtype, shape, data_offsets}}, every tensor inside the file."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -193,3 +196,42 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> int:
         header[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + end
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when the body succeeds, and vanishes otherwise."""
+    folder = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is not what a model folder should have
+        yield folder
+        sync(folder)
+        _replace(folder, out)
+    except (OSError, SafetensorError) as error:
+        raise SkimError(f"{out}: could not be written: {first_line(error)}") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; an old `out` is put aside first and back if anything fails."""
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = folder.with_name(folder.name + ".old")
+    out.rename(old)
+    try:
+        folder.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,10 +1,10 @@
 """The transformers plug-in: with `skimlm` imported, `from_pretrained` reads compressed folders.
 
-config.json's `quantization_config` names the method and gives every linear's width histogram, which fixes the
-size of every buffer. So the skeleton gets its compressed layers before a byte is loaded, transformers loads
-by name as usual, and `save_pretrained` writes the same buffers back.
+config.json's `quantization_config` names the method and gives every linear's width histogram, which
+fixes the size of every buffer. So the skeleton gets its compressed layers before a byte is loaded,
+transformers loads by name as usual, and `save_pretrained` writes the same buffers back.
 
-The files are checked before they are loaded: a tampered folder raises one FormatError naming file and tensor.
+The files are checked before that: a tampered folder raises a FormatError naming file and tensor.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class SkimlmConfig(QuantizationConfigMixin):
         provenance: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
         self.format_version, self.bits, self.embed_bits = format_version, bits, embed_bits
         self.linears, self.provenance = linears or {}, provenance or {}
         if format_version != FORMAT_VERSION:
             raise FormatError(
-                f"format_version {format_version!r}, this skimlm reads {FORMAT_VERSION}: upgrade it",
+                f"format_version {format_version!r}, this skimlm reads only {FORMAT_VERSION}",
                 file=CONFIG,
             )
         if embed_bits not in (4, 8, 16):
@@ -133,7 +133,8 @@ def swap_in(model: Any, config: SkimlmConfig, dtype: torch.dtype) -> None:
     model.set_submodule(
         name,
         CompressedEmbedding(
-            *table.weight.shape,
+            table.weight.shape[0],
+            table.weight.shape[1],
             config.embed_bits,
             multiplier=multiplier_of(table),
             padding_idx=table.padding_idx,
@@ -144,7 +145,8 @@ def swap_in(model: Any, config: SkimlmConfig, dtype: torch.dtype) -> None:
     )
     if head:
         new_head = CompressedHead(
-            *head[1].weight.shape,
+            head[1].out_features,
+            head[1].in_features,
             config.embed_bits,
             tied=tied,
             bias=head[1].bias is not None,
@@ -231,7 +233,7 @@ def _meta(entry: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _aliases(model: Any, name: str) -> tuple[str, str]:
-    """A name with and without the prefix by which a causal model (`AutoModel...LM`) holds its decoder."""
+    """A name with and without the prefix under which a causal model holds its decoder."""
     prefix = model.base_model_prefix + "."
     return name, name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
 

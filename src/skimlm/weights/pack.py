@@ -1,16 +1,16 @@
-"""One compressed linear as values (`QuantizedWeight`) and as bytes (`pack`, `unpack`): FORMAT.md in code.
+"""One linear as values (`QuantizedWeight`) and as bytes (`pack`, `unpack`): FORMAT.md in code.
 
-A weight is stored per output row: row i has its own width b_i in 1..8, so `cols` codes of b_i bits, and
+A weight is stored per output row: row i has its own width b_i in 1..8, so codes of b_i bits, and
 
     value[i, j] = level[i, j] * row_scale[i] * in_scale[j]
-    level[i, j] = codebook[i, code[i, j]]      b_i <= 5: a table of 2**b_i int8 levels for this row
-                = code[i, j] - row_zero[i]     b_i >= 6: an affine grid, a table would outweigh the codes
+    level[i, j] = codebook[i, code[i, j]]      b_i <= 5: 2**b_i int8 levels of this row
+                = code[i, j] - row_zero[i]     b_i >= 6: an affine grid, tables cost too much
 
-in float32. On disk the rows are sorted by width (a stable sort, so `widths` alone gives the permutation
-and no file can hold an invalid one), and every row is a little-endian bit stream padded to a byte.
+in float32. On disk the rows are sorted by width (stably, so `widths` alone gives the permutation
+and no file can hold an invalid one); every row is a little-endian bit stream padded to a byte.
 
-Everything here is pure: tensors in, tensors out, no model, no I/O. Every malformation is a `FormatError`
-that names the tensor; the caller who knows the file adds it.
+Everything here is pure: tensors in, tensors out, no model, no I/O. Every malformation is a
+`FormatError` that names the tensor; the caller who knows the file adds it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def row_bytes(width: int, cols: int) -> int:
 
 
 def row_bits(width: int, cols: int) -> int:
-    """Every stored bit of one row: padded codes, codebook or zero point, scale, and its width byte."""
+    """Every stored bit of one row: padded codes, codebook or zero point, scale, width byte."""
     levels = 8 * 2**width if width <= MAX_TABLE_WIDTH else 16
     return 8 * row_bytes(width, cols) + levels + 16 + 8
 
@@ -82,7 +82,7 @@ def groups(widths: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def pack_codes(codes: Tensor, width: int) -> Tensor:
-    """Pack codes uint8 [n, c] into uint8 [n, row_bytes]: code j takes bits j*width .. of its row, LSB first."""
+    """Pack codes uint8 [n, c] into uint8 [n, row_bytes]: code j at bit j*width, LSB first."""
     n, cols = codes.shape
     bits = (codes.unsqueeze(-1) >> torch.arange(width, dtype=torch.uint8)) & 1  # [n, c, width]
     bits = torch.nn.functional.pad(bits.view(n, cols * width), (0, -cols * width % 8))
@@ -110,7 +110,7 @@ def dequantize(q: QuantizedWeight) -> Tensor:
 
 
 def pack(q: QuantizedWeight) -> dict[str, Tensor]:
-    """The stored tensors of a linear, keyed by their last name; refuses codes that do not fit their width."""
+    """The stored tensors of a linear by their last name; refuses what would not come back equal."""
     check_values(q)
     order = torch.argsort(q.widths, stable=True)
     weight, codebook = [], []
@@ -159,9 +159,10 @@ def unpack(
 def stored_groups(
     tensors: Mapping[str, Tensor], cols: int
 ) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
-    """Yield (width b, original row indices [n], views of that width's part of every stored tensor).
+    """Yield (width b, original row indices [n], views of that width's part of the tensors).
 
-    The part holds `weight` uint8 [n, row_bytes], `row_scale` [n], and `codebook` int8 [n, 2**b] or `row_zero` [n].
+    The part holds `weight` uint8 [n, row_bytes], `row_scale` [n], and `codebook` int8 [n, 2**b] or
+    `row_zero` [n].
     """
     row = byte = entry = zero = 0
     for width, index in groups(tensors["widths"]):
