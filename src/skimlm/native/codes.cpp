@@ -72,7 +72,7 @@ void skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradient, float* o
 
 void skimlm_unpack_rows(const uint8_t* packed, const int64_t* offsets, const uint8_t* widths,
                                 const int64_t* target, const float* table, const float* scale,
-                                const float* zero, const float* in_scale, void* out, int out_bf16,
+                                const float* zero, const float* in_scale, void* out, int64_t out_bf16,
                                 int64_t r, int64_t c, int threads) {
   parallel_rows(r, 16, threads, [&](int64_t first, int64_t last) {
     std::vector<uint8_t> bytes(c + 8), code(c + 8);

@@ -14,7 +14,7 @@ SKIMLM_API int skimlm_best_isa();
 
 // Exact weighted 1-D k-means of every row for k = 2, 4, .. 2^max_bits (weights/kmeans.py).
 // centroids [r, 2^(max_bits+1) - 2]: the k values of each width in turn, ascending; costs [r, max_bits].
-SKIMLM_API void skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int max_bits,
+SKIMLM_API void skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int64_t max_bits,
                                    float* centroids, double* costs, int threads);
 
 // codes[i, j] = the entry of row i nearest to w[i, j]; a tie goes to the lower one (weights/kmeans.py).
@@ -44,5 +44,5 @@ SKIMLM_API void skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradien
 // target row, 32 float values (width <= 5) or scale and zero (width >= 6). out is float, or bfloat16.
 SKIMLM_API void skimlm_unpack_rows(const uint8_t* packed, const int64_t* offsets, const uint8_t* widths,
                                    const int64_t* target, const float* table, const float* scale,
-                                   const float* zero, const float* in_scale, void* out, int out_bf16,
+                                   const float* zero, const float* in_scale, void* out, int64_t out_bf16,
                                    int64_t r, int64_t c, int threads);

@@ -146,12 +146,12 @@ void fit_row(Row& row, const float* w, const float* f, int c, int max_bits, floa
 
 }  // namespace
 
-void skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int max_bits,
+void skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int64_t max_bits,
                                 float* centroids, double* costs, int threads) {
   const int64_t width = (2 << max_bits) - 2;
   parallel_rows(r, 8, threads, [&](int64_t first, int64_t last) {
     Row row;
     for (int64_t i = first; i < last; ++i)
-      fit_row(row, w + i * c, f + i * c, int(c), max_bits, centroids + i * width, costs + i * max_bits);
+      fit_row(row, w + i * c, f + i * c, int(c), int(max_bits), centroids + i * width, costs + i * max_bits);
   });
 }

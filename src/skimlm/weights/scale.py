@@ -1,0 +1,42 @@
+"""The scaling vector over input channels in closed form.
+
+With w_hat_i = v_i * s (v_i the de-quantized row in the scaled domain) the layer error
+sum_i rho_i (v_i * s - w_i) H (v_i * s - w_i)^T is quadratic in s, with the minimiser
+    (H o V^T diag(rho) V) s = sum_i rho_i v_i o (H w_i)            o = element by element.
+SKIM (2412.04180) reaches it by gradient descent; here it is one c x c solve. The step cannot raise the
+error. Re-clustering w_i / s afterwards can, so callers keep a step only if the full error falls.
+"""
+
+import torch
+from torch import Tensor
+
+
+def scale_step(
+    w: Tensor, v: Tensor, h: Tensor, row_weight: Tensor, s: Tensor, ridge: float = 1e-2
+) -> Tensor:
+    """Best scaling vector [c] for fixed `v`, pulled towards the current `s` by `ridge`.
+
+    `w`, `v`: [r, c] float32, the weight and its quantized form before scaling; `h`: [c, c];
+    `row_weight`: [r]. The result is positive with geometric mean 1 where it could be moved: entries
+    below 5 % of the median, and dead columns, keep their current value.
+    """
+    weighted = v * row_weight[:, None]
+    a = (h * (weighted.T @ v)).double()
+    b = (weighted * (w @ h)).sum(0).double()
+    diagonal = a.diagonal().clone()
+    pull = ridge * diagonal + 1e-12 * diagonal.mean().clamp(min=1e-30)
+    a.diagonal().add_(pull)
+    new = torch.linalg.solve(a, b + pull * s.double()).to(s.dtype)
+    keep = (diagonal <= 0) | ~torch.isfinite(new) | (new <= 0.05 * new.median())
+    return torch.where(keep, s, new)
+
+
+def normalise(s: Tensor) -> Tensor:
+    """`s` with geometric mean 1, as float16 would store it."""
+    return (s / s.log().mean().exp()).half().float()
+
+
+def scaled_error(w: Tensor, v: Tensor, h: Tensor, row_weight: Tensor, s: Tensor) -> Tensor:
+    """sum_i rho_i (v_i * s - w_i) H (v_i * s - w_i)^T, a scalar."""
+    d = v * s - w
+    return (((d @ h) * d).sum(1) * row_weight).sum()
