@@ -1,0 +1,3 @@
+from skimlm.cli import main
+
+main(prog_name="skimlm")

@@ -1,0 +1,298 @@
+"""The command line: a subcommand per verb, each parses, calls one function and prints.
+
+Data goes to stdout, progress to stderr; `--json` prints exactly one JSON object. Exit 0: done,
+1: one line `error: ...` and nothing half-written, 2: usage.
+"""
+
+import errno
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from skimlm import __version__
+from skimlm.errors import SkimError
+
+MIN_BITS, MAX_BITS = 1.5, 8.0
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class OneLine(click.ClickException):
+    """An error a user can act on."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"error: {self.message}", err=True)
+
+
+class Commands(click.Group):
+    """The subcommands, with what a user or a machine can get wrong told in one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SkimError as error:
+            raise OneLine(_line(error)) from error
+        except KeyboardInterrupt as error:
+            raise OneLine("interrupted, nothing was written") from error
+        except MemoryError as error:
+            raise OneLine("out of memory") from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `| head`: click ends quietly
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise OneLine(where + (error.strerror or _line(error))) from error
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):  # how torch says it
+                raise OneLine("out of memory") from error
+            raise
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+class Bits(click.ParamType):
+    """Bits per weight, fractions welcome."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            bits = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not MIN_BITS <= bits <= MAX_BITS:
+            raise OneLine(f"bits must be {MIN_BITS:g} to {MAX_BITS:g}, got {value}")
+        return bits
+
+
+class Size(click.ParamType):
+    """Bytes, as 80MB, 80_000_000 or 1.2GB; MB = 10^6."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
+        if not match or match[2].upper() not in UNITS:
+            self.fail(f"{value!r} is not a size such as 80MB, 80_000_000 or 1.2GB", param, ctx)
+        nbytes = round(float(match[1].replace("_", "")) * UNITS[match[2].upper()])
+        if nbytes < 1:
+            self.fail("a size must be at least one byte", param, ctx)
+        return nbytes
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="skimlm")
+def main() -> None:
+    """Compress a language model to any bit width or file size, on this machine."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+POSITIVE = click.IntRange(min=1)
+FILE = click.Path(dir_okay=False)
+
+
+def _threads(ctx: click.Context, param: Any, value: int | None) -> None:
+    if value:
+        import torch
+
+        torch.set_num_threads(value)
+
+
+THREADS = click.option(
+    "--threads",
+    type=POSITIVE,
+    callback=_threads,
+    expose_value=False,
+    help="CPU threads to use; default: what torch finds.",
+)
+DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+REVISION = click.option("--revision", help="Branch, tag or commit of a hub model.")
+
+
+def _print(facts: dict[str, Any], text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
+    click.echo(json.dumps(facts, ensure_ascii=False) if as_json else text(facts))
+
+
+def _load(model: str, device: str, revision: str | None) -> tuple[Any, Any]:
+    """Load a model for use on `device`."""
+    import torch
+
+    from skimlm.checkpoint import load
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SkimError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    loaded, tokenizer = load(model, revision=revision)
+    return loaded.to(device), tokenizer
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--method", type=click.Choice(["skim"]), default="skim", show_default=True)
+@click.option(
+    "--recipe",
+    type=click.Choice(["paper", "fast", "best"]),
+    default="best",
+    show_default=True,
+    help="paper: SKIM as published; fast: no end-loss training; best: everything.",
+)
+@click.option("--bits", type=Bits(), help="All-in bits per weight, 1.5 to 8.  [default: 3.2]")
+@click.option("--size", type=Size(), help="Bytes of the whole folder: 80MB, 1.2GB (MB = 10^6).")
+@click.option("--index-bits", type=click.IntRange(1, 8), help="The same index width for every row.")
+@click.option("--embed-bits", type=click.Choice(["16", "8", "4"]), default="8", show_default=True)
+@click.option("--text", type=FILE, help="Calibration text or .jsonl; default: built in.")
+@click.option("--text-key", help="Key or keys,joined of a .jsonl row.")
+@click.option("--samples", type=POSITIVE, help="Calibration windows; default: the recipe's.")
+@click.option("--seq-len", type=POSITIVE, help="Tokens per window; default: the recipe's.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--include", multiple=True, metavar="PATTERN", help="Compress only these linears.")
+@click.option(
+    "--exclude", multiple=True, metavar="PATTERN", help="Leave these linears as they are."
+)
+@click.option("--cache-dir", type=click.Path(file_okay=False), help="Where analyses are kept.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
+@REVISION
+@THREADS
+@JSON
+def compress(
+    model: str,
+    out: Path,
+    bits: float | None,
+    size: int | None,
+    index_bits: int | None,
+    embed_bits: str,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compress MODEL (folder, hub id or .gguf) into the folder OUT."""
+    if sum(value is not None for value in (bits, size, index_bits)) > 1:
+        raise click.UsageError("give one of --bits, --size and --index-bits")
+    from skimlm.compress import compress
+    from skimlm.report import facts_text, progress_bars
+
+    with progress_bars() as progress:
+        report = compress(
+            model,
+            out,
+            bits=3.2 if bits is None else bits,
+            size=size,
+            index_bits=index_bits,
+            embed_bits=int(embed_bits),
+            include=include or None,
+            exclude=exclude or None,
+            progress=progress,
+            **options,
+        )
+    _print(report.to_json(), facts_text, as_json)
+
+
+@main.command("eval")
+@click.argument("model")
+@click.option("--text", type=FILE, help="Text, its characters as they are; default: built in.")
+@click.option("--seq-len", type=POSITIVE, default=2048, show_default=True)
+@click.option("--limit", type=POSITIVE, metavar="WINDOWS", help="Only the first windows.")
+@REVISION
+@DEVICE
+@THREADS
+@JSON
+def evaluate(
+    model: str,
+    text: str | None,
+    seq_len: int,
+    limit: int | None,
+    revision: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure the perplexity of MODEL on a text."""
+    from skimlm.evaluate import held_out_text, perplexity, read_text
+    from skimlm.report import peak_rss_bytes, perplexity_text, progress_bars
+
+    words, name = held_out_text() if text is None else (read_text(text), text)
+    loaded, tokenizer = _load(model, device, revision)
+    with progress_bars() as progress:
+        result = perplexity(loaded, tokenizer, words, seq_len, limit, progress)
+    facts = {"model": model, "text": name, **result.to_json(), "peak_rss_bytes": peak_rss_bytes()}
+    _print(facts, perplexity_text, as_json)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--max-new-tokens", type=POSITIVE, default=128, show_default=True)
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it is: no chat template.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 is greedy: always the likeliest token.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@REVISION
+@DEVICE
+@THREADS
+@JSON
+def generate(
+    model: str, prompt: str, revision: str | None, device: str, as_json: bool, **options: Any
+) -> None:
+    """Answer PROMPT with MODEL, streamed; `-` reads the prompt from stdin."""
+    from skimlm.generate import generate
+
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    write = None if as_json else lambda piece: click.echo(piece, nl=False)
+    result = generate(*_load(model, device, revision), prompt, write=write, **options)
+    if as_json:
+        click.echo(json.dumps({"model": model, **result.to_json()}, ensure_ascii=False))
+        return
+    click.echo()
+    click.echo(result.summary(), err=True)
+
+
+@main.command()
+@click.argument("path", type=click.Path(exists=True))
+@JSON
+def inspect(path: str, as_json: bool) -> None:
+    """Show what is in a compressed folder: bits, bytes, per layer, provenance."""
+    from skimlm.report import inspect, inspect_text
+
+    _print(inspect(path), inspect_text, as_json)
+
+
+@main.command()
+@click.option("--out", type=click.Path(file_okay=False), help="Keep the compressed model here.")
+@click.option("--bits", type=Bits(), default=3.2, show_default=True)
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@THREADS
+@JSON
+def demo(as_json: bool, **options: Any) -> None:
+    """Compress an embedded small model and show what it cost, in a few minutes."""
+    from skimlm import demo as demonstration
+    from skimlm.report import progress_bars
+
+    with progress_bars() as progress:
+        facts = demonstration.run(progress=progress, **options)
+    _print(facts, demonstration.text, as_json)
+
+
+@main.command()
+@JSON
+def info(as_json: bool) -> None:
+    """Show versions, threads and which native code runs."""
+    from skimlm.report import environment, facts_text
+
+    _print(environment(), facts_text, as_json)

@@ -1,0 +1,121 @@
+"""Text from a model, streamed: a prompt in, pieces of text out as soon as they are whole.
+
+The prompt goes through the tokenizer's chat template if there is one (`raw=True`: as it is).
+Decoding is greedy unless `temperature` is above 0; the model's own sampling defaults are not used,
+so the same prompt gives the same text. Two speeds are measured, because different things bind them:
+the time to the first token (reads the prompt: arithmetic) and the tokens per second after it (one
+token at a time: reading the weights).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from skimlm.errors import SkimError
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text and what it took."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    seconds_to_first_token: float
+    tokens_per_second: float | None  # after the first token; None if there was no second
+    chat_template: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a plain dict, JSON-ready."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Say in one line what the text took."""
+        speed = self.tokens_per_second
+        rate = "" if speed is None else f", then {speed:.1f} tokens/s"
+        return (
+            f"{self.prompt_tokens} prompt tokens{' (chat template)' if self.chat_template else ''},"
+            f" {self.tokens} generated; first after {self.seconds_to_first_token:.2f} s{rate}"
+        )
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 128,
+    *,
+    raw: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
+    write: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue or answer `prompt`; `write` receives each piece of text when it is complete."""
+    ids, chat = prompt_ids(tokenizer, prompt, raw)
+    if not ids.shape[1]:
+        raise SkimError("prompt is empty: give at least one token")
+    stream = _stream(tokenizer, write or (lambda piece: None))
+    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        torch.manual_seed(seed)
+    ids = ids.to(model.device)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_pad(tokenizer),
+            streamer=stream,
+            **how,
+        )
+    new = out[0, ids.shape[1] :]
+    rest = stream.last - stream.first
+    return Generation(
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        prompt_tokens=ids.shape[1],
+        tokens=len(new),
+        seconds_to_first_token=stream.first - start,
+        tokens_per_second=(len(new) - 1) / rest if len(new) > 1 else None,
+        chat_template=chat,
+    )
+
+
+def prompt_ids(tokenizer: Any, prompt: str, raw: bool = False) -> tuple[torch.Tensor, bool]:
+    """Return the prompt's token ids `[1, t]` and whether a chat template was used."""
+    if raw or not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt").input_ids.long(), False
+    chat = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return ids["input_ids"], True
+
+
+def _pad(tokenizer: Any) -> int | None:
+    """Return a padding id; transformers warns where there is none, though nothing is padded."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _stream(tokenizer: Any, write: Callable[[str], None]) -> Any:
+    """Build a transformers streamer that calls `write` and notes when tokens came."""
+    from transformers import TextStreamer
+
+    class Stream(TextStreamer):
+        first = last = 0.0
+
+        def put(self, value: torch.Tensor) -> None:
+            prompt = self.next_tokens_are_prompt
+            super().put(value)
+            if not prompt:
+                self.last = time.perf_counter()
+                self.first = self.first or self.last
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text)
+
+    return Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,238 @@
+"""What is in a compressed folder, and how results look to people.
+
+`inspect` reads headers and the small tensors only, never the codes, and refuses a folder whose
+files do not fit each other: what it prints is what will load. Bits per weight are every stored byte
+of the compressed linears times 8 over their weights; all else counts in `bytes`.
+"""
+
+import json
+import os
+import platform
+import resource
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skimlm import checkpoint, native, shards
+from skimlm.errors import SkimError
+from skimlm.integrations.transformers import SkimlmConfig, check_files, swap_in
+from skimlm.linear import CompressedLinear
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describe a compressed folder as plain values, JSON-ready."""
+    source = checkpoint.open_checkpoint(path)
+    if not source.compressed:
+        raise SkimError(f"{path}: not a compressed folder: make one with `skimlm compress`")
+    config = SkimlmConfig(**_as_dict(source.config.quantization_config))
+    entries = {n: entry for n, (_, entry) in shards.tensor_files(source.path).items()}
+    model = _skeleton(source.config)
+    swap_in(model, config, torch.bfloat16)
+    check_files(model, config, sorted(set(source.files.values())))
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
+    described = [_describe(n, m) for n, m in layers.items()]
+    weights = sum(m.in_features * m.out_features for m in layers.values())
+    stored = sum(entry["nbytes"] for entry in described)
+    rows: Counter[int] = Counter()
+    for module in layers.values():
+        rows.update(module.counts)
+    return {
+        "path": str(path),
+        "model_type": source.config.model_type,
+        "format_version": config.format_version,
+        "bits_per_weight": 8 * stored / weights,
+        "weights": weights,
+        "embed_bits": config.embed_bits,
+        "bytes": checkpoint.folder_bytes(source.path),
+        "bytes_by_part": _parts(source.path, model, stored, entries),
+        "widths": {str(b): rows[b] for b in sorted(rows)},
+        "linears": described,
+        "provenance": config.provenance,
+    }
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+    return config if isinstance(config, dict) else config.to_dict()
+
+
+def _skeleton(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _describe(name: str, layer: CompressedLinear) -> dict[str, Any]:
+    """Return the facts of one compressed linear."""
+    return {
+        "name": name,
+        "rows": layer.out_features,
+        "cols": layer.in_features,
+        "bits_per_weight": 8 * layer.nbytes / (layer.out_features * layer.in_features),
+        "nbytes": layer.nbytes,
+        "widths": {str(width): count for width, count in layer.counts.items()},
+        "in_scale": layer.in_scale is not None,
+    }
+
+
+def _parts(
+    path: Path, model: Any, linears: int, entries: Mapping[str, Mapping[str, Any]]
+) -> dict[str, int]:
+    """Divide the folder's bytes: linears, embeddings and head, other tensors, other files."""
+    sizes = {n: e["data_offsets"][1] - e["data_offsets"][0] for n, e in entries.items()}
+    table, head, _ = checkpoint.embeddings(model)
+    names = {table[0]} | ({head[0]} if head else set())
+    tables = sum(nbytes for name, nbytes in sizes.items() if name.rpartition(".")[0] in names)
+    tensors = sum(sizes.values())
+    return {
+        "linears": linears,
+        "embeddings": tables,
+        "other_tensors": tensors - linears - tables,
+        "other_files": checkpoint.folder_bytes(path) - tensors,
+    }
+
+
+# ---- for people
+
+
+def inspect_text(facts: Mapping[str, Any]) -> str:
+    """Lay out what `inspect` returns."""
+    parts = facts["bytes_by_part"]
+    total = sum(facts["widths"].values())
+    shares = (f"{b} bit: {n:,} ({n / total:.1%})" for b, n in facts["widths"].items())
+    lines = [
+        f"{facts['path']}: {facts['model_type']}, format {facts['format_version']}",
+        f"bits per weight  {facts['bits_per_weight']:.4f}, everything counted,"
+        f" over {len(facts['linears'])} linears of {facts['weights']:,} weights",
+        f"bytes            {facts['bytes']:,} in all: linears {parts['linears']:,}, embeddings"
+        f" ({facts['embed_bits']} bit) {parts['embeddings']:,}, other tensors"
+        f" {parts['other_tensors']:,}, headers, config and tokenizer {parts['other_files']:,}",
+        f"rows by width    {', '.join(shares)}",
+        *(f"{key:<16} {_short(value)}" for key, value in facts["provenance"].items()),
+        "",
+    ]
+    header = ["linear", "shape", "bits", "bytes", "rows by width"]
+    rows = [
+        [
+            layer["name"],
+            f"{layer['rows']}x{layer['cols']}",
+            f"{layer['bits_per_weight']:.3f}",
+            f"{layer['nbytes']:,}",
+            " ".join(f"{b}:{n}" for b, n in layer["widths"].items())
+            + (" scaled" if layer["in_scale"] else ""),
+        ]
+        for layer in facts["linears"]
+    ]
+    return "\n".join(lines) + "\n" + table([header, *rows])
+
+
+def facts_text(facts: Mapping[str, Any]) -> str:
+    """Lay out a flat report, one line per fact."""
+    lines = []
+    for key, value in facts.items():
+        if key == "seconds" and isinstance(value, Mapping):
+            value = ", ".join(f"{phase} {spent:.1f}" for phase, spent in value.items())
+        elif key == "bits_per_weight":
+            value = f"{value:.4f}"
+        lines.append(f"{key.replace('_', ' '):<18} {_short(value)}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float | list | dict):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
+
+
+def perplexity_text(facts: Mapping[str, Any]) -> str:
+    """Lay out what `eval` measured."""
+    return "\n".join(
+        [
+            f"perplexity         {with_error(facts['perplexity'], facts['perplexity_stderr'])}",
+            f"text               {facts['text']}, {facts['tokens']:,} tokens",
+            f"windows            {facts['windows']} of {facts['seq_len']} tokens, not overlapping;"
+            f" {facts['predicted_tokens']:,} tokens predicted",
+            f"BOS                {facts['bos']}",
+            f"tokens per second  {facts['tokens_per_second']:.0f}",
+            f"peak RSS           {facts['peak_rss_bytes'] / 1e6:,.0f} MB",
+        ]
+    )
+
+
+def with_error(value: float, stderr: float | None) -> str:
+    """Format a value with its standard error."""
+    return f"{value:.3f}" + (" (one window)" if stderr is None else f" ± {stderr:.3f}")
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Align the columns of a table whose first row is its header: numbers right, names left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    body = rows[1:] or rows
+    right = [all(_numeric(row[i]) for row in body) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, right, strict=True)
+        lines.append("  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in cells).rstrip())
+    return "\n".join(lines)
+
+
+def _numeric(cell: str) -> bool:
+    return cell[:1].isdigit() and "x" not in cell and ":" not in cell
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, threads and which native code runs on this machine."""
+    try:
+        isa = native.isa()
+        library = str(Path(native.__file__).with_name(f"_native_{isa}.so"))
+    except (ImportError, ValueError) as error:  # `info` is what one runs to find out why
+        isa, library = "none", str(error)
+    import transformers
+
+    import skimlm
+
+    return {
+        "skimlm": skimlm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "threads": torch.get_num_threads(),
+        "isa": isa,
+        "library": library,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """Return the most memory this process has held at once."""
+    try:  # ru_maxrss would inherit the parent's peak across exec
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a function (phase, done, total) that draws one bar per phase on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield update
