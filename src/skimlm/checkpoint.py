@@ -382,8 +382,8 @@ def plan_bytes(
 ) -> int:
     """Bytes OUT will have besides the tensors of the compressed linears.
 
-    Exact when `counts` gives every linear's width histogram, and `in_scale`, `bits`, `provenance` are
-    what `save` will get; without `counts` an upper bound, at most some 300 bytes per linear
+    Exact when `counts` gives every linear's width histogram and `in_scale`, `bits`, `provenance`
+    are what `save` will get; without `counts` an upper bound, at most some 300 bytes per linear
     too high. `names` says which linears that is for, all by default.
     """
     layers = linears(model)

@@ -170,13 +170,14 @@ def write(folder: Path, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
     for file, part in shards.items():
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in part.items()}
         save_file(whole, folder / file, metadata=METADATA)
+        (folder / file).chmod(0o666 & ~_umask())  # safetensors makes it private
     if text := index_text(shards):
         (folder / INDEX).write_text(text, encoding="utf-8")
 
 
 def sync(folder: Path) -> None:
     """Force every file of a folder, and the folder itself, to disk."""
-    for path in (*folder.iterdir(), folder):
+    for path in (*folder.rglob("*"), folder):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

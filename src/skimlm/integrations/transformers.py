@@ -44,6 +44,8 @@ class SkimlmConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
         self.format_version, self.bits, self.embed_bits = format_version, bits, embed_bits
         self.linears, self.provenance = linears or {}, provenance or {}
+        if not isinstance(self.linears, dict):
+            raise FormatError("linears must be a map of names", file=CONFIG)
         if format_version != FORMAT_VERSION:
             raise FormatError(
                 f"format_version {format_version!r}, this skimlm reads only {FORMAT_VERSION}",

@@ -1,0 +1,167 @@
+"""The compressed layers against the dense ones they stand for."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import random_quantized
+from skimlm.linear import (
+    CompressedEmbedding,
+    CompressedHead,
+    CompressedLinear,
+    quantize_table,
+    table_values,
+)
+from skimlm.weights.pack import dequantize, pack, row_bits
+
+
+def table_layers(rows=50, cols=9, bits=8, dtype=torch.float32, **options):
+    """An embedding, a tied head, and the table they should hold."""
+    torch.manual_seed(0)
+    weight, scale = quantize_table(torch.randn(rows, cols), bits)
+    embedding = CompressedEmbedding(rows, cols, bits, dtype=dtype, **options)
+    embedding.weight = nn.Parameter(weight, requires_grad=False)
+    embedding.scale = scale
+    head = CompressedHead(rows, cols, bits, tied=True)
+    head.tie(embedding)
+    return embedding, head, table_values(weight, scale, cols, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_forward_is_the_dense_layers_to_the_bit(dtype, scaled, biased):
+    q = random_quantized(31, 17, in_scale=scaled)
+    bias = torch.randn(31, dtype=dtype) if biased else None
+    x = torch.randn(2, 3, 17, dtype=dtype)
+    layer = CompressedLinear.from_quantized(q, bias)
+    want = nn.functional.linear(x, dequantize(q).to(dtype), bias)
+    assert torch.equal(layer(x), want)
+    assert torch.equal(layer.dense(dtype)(x), want)
+    assert (layer.in_features, layer.out_features) == (17, 31)
+
+
+@pytest.mark.parametrize("widths", [[1], [8], [2, 7]])
+def test_a_layer_with_few_widths_has_only_the_buffers_it_needs(widths):
+    q = random_quantized(4, 6, widths=widths)
+    layer = CompressedLinear.from_quantized(q)
+    assert set(layer.state_dict()) == set(pack(q))
+    assert torch.equal(layer.dequantize(), dequantize(q))
+
+
+def test_nbytes_is_the_sum_of_the_rows():
+    q = random_quantized(12, 17, in_scale=True)
+    want = sum(row_bits(b, 17) for b in q.widths.tolist()) // 8 + 2 * 17
+    assert CompressedLinear.from_quantized(q).nbytes == want
+
+
+def test_state_dict_round_trip_through_an_empty_layer():
+    q = random_quantized(12, 17, in_scale=True)
+    full = CompressedLinear.from_quantized(q, torch.randn(12))
+    empty = CompressedLinear(17, full.counts, in_scale=True, bias=True)
+    empty.load_state_dict(full.state_dict())
+    assert torch.equal(empty.dequantize(), dequantize(q)) and torch.equal(empty.bias, full.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_casting_a_model_does_not_round_the_stored_numbers(dtype):
+    q = random_quantized(12, 17, in_scale=True)
+    layer = CompressedLinear.from_quantized(q, torch.randn(12)).to(dtype)
+    assert torch.equal(layer.in_scale, q.in_scale) and layer.row_scale.dtype == torch.bfloat16
+    assert torch.equal(layer.dequantize(), dequantize(q))
+    assert layer.bias.dtype == dtype
+
+
+def test_nothing_stored_is_trainable():
+    layer = CompressedLinear.from_quantized(random_quantized(4, 6), torch.randn(4))
+    assert not [name for name, p in layer.named_parameters() if p.requires_grad]
+
+
+def test_layers_move_to_another_device():
+    layer = CompressedLinear.from_quantized(random_quantized(4, 6, in_scale=True)).to("meta")
+    assert {buffer.device.type for buffer in layer.buffers()} == {"meta"}
+    assert layer.in_scale.dtype == torch.float16
+
+
+@pytest.mark.parametrize("cols", [1, 8, 9])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_table_codes_are_read_as_format_md_says(bits, cols):
+    torch.manual_seed(cols)
+    weight, scale = quantize_table(torch.randn(6, cols), bits)
+    got = table_values(weight, scale, cols, torch.float32)
+    for i in range(6):
+        for j in range(cols):
+            code = (
+                int(weight[i, j]) if bits == 8 else (int(weight[i, j // 2]) >> j % 2 * 4) % 16 - 8
+            )
+            assert float(got[i, j]) == code * float(scale[i])
+
+
+def test_the_spare_nibble_of_an_odd_row_is_zero():
+    weight, _ = quantize_table(torch.randn(6, 5), 4)
+    assert weight.shape == (6, 3) and not (weight[:, 2] >> 4).any()
+
+
+@pytest.mark.parametrize("bits, bound", [(8, 0.0085), (4, 0.125)])
+def test_tables_are_close_to_what_they_replace(bits, bound):
+    torch.manual_seed(0)
+    table = torch.randn(5000, 64)  # more rows than are quantized at a time
+    weight, scale = quantize_table(table, bits)
+    error = table_values(weight, scale, 64, torch.float32) - table
+    assert (error.norm() / table.norm()) < bound
+
+
+def test_four_bit_scales_beat_the_full_range():
+    torch.manual_seed(0)
+    table = torch.randn(64, 256)
+    weight, scale = quantize_table(table, 4)
+    error = table_values(weight, scale, 256, torch.float32) - table
+    step = table.abs().amax(1, keepdim=True) / 7
+    full = (table / step).round().clamp(-7, 7) * step - table
+    assert (error.square().sum(1) <= full.square().sum(1)).all()
+    assert error.square().sum() < 0.8 * full.square().sum()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_of_zeros_stay_zeros(bits):
+    weight, scale = quantize_table(torch.zeros(3, 5), bits)
+    assert torch.equal(table_values(weight, scale, 5, torch.float32), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_embedding_and_head_are_the_dense_ones_to_the_bit(bits, dtype):
+    embedding, head, table = table_layers(bits=bits, dtype=dtype)
+    ids = torch.tensor([[0, 3, 49], [7, 7, 1]])
+    assert torch.equal(embedding(ids), nn.functional.embedding(ids, table.to(dtype)))
+    x = torch.randn(2, 9, dtype=dtype)
+    assert torch.equal(head(x), x @ table.to(dtype).T)
+
+
+def test_a_tied_head_stores_nothing():
+    embedding, head, _ = table_layers()
+    assert head.weight is embedding.weight and head.scale is embedding.scale
+    assert set(head.state_dict()) == {"weight"}
+
+
+def test_a_copied_pair_stays_tied():
+    embedding, head, _ = table_layers()
+    pair = copy.deepcopy(nn.ModuleList([embedding, head]))
+    assert pair[1].weight is pair[0].weight
+
+
+def test_an_embedding_answers_in_the_dtype_it_was_cast_to():
+    embedding, _, table = table_layers(dtype=torch.float32)
+    embedding.to(torch.bfloat16)
+    assert embedding(torch.tensor([1])).dtype == torch.bfloat16
+    assert embedding.scale.dtype == torch.bfloat16 and embedding.weight.dtype == torch.int8
+    embedding.to(torch.float32)
+    assert torch.equal(embedding(torch.tensor([1]))[0], table[1])
+
+
+def test_a_multiplier_is_applied_in_the_models_dtype():
+    embedding, _, table = table_layers(dtype=torch.bfloat16, multiplier=7.77)
+    want = table.bfloat16()[3] * torch.tensor(7.77).bfloat16()
+    assert torch.equal(embedding(torch.tensor(3)), want)

@@ -1,0 +1,325 @@
+"""A compressed folder in plain transformers: every family, tied and untied, both dtypes, and tampering."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from conftest import FAMILIES, quantized_linears, tiny_model
+from skimlm.checkpoint import embeddings, load, save
+from skimlm.errors import FormatError
+from skimlm.integrations.transformers import SkimlmConfig
+from skimlm.linear import CompressedEmbedding, CompressedHead, CompressedLinear
+from skimlm.weights.pack import dequantize
+
+IDS = torch.arange(40).view(2, 20)
+
+
+def compress(out, model, tokenizer=None, embed_bits=8, **kwargs):
+    """Save a model with random compressed linears; returns them by name."""
+    quantized = quantized_linears(model, **kwargs)
+    save(out, model, tokenizer, quantized, embed_bits=embed_bits, bits=3.2)
+    return quantized
+
+
+def open_folder(path, dtype=torch.float32, cls=AutoModelForCausalLM):
+    """from_pretrained, with nothing missing, surplus or random."""
+    model, info = cls.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def make_dense(model, quantized, loaded):
+    """Put the numbers of a compressed model into the dense one it came from."""
+    for name, q in quantized.items():
+        weight = model.get_submodule(name).weight
+        weight.data = dequantize(q).to(weight.dtype)
+    (table, compressed), head, tied = embeddings(loaded)
+    if isinstance(compressed, CompressedEmbedding):
+        model.get_submodule(table).weight.data = compressed.dequantize(model.dtype)
+        tied or setattr(
+            model.get_submodule(head[0]).weight, "data", head[1].dequantize(model.dtype)
+        )
+    return model
+
+
+@pytest.mark.parametrize("embed_bits", [8, 4, 16])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_dense_model(tmp_path, family, tied, embed_bits):
+    dtype = torch.bfloat16 if embed_bits == 8 else torch.float32
+    model = tiny_model(family, dtype, tie_word_embeddings=tied)
+    quantized = compress(tmp_path / "out", model, embed_bits=embed_bits, in_scale=tied)
+    loaded = open_folder(tmp_path / "out", dtype)
+    table, head, loaded_tied = embeddings(loaded)
+    assert loaded_tied == tied
+    assert (head[1].weight is table[1].weight) == tied
+    assert isinstance(table[1], CompressedEmbedding) == (embed_bits != 16)
+    assert loaded.dtype == dtype
+    assert torch.equal(logits(loaded), logits(make_dense(model, quantized, loaded)))
+
+
+@pytest.mark.parametrize("embed_bits", [8, 4, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_pretrained_round_trip_is_bit_equal(tmp_path, family, embed_bits):
+    compress(tmp_path / "out", tiny_model(family), embed_bits=embed_bits, in_scale=True)
+    first = open_folder(tmp_path / "out")
+    first.save_pretrained(tmp_path / "again")
+    second = open_folder(tmp_path / "again")
+    assert torch.equal(logits(first), logits(second))
+    assert stored(tmp_path / "again") == stored(tmp_path / "out")
+    old, new = (
+        json.loads((tmp_path / d / "config.json").read_text())["quantization_config"]
+        for d in ("out", "again")
+    )
+    assert old == new
+
+
+def stored(folder):
+    """Every tensor of a folder as comparable bytes."""
+    return {
+        name: (tensor.dtype, tuple(tensor.shape), bytes(tensor.view(torch.uint8).flatten()))
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_works(tmp_path, family):
+    compress(tmp_path / "out", tiny_model(family))
+    model = open_folder(tmp_path / "out", torch.bfloat16)
+    out = model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert out.shape == (2, 24)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_dequantize_gives_an_ordinary_model(tmp_path, family, tied):
+    compress(tmp_path / "out", tiny_model(family, tie_word_embeddings=tied))
+    model = open_folder(tmp_path / "out")
+    want = logits(model)
+    model = model.dequantize()
+    kinds = {type(m) for m in model.modules()}
+    assert not kinds & {CompressedLinear, CompressedEmbedding, CompressedHead}
+    assert torch.equal(logits(model), want)
+    model.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    assert torch.equal(logits(open_folder(tmp_path / "dense")), want)
+
+
+def test_a_tied_table_is_stored_once(tmp_path):
+    compress(tmp_path / "out", tiny_model("llama"))
+    names = [name for name in stored(tmp_path / "out") if not name.startswith("model.layers")]
+    assert sorted(names) == [
+        "model.embed_tokens.scale",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    ]
+
+
+def test_linears_left_out_stay_dense(tmp_path):
+    model = tiny_model("llama")
+    quantized = quantized_linears(model)
+    del quantized["model.layers.0.mlp.up_proj"]
+    save(tmp_path / "out", model, None, quantized, embed_bits=8, bits=3.2)
+    loaded = open_folder(tmp_path / "out")
+    kept = loaded.model.layers[0].mlp.up_proj
+    assert type(kept) is torch.nn.Linear
+    assert torch.equal(kept.weight, model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_the_default_dtype_is_the_one_it_was_saved_in(tmp_path):
+    compress(tmp_path / "out", tiny_model("llama", torch.bfloat16))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_casting_a_loaded_model_keeps_its_numbers(tmp_path):
+    compress(tmp_path / "out", tiny_model("llama"), in_scale=True)
+    model = open_folder(tmp_path / "out")
+    want = model.model.layers[0].mlp.up_proj.dequantize()
+    assert torch.equal(model.to(torch.bfloat16).model.layers[0].mlp.up_proj.dequantize(), want)
+    assert model(IDS).logits.dtype == torch.bfloat16
+
+
+def test_the_decoder_alone_loads_too(tmp_path):
+    compress(tmp_path / "out", tiny_model("llama"))
+    whole = open_folder(tmp_path / "out")
+    alone = open_folder(tmp_path / "out", cls=AutoModel)
+    with torch.no_grad():
+        assert torch.equal(alone(IDS)[0], whole.model(IDS)[0])
+
+
+def test_sharded_folders_load(tmp_path):
+    model = tiny_model("llama")
+    quantized = quantized_linears(model)
+    save(tmp_path / "one", model, None, quantized, embed_bits=8, bits=3.2)
+    save(tmp_path / "many", model, None, quantized, embed_bits=8, bits=3.2, max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("model-0000*-of-0000*.safetensors"))) > 2
+    assert torch.equal(
+        logits(open_folder(tmp_path / "many")), logits(open_folder(tmp_path / "one"))
+    )
+
+
+def test_compressing_while_loading_is_refused(llama_folder):
+    with pytest.raises(ValueError, match="skimlm does require the model to be pre-quantized"):
+        AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=SkimlmConfig())
+
+
+def test_without_skimlm_transformers_refuses_the_folder(tmp_path):
+    """The one thing that must never happen is a model with random linears."""
+    compress(tmp_path / "out", tiny_model("llama"))
+    code = (
+        "import sys, transformers\n"
+        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})\n"
+        "print('loaded', 'skimlm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and "loaded" not in done.stdout
+    assert "size" in done.stderr and "RuntimeError" in done.stderr
+
+
+# ---- tampering: every case must be refused by from_pretrained, naming file and tensor
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory, tokenizer):
+    """A compressed untied llama; copied, never changed."""
+    out = tmp_path_factory.mktemp("sound") / "out"
+    compress(out, tiny_model("llama", tie_word_embeddings=False), tokenizer, in_scale=True)
+    return out
+
+
+UP = "model.layers.1.mlp.up_proj"
+TENSORS = {
+    "short codes": (f"{UP}.weight", lambda t: t[:-1], "must be uint8"),
+    "long codes": (f"{UP}.weight", lambda t: torch.cat((t, t)), "must be uint8"),
+    "codes of another dtype": (f"{UP}.weight", lambda t: t.to(torch.int8), "must be uint8"),
+    "width 0": (f"{UP}.widths", lambda t: t * 0, "row widths must be 1..8, got 0"),
+    "width 9": (f"{UP}.widths", lambda t: t * 0 + 9, "row widths must be 1..8, got 9"),
+    "widths that move rows": (f"{UP}.widths", lambda t: 9 - t, "must be"),
+    "NaN row scale": (f"{UP}.row_scale", lambda t: t * float("nan"), "holds NaN or Inf"),
+    "Inf input scale": (f"{UP}.in_scale", lambda t: t / 0, "holds NaN or Inf"),
+    "short codebook": (f"{UP}.codebook", lambda t: t[1:], "must be int8"),
+    "no zero points": (f"{UP}.row_zero", None, "is missing"),
+    "no codes": (f"{UP}.weight", None, "is missing"),
+    "no input scale": (f"{UP}.in_scale", None, "config.json says otherwise"),
+    "Inf table scale": ("lm_head.scale", lambda t: t / 0, "holds NaN or Inf"),
+    "no table scale": ("model.embed_tokens.scale", None, "is missing"),
+    "table of floats": ("lm_head.weight", lambda t: t.float(), "must be torch.int8"),
+    "table of another width": (
+        "model.embed_tokens.weight",
+        lambda t: t[:, 1:],
+        "must be torch.int8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tampered_tensors_are_refused(sound, tmp_path, case):
+    name, change, message = TENSORS[case]
+    folder = tmp_path / "out"
+    shutil.copytree(sound, folder)
+    tensors = load_file(folder / "model.safetensors")
+    old = tensors.pop(name)
+    if change:
+        tensors[name] = change(old).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match=message) as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    text = str(caught.value)
+    assert "model.safetensors" in text and "\n" not in text
+    assert name.rpartition(".")[0] in text
+
+
+def test_widths_must_be_those_of_the_config(sound, tmp_path):
+    """Two rows that swap a narrow and a wide width leave every shape as it was; three do not."""
+    folder = tmp_path / "out"
+    shutil.copytree(sound, folder)
+    config = json.loads((folder / "config.json").read_text())
+    counts = config["quantization_config"]["linears"][UP]["widths"]
+    counts["2"], counts["3"] = counts["2"] + 1, counts["3"] - 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=f"{UP}.widths: rows by width .* are not config.json's"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def setter(*path):
+    def change(config, value):
+        for key in path[:-1]:
+            config = config[key]
+        config[path[-1]] = value
+
+    return change
+
+
+LINEAR = ("linears", UP)
+CONFIGS = {
+    "newer version": (setter("format_version"), 2, "format_version 2, this skimlm reads only 1"),
+    "odd embed bits": (setter("embed_bits"), 5, "embed_bits must be 4, 8 or 16, got 5"),
+    "width 9": (setter(*LINEAR, "widths"), {"9": 72}, f"{UP}: has no valid width histogram"),
+    "negative rows": (setter(*LINEAR, "widths"), {"2": 73, "3": -1}, "no valid width histogram"),
+    "widths not a map": (setter(*LINEAR, "widths"), [72], f"{UP}: has no valid width histogram"),
+    "too many rows": (setter(*LINEAR, "widths"), {"3": 73}, f"{UP}: widths of 73 rows, .* 72"),
+    "unknown linear": (
+        setter("linears", "model.nowhere"),
+        {"widths": {"3": 1}},
+        "model.nowhere: is",
+    ),
+    "a norm": (
+        setter("linears", "model.norm"),
+        {"widths": {"3": 64}},
+        "model.norm: is not a linear",
+    ),
+    "linears not a map": (setter("linears"), 3, "linears must be a map"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_tampered_configs_are_refused(sound, tmp_path, case):
+    change, value, message = CONFIGS[case]
+    folder = tmp_path / "out"
+    shutil.copytree(sound, folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"], value)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=message) as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_truncated_compressed_file_is_named_with_the_tensor_it_cuts(sound, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(sound, folder)
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-10])
+    with pytest.raises(FormatError, match=r"model.safetensors: .*: truncated: ends at byte"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(FormatError, match=r"model.safetensors: .*: truncated: ends at byte"):
+        load(folder)
+
+
+def test_surplus_tensors_are_refused_by_load(sound, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(sound, folder)
+    tensors = load_file(folder / "model.safetensors") | {"model.stray": torch.zeros(3)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match="model.safetensors: model.stray: does not belong"):
+        load(folder)
+
+
+def test_load_opens_a_compressed_folder(sound, tokenizer):
+    model, loaded_tokenizer = load(sound, torch.float32)
+    assert torch.equal(logits(model), logits(open_folder(sound)))
+    assert not model.training
+    assert loaded_tokenizer("hi").input_ids == tokenizer("hi").input_ids
