@@ -1,25 +1,27 @@
 """Calibration text -> token windows -> what the fit needs to know about every linear.
 
-With x_t the input of a linear at token t and g_t = d loss / d z_t the gradient at its output z = x W^T
-(loss = sum over tokens of the cross entropy, so gradients of different layers and windows compare):
-    hessian        H  = sum_t x_t x_t^T                              layer-wise (GPTQ)
-    end_hessian    H~ = sum_t (mean_i g_ti^2) x_t x_t^T              end loss (GuidedQuant, 2505.07004)
-    fisher         F_ij = sum_windows (sum_t g_ti x_tj)^2            SqueezeLLM, 2306.07629
-    row_weight     rho_i = sum_t g_ti^2 / sum_t mean_i g_ti^2        what the mean over rows hides
-This is the only module that puts hooks on a model. Products run in bfloat16 (2-5x faster on CPUs with
-AMX), sums over windows in float32. A few windows at a time go through the blocks in order, so nothing
-here needs more than their activations. The Fisher diagonal settles on far fewer windows than H~ does
-(SqueezeLLM: 10 sequences), so only the first `fisher_windows` pay for it.
+With x_t the input of a linear at token t and g_t = d loss / d z_t the gradient at its output
+z = x W^T (loss = sum over tokens of the cross entropy, so that layers and windows compare):
+    hessian        H  = sum_t x_t x_t^T                           layer-wise (GPTQ)
+    end_hessian    H~ = sum_t (mean_i g_ti^2) x_t x_t^T           end loss (GuidedQuant, 2505.07004)
+    fisher         F_ij = sum_windows (sum_t g_ti x_tj)^2         SqueezeLLM, 2306.07629
+    row_weight     rho_i = sum_t g_ti^2 / sum_t mean_i g_ti^2     what the mean over rows hides
+This is the only module that puts hooks on a model. Products run in bfloat16 (2-5x faster on CPUs
+with AMX), sums over windows in float32. A few windows at a time go through the blocks in order, so
+nothing here needs more than their activations. The Fisher diagonal settles on far fewer windows
+than H~ does (SqueezeLLM: 10 sequences), so only the first `fisher_windows` pay for it.
 """
 
 import inspect
 import json
+import os
 import random
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,15 @@ def default_text() -> list[str]:
 
     A weak substitute for text like the model's own use; pass `--text` for quality.
     """
-    names = ["argparse", "asyncio", "collections", "concurrent.futures", "csv", "datetime", "decimal"]
+    names = [
+        "argparse",
+        "asyncio",
+        "collections",
+        "concurrent.futures",
+        "csv",
+        "datetime",
+        "decimal",
+    ]
     names += ["email", "functools", "http.server", "inspect", "ipaddress", "itertools", "json"]
     names += ["logging", "math", "os", "pathlib", "pickle", "random", "re", "shutil", "smtplib"]
     names += ["socket", "sqlite3", "statistics", "string", "subprocess", "tarfile", "tempfile"]
@@ -75,11 +85,11 @@ def default_text() -> list[str]:
     return documents
 
 
-def read_documents(path: str | Path, text_key: str | None = None) -> list[str]:
+def read_documents(path: str | os.PathLike[str], text_key: str | None = None) -> list[str]:
     """Documents of a calibration file: each row of a .jsonl, or a text file as one document.
 
-    The value of `text_key` is the text of a row; several keys, comma separated, are joined without a
-    separator. Raises SkimError naming the line.
+    The value of `text_key` is the text of a row; several keys, comma separated, are joined without
+    a separator. Raises SkimError naming the line.
     """
     path = Path(path)
     try:
@@ -117,8 +127,8 @@ def windows(
 ) -> Tensor:
     """Token windows int64 [n, seq_len], n <= samples: documents shuffled, joined by EOS, cut.
 
-    A single document is cut into windows first and those are shuffled. Raises SkimError when there is
-    not one window.
+    A single document is cut into windows first and those are shuffled. Raises SkimError when there
+    is not one window.
     """
     order = random.Random(seed)
     if len(documents) > 1:
@@ -142,7 +152,7 @@ def windows(
     return cut[:samples]
 
 
-def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits of final hidden states, including the soft cap and scaling some families apply."""
     logits = model.get_output_embeddings()(hidden)
     config = model.config.get_text_config()
@@ -156,7 +166,7 @@ def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def final_hidden(model: nn.Module, ids: Tensor) -> Tensor:
+def final_hidden(model: Any, ids: Tensor) -> Tensor:
     """Hidden states [n, t, d] that the output head reads: its input in an ordinary forward pass."""
     taken: list[Tensor] = []
 
@@ -180,7 +190,8 @@ def final_hidden(model: nn.Module, ids: Tensor) -> Tensor:
 def backward_from_loss(
     hidden: Tensor, gradient: Callable[[Tensor, slice], Tensor], chunk: int = 512
 ) -> None:
-    """Backpropagate into `hidden` [1, t, d], the head done in chunks so that full logits never stand.
+    """Backpropagate into `hidden` [1, t, d], the head done in chunks so that full logits never
+    stand.
 
     `gradient(h, part)` returns d loss / d h for the rows `part` of the window.
     """
@@ -192,7 +203,7 @@ def backward_from_loss(
     hidden.backward(torch.cat(pieces).view_as(hidden).to(hidden.dtype))
 
 
-def cross_entropy_gradient(model: nn.Module, targets: Tensor) -> Callable[[Tensor, slice], Tensor]:
+def cross_entropy_gradient(model: Any, targets: Tensor) -> Callable[[Tensor, slice], Tensor]:
     """d (sum of cross entropies) / d hidden for `backward_from_loss`; target -1 is left out."""
 
     def gradient(h: Tensor, part: slice) -> Tensor:
@@ -224,7 +235,7 @@ class _Observe(torch.autograd.Function):
 
 
 @contextmanager
-def observed(model: nn.Module, linears: dict[str, nn.Linear], observe) -> Iterator[None]:
+def observed(model: Any, linears: dict[str, nn.Linear], observe) -> Iterator[None]:
     """Within the block, every backward pass calls observe(name, x [n, t, c], dz [n, t, r])."""
 
     def watch(name: str):
@@ -250,7 +261,7 @@ def observed(model: nn.Module, linears: dict[str, nn.Linear], observe) -> Iterat
 
 
 def statistics(
-    model: nn.Module,
+    model: Any,
     linears: dict[str, nn.Linear],
     ids: Tensor,
     *,
@@ -261,14 +272,18 @@ def statistics(
 ) -> dict[str, Statistics]:
     """Statistics of every linear over the token windows `ids` [n, t], `batch` windows at a time.
 
-    A linear that saw no token (an expert never routed to) keeps zero sums. `layerwise` also collects H.
+    A linear that saw no token (an expert never routed to) keeps zero sums. `layerwise` also
+    collects H.
     """
     device = next(model.parameters()).device
     result = {}
     for name, linear in linears.items():
         r, c = linear.weight.shape
         result[name] = Statistics(
-            torch.zeros(c, c), torch.zeros(r, c), torch.zeros(r), torch.zeros(c, c) if layerwise else None
+            torch.zeros(c, c),
+            torch.zeros(r, c),
+            torch.zeros(r),
+            torch.zeros(c, c) if layerwise else None,
         )
 
     fisher_left = 0

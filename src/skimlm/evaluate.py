@@ -158,14 +158,14 @@ def _body_returns(body: nn.Module, output: Any) -> Iterator[list[int]]:
         return output
 
     before = body.__dict__.get("forward")  # accelerate puts one on the instance
-    body.forward = forward  # type: ignore[method-assign]
+    body.forward = forward
     try:
         yield calls
     finally:
         if before is None:
             del body.forward
         else:
-            body.forward = before  # type: ignore[method-assign]
+            body.forward = before
 
 
 def read_text(path: str | Path) -> str:

@@ -1,10 +1,11 @@
 """Which output channel gets how many bits: minimise sum_i E[i, b_i] under a budget of stored bits.
 
 Each row's points (cost, E) are reduced to their lower convex hull, and hull edges of all rows are
-bought in order of error saved per bit until the budget is spent. On a convex curve this greedy walk is
-optimal up to the last edge; off it (E can rise with b when the codebooks were fitted under another
-weight) the hull never takes a step that does not pay. SKIM (2412.04180) pools the rows of one layer;
-errors in units of the end loss compare across layers, so the pool may be the whole model.
+bought in order of error saved per bit until the budget is spent. On a convex curve this greedy
+walk is optimal up to the last edge; off it (E can rise with b when the codebooks were fitted under
+another weight) the hull never takes a step that does not pay. SKIM (2412.04180) pools the rows of
+one layer; errors in units of the end loss compare across layers, so the pool may be the whole
+model.
 """
 
 import numpy as np
@@ -15,8 +16,8 @@ from skimlm.errors import SkimError
 def allocate(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
     """Choice of column for every row, total cost at most `budget`.
 
-    `errors`, `costs`: [n, m], columns in order of rising cost. Returns int64 [n]. Raises SkimError when
-    even the cheapest column everywhere exceeds the budget.
+    `errors`, `costs`: [n, m], columns in order of rising cost. Returns int64 [n]. Raises SkimError
+    when even the cheapest column everywhere exceeds the budget.
     """
     n, m = errors.shape
     spent = costs[:, 0].sum()
@@ -24,7 +25,9 @@ def allocate(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray
         raise SkimError(f"the budget of {budget:.0f} bits is below the least possible, {spent:.0f}")
     edges = [_edges(errors, costs)]
     row, target, price, slope = (np.concatenate(part) for part in zip(*edges, strict=True))
-    order = np.argsort(-slope, kind="stable")  # within a row slopes fall, so its edges stay in order
+    order = np.argsort(
+        -slope, kind="stable"
+    )  # within a row slopes fall, so its edges stay in order
     row, target, price = row[order], target[order], price[order]
 
     choice = np.zeros(n, dtype=np.int64)
@@ -47,7 +50,7 @@ def allocate(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray
 
 
 def _edges(errors: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Hull edges of every row as (row, target column, price, error saved per bit), row by row in order."""
+    """Hull edges of every row, in order: row, target column, price, error saved per bit."""
     n, m = errors.shape
     at = np.zeros(n, dtype=np.int64)
     rows = np.arange(n)

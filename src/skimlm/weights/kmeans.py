@@ -1,10 +1,12 @@
-"""Exact weighted one-dimensional k-means, every width at once (SqueezeLLM's objective, solved exactly).
+"""Exact weighted one-dimensional k-means, every width at once (SqueezeLLM's objective, solved
+exactly).
 
-For one row w with weights f >= 0 the cheapest partition into k intervals of the sorted row is found by
-dynamic programming over prefix sums; the programme for k = 2^max_bits passes through every smaller k,
-so one run gives the codebooks and the error of all widths: the row's rate-distortion curve. No seeds,
-no restarts, no empty clusters. Equal values, zero weights, constant rows and rows with fewer distinct
-values than clusters are ordinary inputs: spare centroids repeat the largest one.
+For one row w with weights f >= 0 the cheapest partition into k intervals of the sorted row is
+found by dynamic programming over prefix sums; the programme for k = 2^max_bits passes through
+every smaller k, so one run gives the codebooks and the error of all widths: the row's
+rate-distortion curve. No seeds, no restarts, no empty clusters. Equal values, zero weights,
+constant rows and rows with fewer distinct values than clusters are ordinary inputs: spare
+centroids repeat the largest one.
 """
 
 import numpy as np
@@ -17,14 +19,16 @@ from skimlm import native
 def kmeans_rows(w: Tensor, f: Tensor, max_bits: int) -> tuple[list[Tensor], Tensor]:
     """Optimal centroids and costs of every row for 1..max_bits bits.
 
-    `w`, `f`: float32 [r, c]. Returns a list whose item b - 1 is float32 [r, 2^b], ascending, and the
-    costs float64 [r, max_bits] (sum of f (w - centroid)^2).
+    `w`, `f`: float32 [r, c]. Returns a list whose item b - 1 is float32 [r, 2^b], ascending, and
+    the costs float64 [r, max_bits] (sum of f (w - centroid)^2).
     """
     r, c = w.shape
     native.require("w", w, torch.float32, (r, c))
     native.require("f", f, torch.float32, (r, c))
     if not 1 <= max_bits <= 5 or c < 1:
-        raise ValueError(f"max_bits must be 1..5 and rows not empty, got {max_bits} and {c} columns")
+        raise ValueError(
+            f"max_bits must be 1..5 and rows not empty, got {max_bits} and {c} columns"
+        )
     flat = torch.empty(r, (2 << max_bits) - 2, dtype=torch.float32)
     costs = torch.empty(r, max_bits, dtype=torch.float64)
     native.call("kmeans_rows", w.contiguous(), f.contiguous(), r, c, max_bits, flat, costs)
@@ -34,8 +38,8 @@ def kmeans_rows(w: Tensor, f: Tensor, max_bits: int) -> tuple[list[Tensor], Tens
 def nearest(w: Tensor, codebook: Tensor, sizes: Tensor) -> Tensor:
     """Index of the nearest entry of each row's codebook; a tie goes to the lower entry.
 
-    `w` float32 [r, c], `codebook` float32 [r, k] with the first `sizes[i]` (int32) entries ascending.
-    Returns uint8 [r, c].
+    `w` float32 [r, c], `codebook` float32 [r, k] with the first `sizes[i]` (int32) entries
+    ascending. Returns uint8 [r, c].
     """
     r, c = w.shape
     k = codebook.shape[1]

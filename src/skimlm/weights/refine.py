@@ -1,11 +1,11 @@
 """Refinement that keeps the format: codes and codebooks of every row under a full matrix H.
 
-Two steps that never raise (w_hat - w) H (w_hat - w)^T of any row (LNQ, 2505.07004, on rows of any width):
-    codebook_step       codes fixed: c = (P^T H P)^-1 P^T H w, a ridge holding unused entries in place
-    coordinate_descent  codebook fixed: column by column, the entry nearest to
-                        w_j - sum_{k != j} H_jk (w_hat_k - w_k) / H_jj; ties keep the code
-The native versions keep the gradient G = (w_hat - w) H up to date and touch it only when a code changes,
-which after the first sweep is rare. The readable versions below are their oracles.
+Two steps that never raise the error (w_hat - w) H (w_hat - w)^T of any row (LNQ, 2505.07004):
+    codebook_step         codes fixed: c = (P^T H P)^-1 P^T H w, unused entries held in place
+    coordinate_descent    codebook fixed: column by column, the entry nearest to
+                          w_j - sum_{k != j} H_jk (w_hat_k - w_k) / H_jj; ties keep the code
+The native versions keep the gradient G = (w_hat - w) H up to date, touched only when a code
+changes, which after the first sweep is rare. The readable versions below are their oracles.
 """
 
 import torch
@@ -17,9 +17,10 @@ RIDGE = 1e-7
 
 
 def damped(h: Tensor, shrink: float = 0.3, damp: float = 0.01) -> Tensor:
-    """`h` shrunk towards its diagonal, plus `damp` of the mean diagonal: float32, positive definite.
+    """`h` shrunk towards its diagonal, plus `damp` of the mean diagonal; positive definite.
 
-    A Gram matrix of few tokens has off-diagonal noise that refinement would fit; both guard against it.
+    A Gram matrix of few tokens has off-diagonal noise that refinement would fit; both guard
+    against it.
     """
     diagonal = h.diagonal()
     out = (h + h.T) * ((1 - shrink) / 2)  # bfloat16 products are not symmetric to the last bit
@@ -82,7 +83,9 @@ def _check(w: Tensor, h: Tensor, codebook: Tensor, sizes: Tensor, codes: Tensor)
     native.require("sizes", sizes, torch.int32, (r,))
     native.require("codes", codes, torch.uint8, (r, c))
     if k > 32 or bool((sizes < 1).any()) or bool((sizes > k).any()):
-        raise ValueError(f"codebooks have 1..{min(k, 32)} entries, got sizes up to {int(sizes.max())}")
+        raise ValueError(
+            f"codebooks have 1..{min(k, 32)} entries, got sizes up to {int(sizes.max())}"
+        )
     if r and bool((codes.amax(1).int() >= sizes).any()):
         raise ValueError("a code points past the end of its row's codebook")
 

@@ -3,26 +3,37 @@
 With w_hat_i = v_i * s (v_i the de-quantized row in the scaled domain) the layer error
 sum_i rho_i (v_i * s - w_i) H (v_i * s - w_i)^T is quadratic in s, with the minimiser
     (H o V^T diag(rho) V) s = sum_i rho_i v_i o (H w_i)            o = element by element.
-SKIM (2412.04180) reaches it by gradient descent; here it is one c x c solve. The step cannot raise the
-error. Re-clustering w_i / s afterwards can, so callers keep a step only if the full error falls.
+SKIM (2412.04180) reaches it by gradient descent; here it is one c x c solve. The step cannot raise
+the error. Re-clustering w_i / s afterwards can, so callers keep a step only if the full error
+falls.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 def scale_step(
-    w: Tensor, v: Tensor, h: Tensor, row_weight: Tensor, s: Tensor, ridge: float = 1e-2
+    w: Sequence[Tensor],
+    v: Sequence[Tensor],
+    h: Sequence[Tensor],
+    row_weight: Sequence[Tensor],
+    s: Tensor,
+    ridge: float = 1e-2,
 ) -> Tensor:
     """Best scaling vector [c] for fixed `v`, pulled towards the current `s` by `ridge`.
 
-    `w`, `v`: [r, c] float32, the weight and its quantized form before scaling; `h`: [c, c];
-    `row_weight`: [r]. The result is positive with geometric mean 1 where it could be moved: entries
-    below 5 % of the median, and dead columns, keep their current value.
+    One item per linear that reads the same input: `w`, `v` [r, c] float32, the weight and its
+    quantized form before scaling; `h` [c, c]; `row_weight` [r]. Entries that would fall to 5 % of
+    the median or below, and dead columns, keep their current value.
     """
-    weighted = v * row_weight[:, None]
-    a = (h * (weighted.T @ v)).double()
-    b = (weighted * (w @ h)).sum(0).double()
+    a = torch.zeros(len(s), len(s), dtype=torch.float64)
+    b = torch.zeros(len(s), dtype=torch.float64)
+    for w_, v_, h_, rho in zip(w, v, h, row_weight, strict=True):
+        weighted = v_ * rho[:, None]
+        a += h_ * (weighted.T @ v_)
+        b += (weighted * (w_ @ h_)).sum(0)
     diagonal = a.diagonal().clone()
     pull = ridge * diagonal + 1e-12 * diagonal.mean().clamp(min=1e-30)
     a.diagonal().add_(pull)

@@ -1,16 +1,17 @@
 """End-loss training of what a fitted model can still move: codebooks and norm weights, codes fixed.
 
-Loss: KL(original || compressed) on calibration windows, summed over tokens. A codebook entry gathers the
-gradient of all weights that share it, so a few hundred thousand free numbers are trained instead of the
-weights themselves. Guard: the loss on held-out windows is measured before, during and after, and the best
-state seen is the one kept, the start included. (Not in the SKIM paper; cf. PV-Tuning 2405.14852,
-which also moves codes and needs far more tokens.)
+Loss: KL(original || compressed) on calibration windows, summed over tokens. A codebook entry
+gathers the gradient of all weights that share it, so a few hundred thousand free numbers are
+trained instead of the weights themselves. Guard: the loss on held-out windows is measured before,
+during and after, and the best state seen is the one kept, the start included. (Not in the SKIM
+paper; cf. PV-Tuning 2405.14852, which also moves codes and needs far more tokens.)
 """
 
 import math
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,9 @@ class _Lookup(torch.autograd.Function):
 
 
 @contextmanager
-def fitted(linears: dict[str, nn.Linear], fits: dict[str, Fit], codebooks: dict[str, Tensor]) -> Iterator:
+def fitted(
+    linears: dict[str, nn.Linear], fits: dict[str, Fit], codebooks: dict[str, Tensor]
+) -> Iterator:
     """Within the block the linears compute with `codebooks` and the codes of their fits."""
 
     def watch(name: str):
@@ -81,40 +84,36 @@ def fitted(linears: dict[str, nn.Linear], fits: dict[str, Fit], codebooks: dict[
             del linear.forward
 
 
-def norm_weights(blocks: list[nn.Module], model: nn.Module) -> dict[str, nn.Parameter]:
-    """The one-dimensional `weight`s of the model, i.e. its norms, by name."""
-    return {n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")}
-
-
 def train(
-    model: nn.Module,
+    model: Any,
     linears: dict[str, nn.Linear],
     fits: dict[str, Fit],
     ids: Tensor,
     *,
     steps: int,
     batch: int = 2,
-    lr: float = 2e-3,
-    norm_lr: float = 1e-3,
+    lr: float = 1e-3,
+    norm_lr: float = 5e-4,
     checks: int = 3,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train the codebooks of `fits` in place, on all windows `ids` [n, t] but the last `HELD_OUT`.
 
-    Returns the trained norm weights (the model's own are left as they were) and the held-out losses,
-    in nats per token, at the start and at each check. `lr` is relative to each row's codebook spread.
+    Returns the trained norm weights (the model's own are left as they were) and the held-out
+    losses, in nats per token, at the start and at each check. `lr` is relative to each row's
+    codebook spread, `norm_lr` to each norm weight.
     """
     held = ids[-HELD_OUT:]
     ids = ids[:-HELD_OUT]
     norms = {n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")}
     original = {n: p.detach().clone() for n, p in norms.items()}
-    master = {n: p.detach().float().requires_grad_() for n, p in norms.items()}
+    gain = {n: torch.zeros_like(p, dtype=torch.float32).requires_grad_() for n, p in norms.items()}
     spread = {n: f.codebook.std(1, keepdim=True).clamp(min=1e-12) for n, f in fits.items()}
     base = {n: f.codebook[:, : int(f.sizes.max())].contiguous() for n, f in fits.items()}
     theta = {n: torch.zeros_like(base[n]).requires_grad_() for n in fits}
     groups = [
         {"params": list(theta.values()), "lr": lr},
-        {"params": list(master.values()), "lr": norm_lr},
+        {"params": list(gain.values()), "lr": norm_lr},
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
     warm = max(1, steps // 20)
@@ -130,7 +129,7 @@ def train(
             codebooks[name] = (base[name] + theta[name].detach() * spread[name]).requires_grad_()
         with torch.no_grad():
             for name, p in norms.items():
-                p.copy_(master[name])
+                p.copy_(original[name].float() * (1 + gain[name]))
 
     def restore() -> None:
         with torch.no_grad():
@@ -152,19 +151,26 @@ def train(
             for i in range(0, len(held), batch):
                 hidden = final_hidden(model, held[i : i + batch]).flatten(0, 1)
                 for j in range(0, len(hidden), 512):
-                    total += float(_kl(model, hidden[j : j + 512], held_teacher[i // batch][j : j + 512]))
+                    total += float(
+                        _kl(model, hidden[j : j + 512], held_teacher[i // batch][j : j + 512])
+                    )
         return total / held.numel()
 
     with torch.no_grad():
         held_teacher = [
-            final_hidden(model, held[i : i + batch]).flatten(0, 1) for i in range(0, len(held), batch)
+            final_hidden(model, held[i : i + batch]).flatten(0, 1)
+            for i in range(0, len(held), batch)
         ]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for p, _ in flags:
         p.requires_grad_(False)
     place()
     losses = [held_out_loss()]
-    best = (losses[0], {n: b.clone() for n, b in base.items()}, {n: o.clone() for n, o in original.items()})
+    best = (
+        losses[0],
+        {n: b.clone() for n, b in base.items()},
+        {n: o.clone() for n, o in original.items()},
+    )
     order = torch.Generator().manual_seed(0)
     queue: list[int] = []
     marks = {round(steps * (i + 1) / checks) for i in range(checks)}
@@ -190,7 +196,9 @@ def train(
                 grad = codebooks[name].grad
                 theta[name].grad = None if grad is None else grad * spread[name] * scale
             for name, p in norms.items():
-                master[name].grad = None if p.grad is None else p.grad.float() * scale
+                gain[name].grad = (
+                    None if p.grad is None else p.grad.float() * original[name] * scale
+                )
             optimizer.step()
             schedule.step()
             if progress:
@@ -210,10 +218,21 @@ def train(
             p.requires_grad_(flag)
     for name, fit in fits.items():
         fit.codebook[:, : best[1][name].shape[1]] = best[1][name]
+        sort_entries(fit)
     return best[2], losses
 
 
-def _kl(model: nn.Module, hidden: Tensor, teacher: Tensor) -> Tensor:
+def sort_entries(fit: Fit) -> None:
+    """Put every codebook back in ascending order and rename the codes; values do not change."""
+    unused = torch.arange(fit.codebook.shape[1]) >= fit.sizes[:, None]
+    fit.codebook, order = fit.codebook.masked_fill(unused, torch.inf).sort(stable=True, dim=1)
+    last = fit.codebook.gather(1, fit.sizes.long()[:, None] - 1)
+    fit.codebook = torch.where(unused, last, fit.codebook)
+    rank = order.argsort(1).to(torch.uint8)
+    fit.codes = rank.gather(1, fit.codes.clamp(max=rank.shape[1] - 1).long())
+
+
+def _kl(model: Any, hidden: Tensor, teacher: Tensor) -> Tensor:
     """Sum over tokens of KL(teacher || student) from final hidden states [t, d]."""
     student = head_logits(model, hidden).float().log_softmax(-1)
     target = head_logits(model, teacher).float().log_softmax(-1)
@@ -221,7 +240,7 @@ def _kl(model: nn.Module, hidden: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _kl_gradient(
-    model: nn.Module, teacher: Tensor, losses: list[float]
+    model: Any, teacher: Tensor, losses: list[float]
 ) -> Callable[[Tensor, slice], Tensor]:
     """d KL / d hidden for `backward_from_loss`; the loss of each part is appended to `losses`."""
 
