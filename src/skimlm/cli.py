@@ -95,11 +95,6 @@ def main() -> None:
     logging.disable_progress_bar()
 
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-POSITIVE = click.IntRange(min=1)
-FILE = click.Path(dir_okay=False)
-
-
 def _threads(ctx: click.Context, param: Any, value: int | None) -> None:
     if value:
         import torch
@@ -107,6 +102,9 @@ def _threads(ctx: click.Context, param: Any, value: int | None) -> None:
         torch.set_num_threads(value)
 
 
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+POSITIVE = click.IntRange(min=1)
+FILE = click.Path(dir_okay=False)
 THREADS = click.option(
     "--threads",
     type=POSITIVE,
@@ -115,6 +113,9 @@ THREADS = click.option(
     help="CPU threads to use; default: what torch finds.",
 )
 DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
+CACHE_DIR = click.option(
+    "--cache-dir", type=click.Path(file_okay=False), help="Where analyses are kept."
+)
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub model.")
 
 
@@ -150,7 +151,14 @@ def _load(model: str, device: str, revision: str | None) -> tuple[Any, Any]:
 @click.option("--bits", type=Bits(), help="All-in bits per weight, 1.5 to 8.  [default: 3.2]")
 @click.option("--size", type=Size(), help="Bytes of the whole folder: 80MB, 1.2GB (MB = 10^6).")
 @click.option("--index-bits", type=click.IntRange(1, 8), help="The same index width for every row.")
-@click.option("--embed-bits", type=click.Choice(["16", "8", "4"]), default="8", show_default=True)
+@click.option(
+    "--embed-bits",
+    type=click.Choice(["16", "8", "4"]),
+    default="8",
+    show_default=True,
+    callback=lambda ctx, param, value: int(value),
+    help="Bits of the embedding and the head.",
+)
 @click.option("--text", type=FILE, help="Calibration text or .jsonl; default: built in.")
 @click.option("--text-key", help="Key or keys,joined of a .jsonl row.")
 @click.option("--samples", type=POSITIVE, help="Calibration windows; default: the recipe's.")
@@ -160,43 +168,22 @@ def _load(model: str, device: str, revision: str | None) -> tuple[Any, Any]:
 @click.option(
     "--exclude", multiple=True, metavar="PATTERN", help="Leave these linears as they are."
 )
-@click.option("--cache-dir", type=click.Path(file_okay=False), help="Where analyses are kept.")
+@CACHE_DIR
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @REVISION
 @THREADS
 @JSON
-def compress(
-    model: str,
-    out: Path,
-    bits: float | None,
-    size: int | None,
-    index_bits: int | None,
-    embed_bits: str,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    as_json: bool,
-    **options: Any,
-) -> None:
+def compress(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress MODEL (folder, hub id or .gguf) into the folder OUT."""
-    if sum(value is not None for value in (bits, size, index_bits)) > 1:
+    if sum(options[name] is not None for name in ("bits", "size", "index_bits")) > 1:
         raise click.UsageError("give one of --bits, --size and --index-bits")
     from skimlm.compress import compress
     from skimlm.report import facts_text, progress_bars
 
+    options["bits"] = options["bits"] or 3.2
     with progress_bars() as progress:
-        report = compress(
-            model,
-            out,
-            bits=3.2 if bits is None else bits,
-            size=size,
-            index_bits=index_bits,
-            embed_bits=int(embed_bits),
-            include=include or None,
-            exclude=exclude or None,
-            progress=progress,
-            **options,
-        )
+        report = compress(model, out, progress=progress, **options)
     _print(report.to_json(), facts_text, as_json)
 
 
@@ -296,3 +283,17 @@ def info(as_json: bool) -> None:
     from skimlm.report import environment, facts_text
 
     _print(environment(), facts_text, as_json)
+
+
+@main.command()
+@click.option("--prune", is_flag=True, help="Delete every kept analysis.")
+@CACHE_DIR
+@JSON
+def cache(prune: bool, cache_dir: str | None, as_json: bool) -> None:
+    """List the analyses kept for further budgets of the same model, or delete them."""
+    from skimlm import analysis
+    from skimlm.report import cache_facts, cache_text
+
+    place = analysis.folder(cache_dir)
+    freed = analysis.prune(place) if prune else 0
+    _print(cache_facts(place, analysis.entries(place), freed), cache_text, as_json)

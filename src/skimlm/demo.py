@@ -85,7 +85,15 @@ def run(
         before = measure("measure", model, 16.0, full)
         del model
         small = Path(out) if out is not None else Path(scratch) / "small"
-        report = compress(full, small, recipe="fast", bits=bits, force=force, progress=progress)
+        report = compress(
+            full,
+            small,
+            recipe="fast",
+            bits=bits,
+            force=force,
+            cache_dir=Path(scratch) / "cache",  # its key is a folder that is about to vanish
+            progress=progress,
+        )
         model, tokenizer = checkpoint.load(small)
         after = measure("measure again", model, report.bits_per_weight, small)
     return {

@@ -8,8 +8,10 @@ of the compressed linears times 8 over their weights; all else counts in `bytes`
 import json
 import os
 import platform
+import re
 import resource
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -184,7 +186,28 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _numeric(cell: str) -> bool:
-    return cell[:1].isdigit() and "x" not in cell and ":" not in cell
+    return bool(re.fullmatch(r"[\d,.]+( ± [\d.]+)?|-", cell))
+
+
+def cache_facts(
+    place: Path, entries: Sequence[tuple[str, int, float]], freed: int
+) -> dict[str, Any]:
+    """Describe the analysis cache; an entry is (name, bytes, time of last use)."""
+    kept = [
+        {"name": name, "bytes": nbytes, "used": time.strftime("%F %H:%M", time.localtime(used))}
+        for name, nbytes, used in entries
+    ]
+    total = sum(nbytes for _, nbytes, _ in entries)
+    return {"path": str(place), "bytes": total, "freed_bytes": freed, "entries": kept}
+
+
+def cache_text(facts: Mapping[str, Any]) -> str:
+    """Lay out what `cache_facts` says."""
+    rows = [[e["name"], f"{e['bytes']:,}", e["used"]] for e in facts["entries"]]
+    total = f"{facts['path']}: {facts['bytes']:,} bytes in {len(rows)} analyses"
+    if facts["freed_bytes"]:
+        total += f", {facts['freed_bytes']:,} bytes freed"
+    return total + ("\n" + table([["analysis", "bytes", "last used"], *rows]) if rows else "")
 
 
 def environment() -> dict[str, Any]:
