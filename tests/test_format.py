@@ -1,4 +1,4 @@
-"""FORMAT.md and the golden file: bytes written by version 1 must be read for ever, and written again."""
+"""FORMAT.md and the golden file: what version 1 wrote is read for ever, and written the same."""
 
 import re
 from pathlib import Path

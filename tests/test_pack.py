@@ -1,4 +1,4 @@
-"""Packing against an oracle in plain Python integers, every width, and every way a file can be wrong."""
+"""Packing against an oracle in Python integers, every width, and every way a file can be wrong."""
 
 import dataclasses
 
@@ -36,7 +36,7 @@ def oracle_pack(q: P.QuantizedWeight) -> dict[str, bytes]:
 
 
 def oracle_value(q: P.QuantizedWeight, i: int, j: int) -> float:
-    """One weight, in Python's doubles: the three factors have few enough bits to multiply exactly."""
+    """One weight, in doubles: the three factors have few enough bits to multiply exactly."""
     code, b = int(q.codes[i, j]), int(q.widths[i])
     level = int(q.codebook[i, code]) if b <= 5 else code - int(q.row_zero[i])
     return level * float(q.row_scale[i]) * (1.0 if q.in_scale is None else float(q.in_scale[j]))
