@@ -1,8 +1,9 @@
-"""The operations of a compressed linear in plain torch: readable, the oracle of every fast path.
+"""The operations of a compressed linear: a readable torch version, and the native one beside it.
 
-`dequantize_packed` reads the buffers as they are stored (see `weights/pack.py`): for every width in
-use, cut the rows' bytes into codes, look the codes up, scale the rows, and put them back in the
-model's row order.
+`dequantize_packed` turns the buffers as they are stored (see `weights/pack.py`) into a matrix. On
+the CPU, for float32 and bfloat16, native code does it; elsewhere, and as its oracle,
+`dequantize_reference`: for every width in use, cut the rows' bytes into codes, look the codes up,
+scale the rows, and put them back in the model's row order. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from skimlm import native
 from skimlm.weights.pack import stored_groups, unpack_codes
 
 CHUNK = 2**22  # codes turned into float32 at a time: bounds the temporaries to about 60 MB
@@ -25,7 +27,36 @@ def dequantize_packed(
     cols: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Turn stored buffers into the weight `[r, cols]`: in float32, rounded once to `dtype`."""
+    """Turn stored buffers into the weight `[r, cols]`: in float32, rounded once to `dtype`.
+
+    The buffers must be consistent (`weights.pack.check_stored`); loading a model checks them.
+    """
+    if weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return dequantize_reference(
+            weight, widths, codebook, row_scale, row_zero, in_scale, cols, dtype
+        )
+    out = torch.empty(len(widths), cols, dtype=dtype)
+    native.call(
+        "unpack",
+        *(weight, widths, codebook, row_scale, row_zero, in_scale, out),
+        int(dtype == torch.bfloat16),
+        len(widths),
+        cols,
+    )
+    return out
+
+
+def dequantize_reference(
+    weight: Tensor,
+    widths: Tensor,
+    codebook: Tensor | None,
+    row_scale: Tensor,
+    row_zero: Tensor | None,
+    in_scale: Tensor | None,
+    cols: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The same in torch, on any device."""
     stored = dict(weight=weight, widths=widths, row_scale=row_scale)
     optional = dict(codebook=codebook, row_zero=row_zero)
     stored |= {name: tensor for name, tensor in optional.items() if tensor is not None}

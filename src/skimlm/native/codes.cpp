@@ -19,6 +19,37 @@ inline float from_bf16(uint16_t x) {
   return out;
 }
 
+inline float from_fp16(uint16_t x) {
+  const int exponent = (x >> 10) & 31, mantissa = x & 1023;
+  const float magnitude = exponent == 0    ? std::ldexp(float(mantissa), -24)
+                          : exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                           : std::ldexp(float(mantissa + 1024), exponent - 25);
+  return x & 0x8000 ? -magnitude : magnitude;
+}
+
+// Codes of one row: eight of them are B whole bytes, read as one little-endian word.
+template <int B>
+void cut(const uint8_t* row, uint8_t* code, int64_t c) {
+  constexpr uint64_t mask = (uint64_t(1) << B) - 1;
+  auto eight = [&](uint64_t word, uint8_t* to) {
+    for (int t = 0; t < 8; ++t) to[t] = uint8_t((word >> (B * t)) & mask);
+  };
+  int64_t j = 0;
+  for (; j + 8 <= c; j += 8, row += B) {
+    uint64_t word = 0;
+    std::memcpy(&word, row, B);
+    eight(word, code + j);
+  }
+  if (j < c) {
+    uint64_t word = 0;
+    std::memcpy(&word, row, ((c - j) * B + 7) / 8);
+    eight(word, code + j);  // code has room for eight more
+  }
+}
+
+using Cut = void (*)(const uint8_t*, uint8_t*, int64_t);
+const Cut cut_row[9] = {nullptr, cut<1>, cut<2>, cut<3>, cut<4>, cut<5>, cut<6>, cut<7>, cut<8>};
+
 }  // namespace
 
 void skimlm_nearest_codes(const float* w, const float* codebook, const int32_t* sizes,
@@ -70,44 +101,49 @@ void skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradient, float* o
   });
 }
 
-void skimlm_unpack_rows(const uint8_t* packed, const int64_t* offsets, const uint8_t* widths,
-                                const int64_t* target, const float* table, const float* scale,
-                                const float* zero, const float* in_scale, void* out, int64_t out_bf16,
-                                int64_t r, int64_t c, int threads) {
+void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* codebook,
+                   const uint16_t* row_scale, const int16_t* row_zero, const uint16_t* in_scale,
+                   void* out, int64_t out_bf16, int64_t r, int64_t c, int threads) {
+  struct Place {
+    int64_t row, bytes, levels;  // target row, where its codes begin, where its levels or zero do
+  };
+  std::vector<Place> places;
+  places.reserve(r);
+  int64_t bytes = 0, levels = 0, zeros = 0;
+  for (int b = 1; b <= 8; ++b)
+    for (int64_t i = 0; i < r; ++i) {
+      if (widths[i] != b) continue;
+      places.push_back({i, bytes, b <= 5 ? levels : zeros});
+      bytes += (c * b + 7) / 8;
+      (b <= 5 ? levels : zeros) += b <= 5 ? 1 << b : 1;
+    }
+  std::vector<float> column(in_scale ? c : 0);
+  for (size_t j = 0; j < column.size(); ++j) column[j] = from_fp16(in_scale[j]);
+
   parallel_rows(r, 16, threads, [&](int64_t first, int64_t last) {
-    std::vector<uint8_t> bytes(c + 8), code(c + 8);
-    std::vector<float> value(c + 8);
+    std::vector<uint8_t> code(c + 8);
+    std::vector<float> value(c);
     for (int64_t i = first; i < last; ++i) {
-      const int b = widths[i];
-      const int64_t n = (c * b + 7) / 8, whole = n / b * b;
-      const uint8_t* row = packed + offsets[i];
-      const uint64_t mask = (1u << b) - 1;
-      // Eight codes are b whole bytes; the rest of the row goes through a padded copy.
-      int64_t at = 0, j = 0;
-      uint8_t tail[16] = {0};
-      for (; j < c; j += 8, at += b) {
-        uint64_t word = 0;
-        if (at + b <= whole) {
-          std::memcpy(&word, row + at, b);
-        } else {
-          std::memcpy(tail, row + at, n - at);
-          std::memcpy(&word, tail, b);
-        }
-        for (int t = 0; t < 8; ++t) code[j + t] = uint8_t((word >> (b * t)) & mask);
-      }
+      const Place& place = places[i];
+      const int b = widths[place.row];
+      const uint8_t* row = packed + place.bytes;
+      cut_row[b](row, code.data(), c);
+      const float scale = from_bf16(row_scale[i]);
+      float entry[32];
       if (b <= 5) {
-        const float* entry = table + i * 32;
-        for (int64_t t = 0; t < c; ++t) value[t] = entry[code[t]];
+        for (int m = 0; m < 1 << b; ++m) entry[m] = float(codebook[place.levels + m]) * scale;
+        for (int64_t j = 0; j < c; ++j) value[j] = entry[code[j]];
       } else {
-        for (int64_t t = 0; t < c; ++t) value[t] = (float(code[t]) - zero[i]) * scale[i];
+        const float zero = row_zero[place.levels];
+        for (int64_t j = 0; j < c; ++j) value[j] = (float(code[j]) - zero) * scale;
       }
       if (in_scale)
-        for (int64_t t = 0; t < c; ++t) value[t] *= in_scale[t];
+        for (int64_t j = 0; j < c; ++j) value[j] *= column[j];
       if (out_bf16) {
-        uint16_t* to = static_cast<uint16_t*>(out) + target[i] * c;
-        for (int64_t t = 0; t < c; ++t) to[t] = to_bf16(value[t]);
+        uint16_t* to = static_cast<uint16_t*>(out) + place.row * c;
+        for (int64_t j = 0; j < c; ++j) to[j] = to_bf16(value[j]);
       } else {
-        std::memcpy(static_cast<float*>(out) + target[i] * c, value.data(), c * sizeof(float));
+        std::memcpy(static_cast<float*>(out) + place.row * c, value.data(), c * sizeof(float));
       }
     }
   });

@@ -40,9 +40,10 @@ SKIMLM_API void skimlm_lookup_bf16(const uint8_t* codes, const float* codebook, 
 SKIMLM_API void skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradient, float* out,
                                    int64_t r, int64_t c, int64_t k, int threads);
 
-// Dense rows out of a packed linear (kernels.py, FORMAT.md). Per stored row: byte offset, width,
-// target row, 32 float values (width <= 5) or scale and zero (width >= 6). out is float, or bfloat16.
-SKIMLM_API void skimlm_unpack_rows(const uint8_t* packed, const int64_t* offsets, const uint8_t* widths,
-                                   const int64_t* target, const float* table, const float* scale,
-                                   const float* zero, const float* in_scale, void* out, int64_t out_bf16,
-                                   int64_t r, int64_t c, int threads);
+// The dense matrix of a packed linear, out [r, c] as float or bfloat16 bits (kernels.py, FORMAT.md).
+// widths are in row order; packed, codebook (int8), row_scale (bfloat16 bits) and row_zero are in stored
+// order, i.e. rows stably sorted by width; in_scale [c] is float16 bits, or null.
+SKIMLM_API void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* codebook,
+                              const uint16_t* row_scale, const int16_t* row_zero,
+                              const uint16_t* in_scale, void* out, int64_t out_bf16, int64_t r,
+                              int64_t c, int threads);
