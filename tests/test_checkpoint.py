@@ -306,10 +306,11 @@ def write_gguf(file, model, tokenizer):
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    # the reader wants one merge at least: the last byte makes room for it
-    writer.add_token_list([token if i != 255 else "ab" for token, i in vocab])
+    # old readers want a list of merges, not one: the last two bytes make room for them
+    merged = {254: "ab", 255: "ba"}
+    writer.add_token_list([merged.get(i, token) for token, i in vocab])
     writer.add_token_types([3 if i > 255 else 1 for _, i in vocab])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "b a"])
     writer.add_bos_token_id(257)
     writer.add_eos_token_id(258)
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "mlp.up_proj": "ffn_up"}
