@@ -141,6 +141,13 @@ def test_a_model_that_bypasses_its_decoder_is_refused(tokenizer, monkeypatch):
         perplexity(model, tokenizer, TEXT, seq_len=32)
 
 
+def test_a_model_gone_wrong_has_no_perplexity(tokenizer):
+    model = tiny_model()
+    model.get_decoder().norm.weight.data[3] = float("nan")
+    with pytest.raises(SkimError, match="window 1: the model's output is not finite"):
+        perplexity(model, tokenizer, TEXT, seq_len=32)
+
+
 def test_progress_counts_windows(tokenizer):
     seen = []
     perplexity(tiny_model(), tokenizer, TEXT, seq_len=64, progress=lambda *args: seen.append(args))

@@ -5,7 +5,7 @@ import torch
 
 from conftest import byte_tokenizer, tiny_model
 from skimlm.errors import SkimError
-from skimlm.generate import generate
+from skimlm.generate import _stream, generate
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}>{% endif %}"
@@ -62,6 +62,16 @@ def test_sampling_follows_its_seed(tokenizer):
         return generate(model, tokenizer, "abc", 16, temperature=1.5, seed=seed).text
 
     assert sample(1) == sample(1) != sample(2)
+
+
+def test_pieces_are_whole_and_spaces_survive(tokenizer):
+    text, pieces = " two  words\n\n é and more ", []
+    stream = _stream(tokenizer, pieces.append)
+    stream.put(tokenizer("the prompt", return_tensors="pt").input_ids)
+    for token in tokenizer(text).input_ids:
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert "".join(pieces) == text and len(pieces) > 3
 
 
 def test_one_token_has_no_rate(tokenizer):

@@ -82,6 +82,8 @@ def perplexity(
         for window in range(windows):
             piece = ids[None, window * seq_len : (window + 1) * seq_len].to(model.device)
             nll.append(float(token_nll(model, piece).mean(dtype=torch.float64)))
+            if not math.isfinite(nll[-1]):
+                raise SkimError(f"window {window + 1}: the model's output is not finite")
             if progress:
                 progress("perplexity", window + 1, windows)
     seconds = time.perf_counter() - start
