@@ -7,7 +7,7 @@ import torch
 
 from conftest import random_quantized
 from skimlm.errors import FormatError, SkimError
-from skimlm.kernels import dequantize_packed
+from skimlm.kernels import dequantize_packed, dequantize_reference
 from skimlm.weights import pack as P
 
 
@@ -67,24 +67,33 @@ def test_unpack_inverts_pack(rows, cols, widths, scaled):
     assert equal(P.unpack(P.pack(q), rows, cols), q)
 
 
+def stored_arguments(q: P.QuantizedWeight) -> tuple:
+    """The stored tensors in the order the kernels take them."""
+    stored = P.pack(q)
+    names = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
+    return *(stored.get(name) for name in names), q.codes.shape[1]
+
+
 @pytest.mark.parametrize("rows, cols, widths, scaled", CASES)
-def test_both_dequantizers_give_the_oracles_values(rows, cols, widths, scaled):
+def test_dequantizing_in_torch_gives_the_oracles_values(rows, cols, widths, scaled):
     q = random_quantized(rows, cols, seed=cols, in_scale=scaled, widths=widths)
     want = torch.tensor([[oracle_value(q, i, j) for j in range(cols)] for i in range(rows)])
-    stored = P.pack(q)
-    optional = [stored.get(name) for name in ("codebook", "row_scale", "row_zero", "in_scale")]
     assert torch.equal(P.dequantize(q), want)
-    packed = dequantize_packed(stored["weight"], stored["widths"], *optional, cols)
-    assert torch.equal(packed, want)
+    assert torch.equal(dequantize_reference(*stored_arguments(q)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, cols, widths, scaled", CASES)
+def test_dequantizing_natively_gives_the_same_bits(isa, rows, cols, widths, scaled, dtype):
+    q = random_quantized(rows, cols, seed=cols, in_scale=scaled, widths=widths)
+    want = P.dequantize(q).to(dtype)
+    assert torch.equal(dequantize_packed(*stored_arguments(q), dtype), want)
 
 
 def test_rows_cut_into_chunks_give_the_same_weight(monkeypatch):
     q = random_quantized(33, 9, in_scale=True)
-    stored = P.pack(q)
-    optional = [stored.get(name) for name in ("codebook", "row_scale", "row_zero", "in_scale")]
     monkeypatch.setattr("skimlm.kernels.CHUNK", 20)
-    packed = dequantize_packed(stored["weight"], stored["widths"], *optional, 9)
-    assert torch.equal(packed, P.dequantize(q))
+    assert torch.equal(dequantize_reference(*stored_arguments(q)), P.dequantize(q))
 
 
 @pytest.mark.parametrize("width", range(1, 9))
