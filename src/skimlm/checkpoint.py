@@ -66,7 +66,7 @@ def open_checkpoint(
     files = shards.tensor_files(path)
     if not compressed:
         _check_shapes(path, config, files)
-        shards.check_finite(files)
+    shards.check_finite(files)
     return Checkpoint(path, config, {name: file for name, (file, _) in files.items()}, compressed)
 
 

@@ -12,6 +12,7 @@ no calibration.
 """
 
 import dataclasses
+import hashlib
 import os
 import resource
 import time
@@ -174,7 +175,11 @@ def compress(
     achieved = price.bits(widths) / price.total
     losses: list[float] = []
     if not dry_run:
-        quantized, losses = quantize(model, linears, stored, widths, plan, ids, progress, clock)
+        # A run that was interrupted during the training finds its state here and goes on.
+        state = cache / f"{key}-{_digest(widths)}.state"
+        quantized, losses = quantize(
+            model, linears, stored, widths, plan, ids, progress, clock, state
+        )
         with clock("write"):
             checkpoint.save(
                 out,
@@ -186,6 +191,7 @@ def compress(
                 provenance=provenance,
                 force=force,
             )
+        state.unlink(missing_ok=True)
     return Report(
         out=str(out),
         method=method,
@@ -214,11 +220,13 @@ def quantize(
     ids: Tensor,
     progress: Progress,
     clock: "Clock",
+    state_file: Path | None = None,
+    teacher: dict[int, Tensor] | None = None,
 ) -> tuple[dict[str, QuantizedWeight], list[float]]:
     """Fit every linear at its widths, train if the plan says so, and round to what is stored.
 
     Trained norm weights are put into `model`; its linears are left alone. Also returns the held-out
-    losses of the training.
+    losses of the training. For `state_file` and `teacher` see `weights.train.train`.
     """
     with clock("fit"):
         fits = fit_all(linears, stored, widths, plan, progress)
@@ -231,6 +239,8 @@ def quantize(
                 fits,
                 ids,
                 steps=plan.steps,
+                state_file=state_file,
+                teacher=teacher,
                 progress=lambda done, total, _loss: progress("train", done, total),
             )
             with torch.no_grad():
@@ -286,6 +296,10 @@ def _published_scale(
     after = scaled_error(w, again.dense(), h, weight, s)
     best, fit.in_scale, again.in_scale = (again if after < before else fit), ones, s
     return best
+
+
+def _digest(widths: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(torch.cat(list(widths.values())).numpy().tobytes()).hexdigest()[:16]
 
 
 class Clock:

@@ -116,12 +116,16 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def check_finite(files: Mapping[str, tuple[Path, Mapping]]) -> None:
-    """Read every tensor once, one at a time, and refuse NaN and Inf."""
-    for file in sorted({file for file, _ in files.values()}):
+def check_finite(files: Mapping[str, tuple[Path, Mapping[str, Any]]]) -> None:
+    """Read every tensor of floats once, one at a time, and refuse NaN and Inf."""
+    floats: dict[Path, list[str]] = {}
+    for name, (file, entry) in files.items():
+        if entry["dtype"].startswith(("F", "BF")):
+            floats.setdefault(file, []).append(name)
+    for file, names in floats.items():
         try:
             with safe_open(file, framework="pt") as shard:
-                for name in (name for name, (home, _) in files.items() if home == file):
+                for name in names:
                     if not finite(shard.get_tensor(name)):
                         raise FormatError("holds NaN or Inf", file=file, tensor=name)
         except SafetensorError as error:

@@ -74,9 +74,7 @@ class SkimlmConfig(QuantizationConfigMixin):
 class SkimlmQuantizer(HfQuantizer):
     """Gives a model its compressed layers, and takes them away again."""
 
-    requires_calibration = (
-        True  # a dense model is compressed by `skimlm compress`, not while loading
-    )
+    requires_calibration = True  # dense models are not compressed while loading
     quantization_config: SkimlmConfig
 
     def _process_model_before_weight_loading(

@@ -19,26 +19,29 @@ namespace {
 
 struct Row {
   std::vector<double> s0, s1;
+  double tiny;                                 // below this an interval's weight is rounding error
   std::vector<double> before, after;           // D_{k-1}, D_k
   std::vector<std::vector<int32_t>> split;     // split[k][i]: where the last of k clusters begins
   std::vector<std::pair<float, float>> points; // (w, f), ascending w
 };
 
 // Least value over j in [lo, hi] of d[j] - (s1i - s1[j])^2 / (s0i - s0[j]); the first j wins ties.
-// A weightless interval has both sums zero and costs nothing: DBL_MIN keeps 0 / 0 away.
+// An interval lighter than `tiny`, the rounding error of s0, has no mean to speak of and counts as
+// weighing that much: its share of the cost is below what the sums resolve, but dividing by a weight
+// that rounded to nothing would turn it into a fortune.
 inline double best_split(const double* d, const double* s0, const double* s1, int lo, int hi,
-                         double s0i, double s1i, int* arg) {
+                         double s0i, double s1i, double tiny, int* arg) {
   double best = INFINITY;
   int at = lo, j = lo;
 #if defined(__AVX512F__)
   if (hi - lo >= 7) {
-    const __m512d v0 = _mm512_set1_pd(s0i), v1 = _mm512_set1_pd(s1i), tiny = _mm512_set1_pd(DBL_MIN);
+    const __m512d v0 = _mm512_set1_pd(s0i), v1 = _mm512_set1_pd(s1i), least_weight = _mm512_set1_pd(tiny);
     __m512d least = _mm512_set1_pd(INFINITY);
     __m512i where = _mm512_set1_epi64(lo), index = _mm512_add_epi64(_mm512_set1_epi64(lo),
         _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
     for (; j + 7 <= hi; j += 8, index = _mm512_add_epi64(index, _mm512_set1_epi64(8))) {
       __m512d a = _mm512_sub_pd(v1, _mm512_loadu_pd(s1 + j));
-      __m512d b = _mm512_max_pd(_mm512_sub_pd(v0, _mm512_loadu_pd(s0 + j)), tiny);
+      __m512d b = _mm512_max_pd(_mm512_sub_pd(v0, _mm512_loadu_pd(s0 + j)), least_weight);
       __m512d v = _mm512_sub_pd(_mm512_loadu_pd(d + j), _mm512_div_pd(_mm512_mul_pd(a, a), b));
       __mmask8 m = _mm512_cmp_pd_mask(v, least, _CMP_LT_OQ);
       least = _mm512_mask_mov_pd(least, m, v);
@@ -50,12 +53,12 @@ inline double best_split(const double* d, const double* s0, const double* s1, in
   }
 #elif defined(__AVX2__)
   if (hi - lo >= 3) {
-    const __m256d v0 = _mm256_set1_pd(s0i), v1 = _mm256_set1_pd(s1i), tiny = _mm256_set1_pd(DBL_MIN);
+    const __m256d v0 = _mm256_set1_pd(s0i), v1 = _mm256_set1_pd(s1i), least_weight = _mm256_set1_pd(tiny);
     __m256d least = _mm256_set1_pd(INFINITY), where = _mm256_set1_pd(lo);
     __m256d index = _mm256_add_pd(where, _mm256_set_pd(3, 2, 1, 0));
     for (; j + 3 <= hi; j += 4, index = _mm256_add_pd(index, _mm256_set1_pd(4))) {
       __m256d a = _mm256_sub_pd(v1, _mm256_loadu_pd(s1 + j));
-      __m256d b = _mm256_max_pd(_mm256_sub_pd(v0, _mm256_loadu_pd(s0 + j)), tiny);
+      __m256d b = _mm256_max_pd(_mm256_sub_pd(v0, _mm256_loadu_pd(s0 + j)), least_weight);
       __m256d v = _mm256_sub_pd(_mm256_loadu_pd(d + j), _mm256_div_pd(_mm256_mul_pd(a, a), b));
       __m256d m = _mm256_cmp_pd(v, least, _CMP_LT_OQ);
       least = _mm256_blendv_pd(least, v, m);
@@ -70,7 +73,7 @@ inline double best_split(const double* d, const double* s0, const double* s1, in
   }
 #endif
   for (; j <= hi; ++j) {
-    double a = s1i - s1[j], b = std::max(s0i - s0[j], DBL_MIN), v = d[j] - a * a / b;
+    double a = s1i - s1[j], b = std::max(s0i - s0[j], tiny), v = d[j] - a * a / b;
     if (v < best) best = v, at = j;
   }
   *arg = at;
@@ -83,12 +86,23 @@ void divide(Row& row, int k, int lo, int hi, int from, int to) {
     int mid = (lo + hi) / 2, at;
     int first = std::max({from, k - 1, row.split[k - 1][mid]}), last = std::min(to, mid - 1);
     row.after[mid] = best_split(row.before.data(), row.s0.data(), row.s1.data(), first, last,
-                                row.s0[mid], row.s1[mid], &at);
+                                row.s0[mid], row.s1[mid], row.tiny, &at);
     row.split[k][mid] = at;
     divide(row, k, lo, mid - 1, from, at);
     lo = mid + 1;
     from = at;
   }
+}
+
+// Weighted mean of a cluster, from the points: differences of the prefix sums lose its last digits.
+// One without weight still stands for its points, by their plain middle. Adds what it costs.
+double centre(const std::pair<float, float>* first, const std::pair<float, float>* last, double* cost) {
+  const double low = first->first, high = last[-1].first;
+  double mass = 0, sum = 0;
+  for (auto p = first; p < last; ++p) mass += p->second, sum += p->second * (p->first - low);
+  const double mean = mass > 0 ? std::min(low + sum / mass, high) : 0.5 * (low + high);
+  for (auto p = first; p < last; ++p) *cost += p->second * (p->first - mean) * (p->first - mean);
+  return mean;
 }
 
 void fit_row(Row& row, const float* w, const float* f, int c, int max_bits, float* centroids,
@@ -104,37 +118,30 @@ void fit_row(Row& row, const float* w, const float* f, int c, int max_bits, floa
 
   row.s0.assign(c + 1, 0), row.s1.assign(c + 1, 0);
   row.before.assign(c + 1, 0), row.after.assign(c + 1, 0);
-  double s2 = 0;
   for (int j = 0; j < c; ++j) {
     double x = row.points[j].first - mean, weight = row.points[j].second;
     row.s0[j + 1] = row.s0[j] + weight;
     row.s1[j + 1] = row.s1[j] + weight * x;
-    s2 += weight * x * x;
   }
+  row.tiny = c * DBL_EPSILON * row.s0[c];
   const int top = std::min(1 << max_bits, c);  // more clusters than points are never needed
   row.split.resize(top + 1);
   for (auto& s : row.split) s.assign(c + 1, 0);
   for (int i = 1; i <= c; ++i) {
     double a = row.s1[i];
-    row.before[i] = -a * a / std::max(row.s0[i], DBL_MIN);
+    row.before[i] = -a * a / std::max(row.s0[i], row.tiny);
   }
-  std::vector<double> total(top + 1, 0);
-  total[1] = row.before[c];
   for (int k = 2; k <= top; ++k) {
     divide(row, k, k == top ? c : k, c, k - 1, c - 1);  // the last count is asked at i = c only
-    total[k] = row.after[c];
     std::swap(row.before, row.after);
   }
   float* out = centroids;
   for (int b = 1; b <= max_bits; ++b) {
     const int k = 1 << b, used = std::min(k, top);
-    costs[b - 1] = std::max(0.0, total[used] + s2);
+    costs[b - 1] = 0;
     for (int m = used, end = c; m >= 1; --m) {
       const int begin = m == 1 ? 0 : row.split[m][end];
-      const double weight = row.s0[end] - row.s0[begin];
-      // A cluster without weight still stands for its points: use their plain middle.
-      const double x = weight > 0 ? (row.s1[end] - row.s1[begin]) / weight + mean
-                                  : 0.5 * (double(row.points[begin].first) + row.points[end - 1].first);
+      const double x = centre(row.points.data() + begin, row.points.data() + end, &costs[b - 1]);
       out[m - 1] = static_cast<float>(x);
       end = begin;
     }

@@ -46,6 +46,8 @@ def nearest(w: Tensor, codebook: Tensor, sizes: Tensor) -> Tensor:
     native.require("w", w, torch.float32, (r, c))
     native.require("codebook", codebook, torch.float32, (r, k))
     native.require("sizes", sizes, torch.int32, (r,))
+    if r and not 1 <= int(sizes.min()) <= int(sizes.max()) <= k:
+        raise ValueError(f"codebooks here have 1..{k} entries, got sizes {sizes.tolist()}")
     codes = torch.empty(r, c, dtype=torch.uint8)
     native.call("nearest_codes", w.contiguous(), codebook.contiguous(), sizes, codes, r, c, k)
     return codes

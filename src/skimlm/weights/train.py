@@ -1,19 +1,27 @@
 """End-loss training of what a fitted model can still move: codebooks and norm weights, codes fixed.
 
 Loss: KL(original || compressed) on calibration windows, summed over tokens. A codebook entry
-gathers the gradient of all weights that share it, so a few hundred thousand free numbers are
-trained instead of the weights themselves. Guard: the loss on held-out windows is measured before,
-during and after, and the best state seen is the one kept, the start included. (Not in the SKIM
-paper; cf. PV-Tuning 2405.14852, which also moves codes and needs far more tokens.)
+gathers the gradient of all weights that share it, so about a million numbers are trained instead of
+the weights themselves (moving codes too, as PV-Tuning 2405.14852 does, needs far more tokens than a
+CPU sees in minutes). Guard: the loss on held-out windows is measured before, during and after, and
+the best state seen is kept, the start included. Not in the SKIM paper.
+
+Parameters are relative: codebook = start + theta * spread of its row, norm = original * (1 + gain).
 """
 
+import json
 import math
+import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from skimlm import native
@@ -21,6 +29,119 @@ from skimlm.calibrate import backward_from_loss, final_hidden, head_logits
 from skimlm.weights.fit import Fit
 
 HELD_OUT = 8  # windows
+CHECKS = 3  # times the held-out loss is measured along the way
+BETAS = (0.9, 0.98)
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass
+class State:
+    """Everything a run needs to go on: parameters, Adam's moments, the best seen, losses so far."""
+
+    step: int = 0
+    values: dict[str, Tensor] = field(default_factory=dict)  # theta.NAME [r, k], gain.NAME [c]
+    first: dict[str, Tensor] = field(default_factory=dict)
+    second: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)  # values at the least held-out loss
+    losses: list[float] = field(default_factory=list)  # held out, nats per token
+
+
+def train(
+    model: Any,
+    linears: dict[str, nn.Linear],
+    fits: dict[str, Fit],
+    ids: Tensor,
+    *,
+    steps: int,
+    batch: int = 2,
+    lr: float = 1e-3,
+    norm_lr: float = 5e-4,
+    state_file: Path | None = None,
+    teacher: dict[int, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Train the codebooks of `fits` in place, on all windows `ids` [n, t] but the last `HELD_OUT`.
+
+    Returns the trained norm weights (the model's own are left as they were) and the held-out losses
+    at the start and at each check. `lr` is relative to the spread of a row's codebook, `norm_lr` to
+    each norm weight. With `state_file` the state is kept there at every check, and a run that finds
+    one goes on from it to the same result. `teacher` collects the original's hidden states per
+    window: pass the same dict again to train another width without computing them again.
+    """
+    held = min(HELD_OUT, len(ids) // 2)
+    ids, unseen = ids[: len(ids) - held], ids[len(ids) - held :]
+    norms = {n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")}
+    original = {n: p.detach().clone() for n, p in norms.items()}
+    base = {n: f.codebook[:, : int(f.sizes.max())].contiguous() for n, f in fits.items()}
+    spread = {n: b.std(1, keepdim=True, correction=0).clamp(min=1e-12) for n, b in base.items()}
+    state = _read(state_file) or _begin(base, original)
+    order = _order(len(ids), batch, steps)
+    marks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+
+    def codebooks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: base[n] + values[f"theta.{n}"] * spread[n] for n in fits}
+
+    def norm_weights(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: (o.float() * (1 + values[f"gain.{n}"])).to(o.dtype) for n, o in original.items()}
+
+    with _frozen(model):
+        teacher = {} if teacher is None else teacher
+        unseen_teacher = [_hidden(model, unseen[i : i + batch]) for i in range(0, held, batch)]
+
+        def held_out_loss(values: Mapping[str, Tensor]) -> float:
+            with fitted(linears, fits, codebooks(values)), _placed(norms, norm_weights(values)):
+                parts = [_hidden(model, unseen[i : i + batch]) for i in range(0, held, batch)]
+            return sum(map(_kl_sum, [model] * len(parts), parts, unseen_teacher)) / unseen.numel()
+
+        if not state.losses:
+            state.losses.append(held_out_loss(state.values))
+        while state.step < steps:
+            rows = order[state.step]
+            for i in set(rows) - set(teacher):
+                teacher[i] = _hidden(model, ids[i : i + 1])
+            books = {n: b.requires_grad_() for n, b in codebooks(state.values).items()}
+            target = torch.cat([teacher[i] for i in rows])
+            losses: list[float] = []
+            with (
+                fitted(linears, fits, books),
+                _placed(norms, norm_weights(state.values), grad=True),
+            ):
+                hidden = final_hidden(model, ids[rows])
+                backward_from_loss(hidden, _kl_gradient(model, target, losses))
+                moved = {f"theta.{n}": (b.grad, spread[n]) for n, b in books.items()}
+                moved |= {f"gain.{n}": (p.grad, original[n].float()) for n, p in norms.items()}
+                for p in norms.values():
+                    p.grad = None
+            rate = _schedule(state.step, steps)
+            for name, (grad, unit) in moved.items():
+                if grad is not None:
+                    size = lr if name.startswith("theta.") else norm_lr
+                    _adam(state, name, grad.float() * unit / len(target), size * rate)
+            state.step += 1
+            if progress:
+                progress(state.step, steps, sum(losses) / len(target))
+            if state.step in marks:
+                state.losses.append(held_out_loss(state.values))
+                if state.losses[-1] <= min(state.losses):
+                    state.best = {n: v.clone() for n, v in state.values.items()}
+                _write(state_file, state)
+    for name, codebook in codebooks(state.best).items():
+        fits[name].codebook[:, : codebook.shape[1]] = codebook
+        sort_entries(fits[name])
+    return norm_weights(state.best), state.losses
+
+
+def sort_entries(fit: Fit) -> None:
+    """Put every codebook back in ascending order and rename the codes; values do not change."""
+    unused = torch.arange(fit.codebook.shape[1]) >= fit.sizes[:, None]
+    fit.codebook, order = fit.codebook.masked_fill(unused, torch.inf).sort(stable=True, dim=1)
+    last = fit.codebook.gather(1, fit.sizes.long()[:, None] - 1)
+    fit.codebook = torch.where(unused, last, fit.codebook)
+    rank = order.argsort(1).to(torch.uint8)
+    fit.codes = rank.gather(1, fit.codes.clamp(max=rank.shape[1] - 1).long())
+
+
+# ---- the forward pass
 
 
 class _Lookup(torch.autograd.Function):
@@ -38,6 +159,7 @@ class _Lookup(torch.autograd.Function):
             w[fixed[0]] = fixed[1].to(x.dtype)
         ctx.save_for_backward(x, w, codes)
         ctx.entries = codebook.shape[1]
+        ctx.fixed = None if fixed is None else fixed[0]
         return x @ w.T
 
     @staticmethod
@@ -50,22 +172,24 @@ class _Lookup(torch.autograd.Function):
             native.call("reduce_bf16", codes, full, out, r, c, ctx.entries)
         else:
             out.scatter_add_(1, codes.long(), full.float())
+        if ctx.fixed is not None:
+            out[ctx.fixed] = 0  # rows on a grid have no codebook to train
         return gradient @ w, out, None, None
 
 
 @contextmanager
 def fitted(
-    linears: dict[str, nn.Linear], fits: dict[str, Fit], codebooks: dict[str, Tensor]
-) -> Iterator:
+    linears: Mapping[str, nn.Linear], fits: Mapping[str, Fit], codebooks: Mapping[str, Tensor]
+) -> Iterator[None]:
     """Within the block the linears compute with `codebooks` and the codes of their fits."""
 
     def watch(name: str):
         fit = fits[name]
         wide = ~fit.table_rows
-        dense = fit.dense() if bool(wide.any()) else None
-        if dense is not None and fit.in_scale is not None:
-            dense = dense / fit.in_scale
-        fixed = None if dense is None else (wide, dense[wide])
+        fixed = None
+        if bool(wide.any()):
+            dense = fit.dense() if fit.in_scale is None else fit.dense() / fit.in_scale
+            fixed = (wide, dense[wide])
 
         def forward(self: nn.Linear, x: Tensor) -> Tensor:
             if fit.in_scale is not None:
@@ -81,155 +205,43 @@ def fitted(
         yield
     finally:
         for linear in linears.values():
-            del linear.forward
+            linear.__dict__.pop("forward", None)
 
 
-def train(
-    model: Any,
-    linears: dict[str, nn.Linear],
-    fits: dict[str, Fit],
-    ids: Tensor,
-    *,
-    steps: int,
-    batch: int = 2,
-    lr: float = 1e-3,
-    norm_lr: float = 5e-4,
-    checks: int = 3,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> tuple[dict[str, Tensor], list[float]]:
-    """Train the codebooks of `fits` in place, on all windows `ids` [n, t] but the last `HELD_OUT`.
-
-    Returns the trained norm weights (the model's own are left as they were) and the held-out
-    losses, in nats per token, at the start and at each check. `lr` is relative to each row's
-    codebook spread, `norm_lr` to each norm weight.
-    """
-    held = ids[-HELD_OUT:]
-    ids = ids[:-HELD_OUT]
-    norms = {n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")}
-    original = {n: p.detach().clone() for n, p in norms.items()}
-    gain = {n: torch.zeros_like(p, dtype=torch.float32).requires_grad_() for n, p in norms.items()}
-    spread = {n: f.codebook.std(1, keepdim=True).clamp(min=1e-12) for n, f in fits.items()}
-    base = {n: f.codebook[:, : int(f.sizes.max())].contiguous() for n, f in fits.items()}
-    theta = {n: torch.zeros_like(base[n]).requires_grad_() for n in fits}
-    groups = [
-        {"params": list(theta.values()), "lr": lr},
-        {"params": list(gain.values()), "lr": norm_lr},
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.98))
-    warm = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * i / steps))
-    )
-    codebooks: dict[str, Tensor] = {}
-    teacher: dict[int, Tensor] = {}
-
-    def place() -> None:
-        """Put the current parameters where the forward pass reads them."""
-        for name in fits:
-            codebooks[name] = (base[name] + theta[name].detach() * spread[name]).requires_grad_()
-        with torch.no_grad():
-            for name, p in norms.items():
-                p.copy_(original[name].float() * (1 + gain[name]))
-
-    def restore() -> None:
-        with torch.no_grad():
-            for name, p in norms.items():
-                p.copy_(original[name])
-
-    def teach(rows: list[int], source: Tensor) -> None:
-        """Final hidden states of the original model for windows not seen before."""
-        missing = [i for i in rows if i not in teacher]
-        if missing:
-            restore()
-            with torch.no_grad():
-                for i, hidden in zip(missing, final_hidden(model, source[missing]), strict=True):
-                    teacher[i] = hidden
-
-    def held_out_loss() -> float:
-        total = 0.0
-        with fitted(linears, fits, codebooks), torch.no_grad():
-            for i in range(0, len(held), batch):
-                hidden = final_hidden(model, held[i : i + batch]).flatten(0, 1)
-                for j in range(0, len(hidden), 512):
-                    total += float(
-                        _kl(model, hidden[j : j + 512], held_teacher[i // batch][j : j + 512])
-                    )
-        return total / held.numel()
-
-    with torch.no_grad():
-        held_teacher = [
-            final_hidden(model, held[i : i + batch]).flatten(0, 1)
-            for i in range(0, len(held), batch)
-        ]
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Within the block no parameter asks for a gradient."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    for p, _ in flags:
-        p.requires_grad_(False)
-    place()
-    losses = [held_out_loss()]
-    best = (
-        losses[0],
-        {n: b.clone() for n, b in base.items()},
-        {n: o.clone() for n, o in original.items()},
-    )
-    order = torch.Generator().manual_seed(0)
-    queue: list[int] = []
-    marks = {round(steps * (i + 1) / checks) for i in range(checks)}
     try:
-        for step in range(steps):
-            if len(queue) < batch:
-                queue = torch.randperm(len(ids), generator=order).tolist()
-            rows, queue = queue[:batch], queue[batch:]
-            teach(rows, ids)
-            place()
-            for p in norms.values():
-                p.requires_grad_(True)
-                p.grad = None
-            with fitted(linears, fits, codebooks):
-                hidden = final_hidden(model, ids[rows])
-                target = torch.cat([teacher[i] for i in rows])
-                step_loss: list[float] = []
-                backward_from_loss(hidden, _kl_gradient(model, target, step_loss))
-            for p in norms.values():
-                p.requires_grad_(False)
-            scale = 1 / target.shape[0]
-            for name in fits:
-                grad = codebooks[name].grad
-                theta[name].grad = None if grad is None else grad * spread[name] * scale
-            for name, p in norms.items():
-                gain[name].grad = (
-                    None if p.grad is None else p.grad.float() * original[name] * scale
-                )
-            optimizer.step()
-            schedule.step()
-            if progress:
-                progress(step + 1, steps, sum(step_loss) * scale)
-            if step + 1 in marks:
-                place()
-                losses.append(held_out_loss())
-                if losses[-1] < best[0]:
-                    best = (
-                        losses[-1],
-                        {n: c.detach().clone() for n, c in codebooks.items()},
-                        {n: p.detach().clone() for n, p in norms.items()},
-                    )
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield
     finally:
-        restore()
         for p, flag in flags:
             p.requires_grad_(flag)
-    for name, fit in fits.items():
-        fit.codebook[:, : best[1][name].shape[1]] = best[1][name]
-        sort_entries(fit)
-    return best[2], losses
 
 
-def sort_entries(fit: Fit) -> None:
-    """Put every codebook back in ascending order and rename the codes; values do not change."""
-    unused = torch.arange(fit.codebook.shape[1]) >= fit.sizes[:, None]
-    fit.codebook, order = fit.codebook.masked_fill(unused, torch.inf).sort(stable=True, dim=1)
-    last = fit.codebook.gather(1, fit.sizes.long()[:, None] - 1)
-    fit.codebook = torch.where(unused, last, fit.codebook)
-    rank = order.argsort(1).to(torch.uint8)
-    fit.codes = rank.gather(1, fit.codes.clamp(max=rank.shape[1] - 1).long())
+@contextmanager
+def _placed(
+    norms: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor], grad: bool = False
+) -> Iterator[None]:
+    """Within the block the norms have these weights (and take gradients if `grad`)."""
+    before = {n: p.detach().clone() for n, p in norms.items()}
+    try:
+        for n, p in norms.items():
+            p.data.copy_(weights[n])
+            p.requires_grad_(grad)
+        yield
+    finally:
+        for n, p in norms.items():
+            p.data.copy_(before[n])
+            p.requires_grad_(False)
+
+
+def _hidden(model: Any, ids: Tensor) -> Tensor:
+    """Final hidden states of some windows, [n t, d]."""
+    with torch.no_grad():
+        return final_hidden(model, ids).flatten(0, 1)
 
 
 def _kl(model: Any, hidden: Tensor, teacher: Tensor) -> Tensor:
@@ -237,6 +249,12 @@ def _kl(model: Any, hidden: Tensor, teacher: Tensor) -> Tensor:
     student = head_logits(model, hidden).float().log_softmax(-1)
     target = head_logits(model, teacher).float().log_softmax(-1)
     return nn.functional.kl_div(student, target, reduction="sum", log_target=True)
+
+
+def _kl_sum(model: Any, hidden: Tensor, teacher: Tensor) -> float:
+    with torch.no_grad():
+        pieces = zip(hidden.split(512), teacher.split(512), strict=True)
+        return sum(float(_kl(model, h, t)) for h, t in pieces)
 
 
 def _kl_gradient(
@@ -252,3 +270,66 @@ def _kl_gradient(
         return torch.autograd.grad(loss, h)[0]
 
     return gradient
+
+
+# ---- the optimiser and its state
+
+
+def _begin(base: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> State:
+    values = {f"theta.{n}": torch.zeros_like(b) for n, b in base.items()}
+    values |= {f"gain.{n}": torch.zeros(w.shape) for n, w in norms.items()}
+    first, second, best = ({n: torch.zeros_like(v) for n, v in values.items()} for _ in range(3))
+    return State(0, values, first, second, best)
+
+
+def _order(count: int, batch: int, steps: int) -> list[list[int]]:
+    """Which windows each step sees: one shuffled pass after the other."""
+    generator = torch.Generator().manual_seed(0)
+    queue: list[int] = []
+    while len(queue) < batch * steps:
+        queue += torch.randperm(count, generator=generator).tolist()
+    return [queue[i * batch : (i + 1) * batch] for i in range(steps)]
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Warm up over a twentieth of the steps, then a cosine down to zero."""
+    warm = max(1, steps // 20)
+    return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def _adam(state: State, name: str, grad: Tensor, rate: float) -> None:
+    """One Adam step (1412.6980) on `state.values[name]`."""
+    b1, b2 = BETAS
+    first = state.first[name].mul_(b1).add_(grad, alpha=1 - b1)
+    second = state.second[name].mul_(b2).addcmul_(grad, grad, value=1 - b2)
+    t = state.step + 1
+    down = (second / (1 - b2**t)).sqrt_().add_(1e-8)
+    state.values[name].addcdiv_(first, down, value=-rate / (1 - b1**t))
+
+
+PARTS: Sequence[str] = ("values", "first", "second", "best")
+
+
+def _write(path: Path | None, state: State) -> None:
+    if path is None:
+        return
+    tensors = {f"{part}:{n}": v for part in PARTS for n, v in getattr(state, part).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, scratch, {"step": str(state.step), "losses": json.dumps(state.losses)})
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _read(path: Path | None) -> State | None:
+    if path is None or not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata()
+        state = State(int(facts["step"]), losses=json.loads(facts["losses"]))
+        for key in file.keys():
+            part, name = key.split(":", 1)
+            getattr(state, part)[name] = file.get_tensor(key)
+    return state
