@@ -318,6 +318,16 @@ def test_surplus_tensors_are_refused_by_load(sound, tmp_path):
         load(folder)
 
 
+def test_norms_of_a_compressed_folder_must_be_finite(sound, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(sound, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match="model.safetensors: model.norm.weight: holds NaN or Inf"):
+        load(folder)
+
+
 def test_load_opens_a_compressed_folder(sound, tokenizer):
     model, loaded_tokenizer = load(sound, torch.float32)
     assert torch.equal(logits(model), logits(open_folder(sound)))
