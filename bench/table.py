@@ -189,10 +189,8 @@ def markdown(cells, args, model):
         if any(row):
             lines.append(f"| {method} | " + " | ".join(row) + " |")
     spread = value["dense"] * statistics.stdev(full) / math.sqrt(len(full))
-    lines += [
-        "",
-        f"Full precision (bf16): {value['dense']:.2f} ± {spread:.2f}. ± of the rows: paired with it.",
-    ]
+    dense = f"{value['dense']:.2f} ± {spread:.2f}"
+    lines += ["", f"Full precision (bf16): {dense}. ± of the rows: paired with it."]
     if "Fisher k-means 3.19" in cells:
         gap = value["Fisher k-means 3.19"] - value["dense"]
         for method in ("paper", "fast", "best"):
@@ -206,8 +204,8 @@ def markdown(cells, args, model):
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     lines += [
         "",
-        f"WikiText-2 raw test, customary text, first {args.windows} windows of 2048 tokens, no BOS; "
-        "calibration on C4 (1480 documents) in windows of 512 tokens. "
+        f"WikiText-2 raw test, customary text, first {args.windows} windows of 2048, no BOS; "
+        "calibration on C4 (1480 documents) in windows of 512. "
         "The model's linears went through Q4_1 (groups of 32) before they came to us.",
         f"{machine()}; {torch.get_num_threads()} threads, peak RSS {rss:.1f} GB.",
     ]

@@ -104,9 +104,16 @@ def get(
     return result, False
 
 
+def nbytes(cache: Path, name: str) -> int:
+    """Bytes of a kept analysis."""
+    path = cache / f"{name}.safetensors"
+    return path.stat().st_size if path.exists() else 0
+
+
 def entries(cache: Path) -> list[tuple[str, int, float]]:
     """(name, bytes, time of last use) of every kept analysis."""
-    found = [(f.stem, f.stat().st_size, f.stat().st_mtime) for f in cache.glob("*.safetensors")]
+    files = [f for f in cache.glob("*") if f.suffix in (".safetensors", ".state")]
+    found = [(f.name, f.stat().st_size, f.stat().st_mtime) for f in files]
     return sorted(found, key=lambda entry: entry[2])
 
 
@@ -114,7 +121,7 @@ def prune(cache: Path) -> int:
     """Delete every kept analysis; the bytes that were freed."""
     freed = sum(size for _, size, _ in entries(cache))
     for name, _, _ in entries(cache):
-        (cache / f"{name}.safetensors").unlink()
+        (cache / name).unlink()
     return freed
 
 

@@ -53,6 +53,64 @@ def uniform(linears: Mapping[str, nn.Linear], width: int) -> Widths:
     return {n: torch.full((m.out_features,), width, dtype=torch.uint8) for n, m in linears.items()}
 
 
+@dataclass(frozen=True)
+class Target:
+    """What was asked: stored bits per weight, bytes of the folder, or one width for every row."""
+
+    bits: float = 3.2
+    size: int | None = None
+    index_bits: int | None = None
+
+
+def check(
+    target: Target,
+    linears: Mapping[str, nn.Linear],
+    price: Prices,
+    planned_bytes: Callable[[Widths], int],
+) -> None:
+    """Refuse a target that no widths meet, before any work is done."""
+    least = uniform(linears, 1)
+    if target.index_bits:
+        return
+    if target.size is not None and target.size < planned_bytes(least):
+        raise SkimError(
+            f"{target.size:,} bytes cannot be reached: the folder takes {planned_bytes(least):,} "
+            f"bytes at 1 bit and {planned_bytes(uniform(linears, 8)):,} at 8; --embed-bits 4 makes "
+            "it smaller"
+        )
+    if target.size is None and target.bits * price.total < price.bits(least):
+        raise SkimError(
+            f"{target.bits:g} bits per weight is below what codebooks and bookkeeping allow here: "
+            f"at least {price.bits(least) / price.total:.3f}"
+        )
+
+
+def choose(
+    target: Target,
+    errors: Mapping[str, Tensor],
+    linears: Mapping[str, nn.Linear],
+    price: Prices,
+    pooled: bool,
+    planned_bytes: Callable[[Widths], int],
+) -> Widths:
+    """Widths of all rows for a target that passed `check`."""
+    if target.index_bits:
+        return uniform(linears, target.index_bits)
+    if target.size is None:
+        return for_bits(errors, price, target.bits, pooled)
+    # Headers and config grow with the histograms: begin a little high, then correct downwards.
+    low, high = (price.bits(uniform(linears, b)) / price.total for b in (1, 8))
+    narrow, wide = (planned_bytes(uniform(linears, b)) for b in (1, 8))
+    bits = low + (high - low) * (target.size - narrow) / (wide - narrow) + 0.05
+    for _ in range(12):
+        widths = for_bits(errors, price, min(max(bits, low), high), pooled)
+        excess = planned_bytes(widths) - target.size
+        if excess <= 0:
+            return widths
+        bits = (price.bits(widths) - 8 * excess) / price.total
+    return uniform(linears, 1)
+
+
 def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: bool) -> Widths:
     """Widths with the least total error at no more than `bits` stored bits per weight.
 
@@ -61,12 +119,6 @@ def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: b
     """
     per_weight = bits - price.fixed / price.total
     costs = {n: np.broadcast_to(price.rows[n], e.shape) for n, e in errors.items()}
-    least = sum(float(cost[:, 0].sum()) for cost in costs.values()) / price.total
-    if per_weight < least:
-        raise SkimError(
-            f"{bits:g} bits per weight is below what codebooks and bookkeeping allow here: "
-            f"at least {least + price.fixed / price.total:.3f}"
-        )
     tables = {n: e.double().numpy() for n, e in errors.items()}
     if not pooled:
         return {
@@ -81,37 +133,6 @@ def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: b
         per_weight * price.total,
     )
     return dict(zip(errors, _widths(choice).split([len(e) for e in tables.values()]), strict=True))
-
-
-def for_size(
-    errors: Mapping[str, Tensor],
-    price: Prices,
-    size: int,
-    pooled: bool,
-    planned_bytes: Callable[[Widths], int],
-) -> Widths:
-    """Widths whose folder has at most `size` bytes; `planned_bytes` counts every file of it."""
-    ends = [
-        planned_bytes({n: torch.full((len(e),), b, dtype=torch.uint8) for n, e in errors.items()})
-        for b in (1, 8)
-    ]
-    if size < ends[0]:
-        raise SkimError(
-            f"{size:,} bytes cannot be reached: the folder takes {ends[0]:,} bytes at 1 bit and "
-            f"{ends[1]:,} at 8; --embed-bits 4 makes it smaller"
-        )
-    # Headers and config grow with the histograms: start from the straight line, correct downwards.
-    bits = 1 + 7 * (size - ends[0]) / (ends[1] - ends[0]) + 0.2
-    low = (
-        sum(float(price.rows[n][0]) * len(e) for n, e in errors.items()) + price.fixed
-    ) / price.total
-    for _ in range(12):
-        widths = for_bits(errors, price, max(bits, low), pooled)
-        excess = planned_bytes(widths) - size
-        if excess <= 0:
-            return widths
-        bits = price.bits(widths) / price.total - 8 * excess / price.total
-    raise SkimError(f"{size:,} bytes cannot be met; the least is {ends[0]:,}")
 
 
 def _widths(choice: np.ndarray) -> Tensor:

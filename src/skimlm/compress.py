@@ -18,7 +18,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(end_loss=False, scale=True, rounds=0, sweeps=0),
-    "fast": Recipe(samples=80),
+    "fast": Recipe(samples=64),
     "best": Recipe(steps=64),
 }
 
@@ -71,13 +71,12 @@ class Report:
     linears: int
     weights: int
     rows_by_width: dict[int, int]
-    text: str
-    windows: int
-    seq_len: int
-    cached: bool
-    held_out_kl: list[float]  # nats per token along the training, empty without
-    seconds: dict[str, float]
-    peak_rss_bytes: int
+    calibration: dict[str, Any]
+    analysis_kept: bool  # no calibration was needed: the analysis was there from another run
+    analysis_bytes: int  # what it takes in the cache; `skimlm cache --prune` frees it
+    seconds: dict[str, float]  # per phase
+    held_out_kl: list[float] = field(default_factory=list)  # nats per token along the training
+    peak_rss_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -111,18 +110,9 @@ def compress(
 
     Raises SkimError for everything a user can get wrong; OUT is whole or absent.
     """
-    if method != "skim" or recipe not in RECIPES:
-        raise SkimError(f"method must be skim and recipe one of {', '.join(RECIPES)}")
-    if embed_bits not in (4, 8, 16):
-        raise SkimError(f"embed bits must be 16, 8 or 4, got {embed_bits}")
-    if not 1.5 <= bits <= 8:
-        raise SkimError(f"bits must be 1.5 to 8, got {bits}")
+    plan = _checked(method, recipe, bits, embed_bits, samples, seq_len)
     progress = progress or (lambda *_: None)
     checkpoint.check_out(out, force)
-    plan = RECIPES[recipe]
-    plan = dataclasses.replace(
-        plan, samples=samples or plan.samples, seq_len=seq_len or plan.seq_len
-    )
     clock = Clock()
     with clock("load"):
         documents = default_text() if text is None else read_documents(text, text_key)
@@ -133,51 +123,56 @@ def compress(
         linears = checkpoint.linears(model, include, exclude)
         origin = "the built-in text" if text is None else str(text)
         ids = windows(documents, tokenizer, plan.samples, plan.seq_len, seed, origin)
-    provenance = {
-        "skimlm": skimlm.__version__,
-        "method": method,
-        "recipe": recipe,
-        "calibration": {
-            "text": Path(origin).name,
-            "windows": len(ids),
-            "seq_len": ids.shape[1],
-            "seed": seed,
-        },
+    calibration = {
+        "text": Path(origin).name,
+        "windows": len(ids),
+        "seq_len": ids.shape[1],
+        "seed": seed,
     }
+    provenance: dict[str, Any] = {"skimlm": skimlm.__version__, "method": method, "recipe": recipe}
+    provenance["calibration"] = calibration
     price = budget.prices(linears, plan.scale)
+    target = budget.Target(bits, size, index_bits)
 
     def planned_bytes(widths: budget.Widths) -> int:
-        counts = {n: histogram(w) for n, w in widths.items()}
-        stored = price.bits(widths)
+        """Bytes of OUT with these widths, every file counted."""
         others = checkpoint.plan_bytes(
             model,
             tokenizer,
             embed_bits,
-            counts,
+            {n: histogram(w) for n, w in widths.items()},
             in_scale=plan.scale,
-            bits=stored / price.total,
+            bits=price.bits(widths) / price.total,
             provenance=provenance,
         )
-        return others + round(stored / 8)
+        return others + round(price.bits(widths) / 8)
 
+    budget.check(target, linears, price, planned_bytes)
     with clock("analyse"):
         cache = analysis.folder(cache_dir)
         key = analysis.key(opened.path, ids, plan.end_loss, sorted(linears))
         stored, cached = analysis.get(cache, key, model, linears, ids, plan.end_loss, progress)
     with clock("allocate"):
         errors = {n: stored[n].errors for n in linears}
-        if index_bits:
-            widths = budget.uniform(linears, index_bits)
-        elif size:
-            widths = budget.for_size(errors, price, size, plan.end_loss, planned_bytes)
-        else:
-            widths = budget.for_bits(errors, price, bits, plan.end_loss)
-    achieved = price.bits(widths) / price.total
-    losses: list[float] = []
+        widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
+    report = Report(
+        out=str(out),
+        method=method,
+        recipe=recipe,
+        bits_per_weight=price.bits(widths) / price.total,
+        bytes=planned_bytes(widths),
+        linears=len(linears),
+        weights=price.total,
+        rows_by_width=histogram(torch.cat(list(widths.values()))),
+        calibration=calibration,
+        analysis_kept=cached,
+        analysis_bytes=analysis.nbytes(cache, key),
+        seconds=clock.seconds,
+    )
     if not dry_run:
         # A run that was interrupted during the training finds its state here and goes on.
         state = cache / f"{key}-{_digest(widths)}.state"
-        quantized, losses = quantize(
+        quantized, report.held_out_kl = quantize(
             model, linears, stored, widths, plan, ids, progress, clock, state
         )
         with clock("write"):
@@ -187,27 +182,36 @@ def compress(
                 tokenizer,
                 quantized,
                 embed_bits=embed_bits,
-                bits=achieved,
+                bits=report.bits_per_weight,
                 provenance=provenance,
                 force=force,
             )
         state.unlink(missing_ok=True)
-    return Report(
-        out=str(out),
-        method=method,
-        recipe=recipe,
-        bits_per_weight=achieved,
-        bytes=planned_bytes(widths) if dry_run else checkpoint.folder_bytes(out),
-        linears=len(linears),
-        weights=price.total,
-        rows_by_width=histogram(torch.cat(list(widths.values()))),
-        text=origin,
-        windows=len(ids),
-        seq_len=ids.shape[1],
-        cached=cached,
-        held_out_kl=losses,
-        seconds=clock.seconds,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        report.bytes = checkpoint.folder_bytes(out)
+    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return report
+
+
+def _checked(
+    method: str,
+    recipe: str,
+    bits: float,
+    embed_bits: int,
+    samples: int | None,
+    seq_len: int | None,
+) -> Recipe:
+    """The recipe with the user's numbers in it; SkimError for what is not allowed."""
+    if method != "skim":
+        raise SkimError(f"method must be skim, got {method!r}")
+    if recipe not in RECIPES:
+        raise SkimError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    if embed_bits not in (4, 8, 16):
+        raise SkimError(f"embed bits must be 16, 8 or 4, got {embed_bits}")
+    if not 1.5 <= bits <= 8:
+        raise SkimError(f"bits must be 1.5 to 8, got {bits}")
+    plan = RECIPES[recipe]
+    return dataclasses.replace(
+        plan, samples=samples or plan.samples, seq_len=seq_len or plan.seq_len
     )
 
 

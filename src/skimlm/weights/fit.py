@@ -5,6 +5,7 @@ I/O.
 widths, `finish` rounds the codebooks to what is stored (8-bit levels, one bfloat16 scale per row).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,20 +65,18 @@ def analyse(w: Tensor, f: Tensor, h: Tensor | None) -> tuple[list[Tensor], Tenso
     for b in WIDTHS:
         if h is None and b <= MAX_TABLE_WIDTH:
             errors[:, b - 1] = costs[:, b - 1]
-            continue
-        if b > MAX_TABLE_WIDTH + 1:  # a uniform grid: a bit more, a quarter of the error
+        elif b > MAX_TABLE_WIDTH + 1:  # a uniform grid: a bit more, a quarter of the error
             errors[:, b - 1] = errors[:, b - 2] / 4
-            continue
-        if b <= MAX_TABLE_WIDTH:
-            table = centroids[b - 1]
-            sizes = torch.full((len(w),), table.shape[1], dtype=torch.int32)
-            w_hat = refine.dense(nearest(w, table.contiguous(), sizes), table)
         else:
-            w_hat = affine_values(affine_rows(w, f, torch.full((len(w),), b, dtype=torch.uint8)))
-        d = w_hat - w
-        errors[:, b - 1] = (
-            (f * d * d).sum(1) if fast is None else ((d.bfloat16() @ fast) * d).sum(1)
-        )
+            if b <= MAX_TABLE_WIDTH:
+                table = centroids[b - 1].contiguous()
+                codes = nearest(w, table, torch.full((len(w),), 1 << b, dtype=torch.int32))
+                d = refine.dense(codes, table).sub_(w)
+            else:
+                all_rows = torch.full((len(w),), b, dtype=torch.uint8)
+                d = affine_values(affine_rows(w, f, all_rows, shrinks=(1.0,))).sub_(w)
+            product = d.bfloat16() @ fast if fast is not None else f * d
+            errors[:, b - 1] = (product * d).sum(1)
     return centroids, errors
 
 
@@ -150,13 +149,15 @@ def round_codebook(codebook: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     return (codebook / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def affine_rows(w: Tensor, f: Tensor, widths: Tensor) -> QuantizedWeight:
-    """Uniform grids of 6..8 bits, per row the range (of three) with the least error under f."""
+def affine_rows(
+    w: Tensor, f: Tensor, widths: Tensor, shrinks: Sequence[float] = (1.0, 0.96, 0.92)
+) -> QuantizedWeight:
+    """Uniform grids of 6..8 bits, per row the shrunk range with the least error under `f`."""
     top = (1 << widths.int()).float()[:, None] - 1
     low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
     least = torch.full((len(w), 1), torch.inf)
     best = [torch.zeros_like(w), torch.ones_like(low), torch.zeros_like(low)]
-    for shrink in (1.0, 0.96, 0.92):
+    for shrink in shrinks:
         span = (high - low) * shrink
         scale = _up_to_bfloat16(torch.where(span > 0, span / top, torch.ones_like(span))).float()
         zero = (-low * shrink / scale).round()
