@@ -1,7 +1,7 @@
 # Set-up and checks on a fresh machine: python3 and a C++ compiler, the rest comes from PyPI into .venv.
 #   make demo    the main job on a small real model         make test    all checks, as CI runs them
 # PYTHON=python3.12 picks another Python, TORCH=torch another torch (Linux wheels of most versions on
-# PyPI bring CUDA along; `--index-url https://download.pytorch.org/whl/cpu torch` never does).
+# PyPI bring CUDA along, several GB of it).
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from skimlm.errors import SkimError
+from skimlm.head import final_hidden, head_logits
 
 TEXT_KEYS = ("text", "prefix,gold_completion")
 
@@ -150,41 +151,6 @@ def windows(
     if len(documents) == 1:
         cut = cut[torch.tensor(order.sample(range(count), count))]
     return cut[:samples]
-
-
-def head_logits(model: Any, hidden: Tensor) -> Tensor:
-    """Logits of final hidden states, including the soft cap and scaling some families apply."""
-    logits = model.get_output_embeddings()(hidden)
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)
-    if scale is not None:
-        logits = logits * scale
-    divide = getattr(config, "logits_scaling", None)
-    if divide is not None:
-        logits = logits / divide
-    cap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
-def final_hidden(model: Any, ids: Tensor) -> Tensor:
-    """Hidden states [n, t, d] that the output head reads: its input in an ordinary forward pass."""
-    taken: list[Tensor] = []
-
-    class Done(Exception):
-        pass
-
-    def take(_module, args):
-        taken.append(args[0])
-        raise Done
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(take)
-    try:
-        model(input_ids=ids, use_cache=False)
-    except Done:
-        pass
-    finally:
-        handle.remove()
-    return taken[0]
 
 
 def backward_from_loss(

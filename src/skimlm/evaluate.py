@@ -21,15 +21,15 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from skimlm.errors import SkimError
+from skimlm.head import final_hidden, head_logits
 
 CHUNK = 256  # tokens of logits in fp32 at once: 50 MB at a vocabulary of 49,152
 MAX_LOGITS = 2**27  # 256 MB in bf16: all of 2048 tokens at 49,152, 512 at a time at 262,144
@@ -137,37 +137,10 @@ def token_nll(model: Any, ids: Tensor) -> Tensor:
 
 def _logits(model: Any, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (first position, logits `[n, vocab]` in the model's dtype) over `ids[1, t]`."""
-    body = model.get_decoder()
-    output = body(input_ids=ids, use_cache=False)
-    hidden = output.last_hidden_state
+    hidden = final_hidden(model, ids)[0]
     step = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
     for a in range(0, ids.shape[1], step):
-        part = type(output)(last_hidden_state=hidden[:, a : a + step])
-        with _body_returns(body, part) as calls:
-            logits = model(input_ids=ids[:, a : a + step], use_cache=False).logits[0]
-        if not calls:  # its logits would be those of a window that begins at `a`
-            raise SkimError(f"{type(model).__name__} does not call its decoder: cannot score it")
-        yield a, logits
-
-
-@contextmanager
-def _body_returns(body: nn.Module, output: Any) -> Iterator[list[int]]:
-    """Let calls of `body` return `output`, so that the model's forward runs its head alone."""
-    calls: list[int] = []
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return output
-
-    before = body.__dict__.get("forward")  # accelerate puts one on the instance
-    body.forward = forward
-    try:
-        yield calls
-    finally:
-        if before is None:
-            del body.forward
-        else:
-            body.forward = before
+        yield a, head_logits(model, hidden[a : a + step])
 
 
 def read_text(path: str | Path) -> str:

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from skimlm import native
-from skimlm.calibrate import backward_from_loss, final_hidden, head_logits
+from skimlm.calibrate import backward_from_loss
+from skimlm.head import final_hidden, head_logits
 from skimlm.weights.fit import Fit
 
 HELD_OUT = 8  # windows

@@ -1,0 +1,52 @@
+"""A model's body and head apart: final hidden states, and logits of a part of them at a time.
+
+Logits of a whole window (2048 x 49152 in float32: 400 MB) never need to stand at once. The head is
+run by the model's own forward, with its body replaced by one that returns the given hidden states,
+so that soft caps, scalings and multipliers of any family apply.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from skimlm.errors import SkimError
+
+
+def final_hidden(model: Any, ids: Tensor) -> Tensor:
+    """Hidden states [n, t, d] that the body of `model` hands to its head for `ids` [n, t]."""
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [..., vocab] of hidden states [..., d], in the model's dtype and differentiable."""
+    states = hidden.reshape(1, -1, hidden.shape[-1])
+    ids = states.new_zeros(states.shape[:2]).long()  # only their shape is looked at
+    output = BaseModelOutputWithPast(last_hidden_state=states)
+    with _body_returns(model.get_decoder(), output) as calls:
+        logits = model(input_ids=ids, use_cache=False).logits
+    if not calls:  # its logits would be those of the made-up ids
+        raise SkimError(f"{type(model).__name__} does not call its decoder: it cannot be scored")
+    return logits.view(*hidden.shape[:-1], logits.shape[-1])
+
+
+@contextmanager
+def _body_returns(body: nn.Module, output: Any) -> Iterator[list[int]]:
+    """Let calls of `body` return `output`, so that the model's forward runs its head alone."""
+    calls: list[int] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return output
+
+    before = body.__dict__.get("forward")  # accelerate puts one on the instance
+    body.forward = forward
+    try:
+        yield calls
+    finally:
+        if before is None:
+            del body.forward
+        else:
+            body.forward = before
