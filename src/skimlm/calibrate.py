@@ -59,7 +59,6 @@ def default_text() -> list[str]:
         "argparse",
         "asyncio",
         "collections",
-        "concurrent.futures",
         "csv",
         "datetime",
         "decimal",
@@ -67,7 +66,7 @@ def default_text() -> list[str]:
     names += ["email", "functools", "http.server", "inspect", "ipaddress", "itertools", "json"]
     names += ["logging", "math", "os", "pathlib", "pickle", "random", "re", "shutil", "smtplib"]
     names += ["socket", "sqlite3", "statistics", "string", "subprocess", "tarfile", "tempfile"]
-    names += ["textwrap", "threading", "tkinter", "typing", "unittest", "urllib.request", "zipfile"]
+    names += ["textwrap", "threading", "tkinter", "unittest", "urllib.request", "zipfile"]
     documents = []
     for name in names:
         try:
@@ -95,14 +94,14 @@ def read_documents(path: str | os.PathLike[str], text_key: str | None = None) ->
     path = Path(path)
     try:
         raw = path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise SkimError(f"{path}: no such file; --text takes a text or .jsonl file") from None
+    except OSError as error:
+        raise SkimError(f"{path}: {error.strerror}; --text takes a text or .jsonl file") from None
     except UnicodeDecodeError as error:
         raise SkimError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from None
     if path.suffix != ".jsonl":
         return [raw]
     documents = []
-    for number, line in enumerate(raw.splitlines(), 1):
+    for number, line in enumerate(raw.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -252,12 +251,13 @@ def statistics(
             torch.zeros(c, c) if layerwise else None,
         )
 
-    fisher_left = 0
+    count, fisher_left = 0, 0
 
     def observe(name: str, x: Tensor, g: Tensor) -> None:
         s = result[name]
-        x, g = x.reshape(-1, *x.shape[-2:]), g.reshape(-1, *g.shape[-2:])
-        for window in range(min(len(x), fisher_left)):
+        # Some families (opt) flatten windows and tokens before a linear.
+        x, g = x.reshape(count, -1, x.shape[-1]), g.reshape(count, -1, g.shape[-1])
+        for window in range(min(count, fisher_left)):
             s.fisher += (g[window].T @ x[window]).float().square_().cpu()
         x, g = x.flatten(0, 1), g.flatten(0, 1)
         squares = g.float().square()
@@ -271,7 +271,7 @@ def statistics(
     with observed(model, linears, observe):
         for i in range(0, len(ids), batch):
             part = ids[i : i + batch].to(device)
-            fisher_left = fisher_windows - i
+            count, fisher_left = len(part), fisher_windows - i
             hidden = final_hidden(model, part)
             targets = torch.cat([part[:, 1:], part.new_full((len(part), 1), -1)], dim=1).flatten()
             backward_from_loss(hidden, cross_entropy_gradient(model, targets))

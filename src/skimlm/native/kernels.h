@@ -25,7 +25,7 @@ SKIMLM_API void skimlm_nearest_codes(const float* w, const float* codebook, cons
 // gradient [r, c] = (w_hat - w) h on entry and on return; codes change in place.
 SKIMLM_API void skimlm_coordinate_descent(const float* h, float* gradient, const float* codebook,
                                           const int32_t* sizes, uint8_t* codes, int64_t r, int64_t c,
-                                          int64_t k, int sweeps, int threads);
+                                          int64_t k, int64_t sweeps, int threads);
 
 // Least-squares codebooks under h, codes fixed up to sorting (weights/refine.py).
 SKIMLM_API void skimlm_codebook_step(const float* h, const float* w, const int32_t* sizes,

@@ -7,7 +7,7 @@
 
 void skimlm_coordinate_descent(const float* h, float* gradient, const float* codebook,
                                        const int32_t* sizes, uint8_t* codes, int64_t r, int64_t c,
-                                       int64_t k, int sweeps, int threads) {
+                                       int64_t k, int64_t sweeps, int threads) {
   parallel_rows(r, 4, threads, [&](int64_t first, int64_t last) {
     float middle[32];  // entry m is nearest between middle[m - 1] and middle[m]
     for (int64_t i = first; i < last; ++i) {
@@ -17,7 +17,7 @@ void skimlm_coordinate_descent(const float* h, float* gradient, const float* cod
       for (int m = 0; m < 32; ++m)
         middle[m] = m + 1 < sizes[i] ? 0.5f * (entry[m] + entry[m + 1]) : INFINITY;
       const int lanes = (sizes[i] + 7) / 8 * 8;
-      for (int sweep = 0; sweep < sweeps; ++sweep) {
+      for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
         int64_t changed = 0;
         for (int64_t j = 0; j < c; ++j) {
           const float hjj = h[j * c + j];
@@ -73,7 +73,7 @@ void skimlm_codebook_step(const float* h, const float* w, const int32_t* sizes,
       if (!(trace > 0)) continue;
       // Ridge towards the current entries; an unused entry has an empty row and stays where it is.
       for (int m = 0; m < n; ++m) {
-        const double pull = count[m] ? ridge * trace / n : 1.0;
+        const double pull = count[m] ? ridge * trace / n : trace / n;
         a[m][m] += pull;
         b[m] += pull * entry[m];
       }

@@ -23,11 +23,11 @@ def allocate(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray
     spent = costs[:, 0].sum()
     if spent > budget:
         raise SkimError(f"the budget of {budget:.0f} bits is below the least possible, {spent:.0f}")
-    edges = [_edges(errors, costs)]
-    row, target, price, slope = (np.concatenate(part) for part in zip(*edges, strict=True))
-    order = np.argsort(
-        -slope, kind="stable"
-    )  # within a row slopes fall, so its edges stay in order
+    if m == 1:
+        return np.zeros(n, dtype=np.int64)
+    row, target, price, slope = _edges(errors, costs)
+    # Within a row slopes never rise, so a stable sort keeps its edges in order.
+    order = np.argsort(-slope, kind="stable")
     row, target, price = row[order], target[order], price[order]
 
     choice = np.zeros(n, dtype=np.int64)
@@ -54,16 +54,18 @@ def _edges(errors: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, ...]:
     n, m = errors.shape
     at = np.zeros(n, dtype=np.int64)
     rows = np.arange(n)
+    last = np.full(n, np.inf)
     parts = []
     for _ in range(m - 1):
         gain = errors[rows, at][:, None] - errors[rows]
         price = costs[rows] - costs[rows, at][:, None]
         slope = np.where(np.arange(m) > at[:, None], gain / np.maximum(price, 1e-9), -np.inf)
         best = slope.argmax(1)
-        value = slope[np.arange(len(rows)), best]
+        # Points on a line have one slope but for rounding, which must not put the second edge first.
+        value = np.minimum(slope[np.arange(len(rows)), best], last)
         keep = value > 0
-        rows, best, value = rows[keep], best[keep], value[keep]
-        parts.append((rows, best, price[keep, best], value))
+        rows, best, last = rows[keep], best[keep], value[keep]
+        parts.append((rows, best, price[keep, best], last))
         at = best
         if not len(rows):
             break

@@ -60,7 +60,7 @@ def codebook_step(
     k = codebook.shape[1]
     _check(w, h, codebook, sizes, codes)
     codes, codebook = codes.clone(), codebook.clone()
-    native.call("codebook_step", h, w, sizes, codes, codebook, r, c, k, ridge)
+    native.call("codebook_step", h, w, sizes, codes, codebook, r, c, k, float(ridge))
     return codebook, codes
 
 
@@ -119,8 +119,10 @@ def codebook_step_reference(
         n = int(sizes[i])
         p = torch.nn.functional.one_hot(codes[i].long(), n).double()
         a = p.T @ h.double() @ p
+        if not a.trace() > 0:
+            continue
         used = p.sum(0) > 0
-        pull = torch.where(used, ridge * a.trace() / n, 1.0)
+        pull = torch.where(used, ridge, 1.0) * a.trace() / n
         out[i, :n] = torch.linalg.solve(
             a + pull.diag(), p.T @ h.double() @ w[i].double() + pull * out[i, :n]
         )
