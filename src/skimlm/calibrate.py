@@ -66,7 +66,7 @@ def default_text() -> list[str]:
     names += ["email", "functools", "http.server", "inspect", "ipaddress", "itertools", "json"]
     names += ["logging", "math", "os", "pathlib", "pickle", "random", "re", "shutil", "smtplib"]
     names += ["socket", "sqlite3", "statistics", "string", "subprocess", "tarfile", "tempfile"]
-    names += ["textwrap", "threading", "tkinter", "unittest", "urllib.request", "zipfile"]
+    names += ["textwrap", "threading", "tkinter", "urllib.request", "zipfile"]
     documents = []
     for name in names:
         try:
@@ -95,7 +95,9 @@ def read_documents(path: str | os.PathLike[str], text_key: str | None = None) ->
     try:
         raw = path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise SkimError(f"{path}: {error.strerror}; --text takes a text or .jsonl file") from None
+        raise SkimError(
+            f"{path}: {str(error.strerror).lower()}; --text takes a text or .jsonl file"
+        ) from None
     except UnicodeDecodeError as error:
         raise SkimError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from None
     if path.suffix != ".jsonl":

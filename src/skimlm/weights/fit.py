@@ -144,7 +144,8 @@ def finish(w: Tensor, h: Tensor | None, fit: Fit, sweeps: int = 1) -> QuantizedW
 
 def round_codebook(codebook: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Codebooks as int8 levels [r, 32] times a bfloat16 scale [r]."""
-    largest = codebook.abs().amax(1)
+    unused = torch.arange(codebook.shape[1]) >= sizes[:, None]
+    largest = codebook.abs().masked_fill(unused, 0).amax(1)
     scale = _up_to_bfloat16(torch.where(largest > 0, largest / 127, torch.ones_like(largest)))
     return (codebook / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
