@@ -111,18 +111,22 @@ def nbytes(cache: Path, name: str) -> int:
 
 
 def entries(cache: Path) -> list[tuple[str, int, float]]:
-    """(name, bytes, time of last use) of every kept analysis."""
-    files = [f for f in cache.glob("*") if f.suffix in (".safetensors", ".state")]
-    found = [(f.name, f.stat().st_size, f.stat().st_mtime) for f in files]
-    return sorted(found, key=lambda entry: entry[2])
+    """(name, bytes, time of last use) of everything kept, training states included."""
+    facts = [(f.stem, f.stat().st_size, f.stat().st_mtime) for f in _files(cache)]
+    return sorted(facts, key=lambda entry: entry[2])
 
 
 def prune(cache: Path) -> int:
-    """Delete every kept analysis; the bytes that were freed."""
-    freed = sum(size for _, size, _ in entries(cache))
-    for name, _, _ in entries(cache):
-        (cache / name).unlink()
+    """Delete everything that is kept; the bytes that were freed."""
+    freed = 0
+    for file in _files(cache):
+        freed += file.stat().st_size
+        file.unlink()
     return freed
+
+
+def _files(cache: Path) -> list[Path]:
+    return [f for f in cache.glob("*") if f.suffix in (".safetensors", ".state")]
 
 
 def _write(path: Path, result: dict[str, Analysis]) -> None:

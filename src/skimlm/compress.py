@@ -14,7 +14,6 @@ no calibration.
 import dataclasses
 import hashlib
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ import skimlm
 from skimlm import analysis, budget, checkpoint
 from skimlm.calibrate import default_text, read_documents, windows
 from skimlm.errors import SkimError
+from skimlm.report import peak_rss_bytes
 from skimlm.weights import fit as fitting
 from skimlm.weights.fit import Fit
 from skimlm.weights.pack import QuantizedWeight, histogram
@@ -188,7 +188,7 @@ def compress(
             )
         state.unlink(missing_ok=True)
         report.bytes = checkpoint.folder_bytes(out)
-    report.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report.peak_rss_bytes = peak_rss_bytes()
     return report
 
 

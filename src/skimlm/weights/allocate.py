@@ -61,7 +61,7 @@ def _edges(errors: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, ...]:
         price = costs[rows] - costs[rows, at][:, None]
         slope = np.where(np.arange(m) > at[:, None], gain / np.maximum(price, 1e-9), -np.inf)
         best = slope.argmax(1)
-        # Points on a line have one slope but for rounding, which must not put the second edge first.
+        # Points on a line have one slope but for rounding, which must not reorder the edges.
         value = np.minimum(slope[np.arange(len(rows)), best], last)
         keep = value > 0
         rows, best, last = rows[keep], best[keep], value[keep]
