@@ -57,7 +57,8 @@ def fixed(name, w, b, known):
 def machine():
     """Where and on what this ran."""
     git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    here = Path(__file__).parent
+    commit = subprocess.run(git, capture_output=True, text=True, cwd=here).stdout.strip()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((ln.split(":")[1].strip() for ln in lines if "model name" in ln), "")
     return f"{cpu or platform.machine()}, {datetime.date.today()}, commit {commit}"

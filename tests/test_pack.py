@@ -192,3 +192,20 @@ def test_pack_refuses_wrong_shapes_and_dtypes():
 def test_format_errors_are_one_line_skim_errors():
     error = FormatError("is missing", tensor="a.weight").at("model.safetensors")
     assert isinstance(error, SkimError) and str(error) == "model.safetensors: a.weight: is missing"
+
+
+def test_native_dequantizing_refuses_buffers_that_do_not_fit_together():
+    q = random_quantized(6, 9, seed=3)
+    stored = P.pack(q)
+    names = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
+
+    def run(**changed):
+        return dequantize_packed(*((stored | changed).get(name) for name in names), 9)
+
+    assert torch.equal(run(), P.dequantize(q))
+    for name in ("weight", "codebook", "row_scale"):
+        with pytest.raises(ValueError, match=name if name != "row_scale" else "widths"):
+            run(**{name: stored[name][:-1]})
+    for width in (0, 9, 200):
+        with pytest.raises(ValueError, match="widths|weight"):
+            run(widths=torch.full_like(stored["widths"], width))

@@ -54,7 +54,7 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(end_loss=False, scale=True, rounds=0, sweeps=0),
-    "fast": Recipe(samples=64),
+    "fast": Recipe(samples=48),
     "best": Recipe(steps=64),
 }
 
@@ -113,6 +113,8 @@ def compress(
     plan = _checked(method, recipe, bits, embed_bits, samples, seq_len)
     progress = progress or (lambda *_: None)
     checkpoint.check_out(out, force)
+    if Path(source).exists() and Path(source).resolve() == Path(out).resolve():
+        raise SkimError(f"{out}: is the model itself; name another folder")
     clock = Clock()
     with clock("load"):
         documents = default_text() if text is None else read_documents(text, text_key)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from skimlm import native
-from skimlm.weights.pack import stored_groups, unpack_codes
+from skimlm.weights.pack import MAX_WIDTH, histogram, layout, stored_groups, unpack_codes
 
+WIDTHS = set(range(1, MAX_WIDTH + 1))
 CHUNK = 2**22  # codes turned into float32 at a time: bounds the temporaries to about 60 MB
 
 
@@ -29,12 +30,24 @@ def dequantize_packed(
 ) -> Tensor:
     """Turn stored buffers into the weight `[r, cols]`: in float32, rounded once to `dtype`.
 
-    The buffers must be consistent (`weights.pack.check_stored`); loading a model checks them.
+    Loading a model checks the buffers' values (`weights.pack.check_stored`); here their sizes are
+    checked again, since native code reads past the end of what is too short. Raises ValueError.
     """
     if weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return dequantize_reference(
             weight, widths, codebook, row_scale, row_zero, in_scale, cols, dtype
         )
+    stored = {"weight": weight, "codebook": codebook, "row_scale": row_scale, "row_zero": row_zero}
+    counts = histogram(widths)
+    if widths.dtype != torch.uint8 or len(widths) != len(row_scale) or not set(counts) <= WIDTHS:
+        raise ValueError(f"widths must be uint8 [{len(row_scale)}] in 1..{MAX_WIDTH}")
+    expected = layout(counts, cols, in_scale is not None)
+    for name, tensor in (stored | {"in_scale": in_scale}).items():
+        kind, shape = expected.get(name, (torch.uint8, (0,)))
+        if (0 if tensor is None else tensor.numel()) != shape[0] or (
+            tensor is not None and tensor.dtype != kind
+        ):
+            raise ValueError(f"{name} must be {kind} {list(shape)}, got {_spec(tensor)}")
     out = torch.empty(len(widths), cols, dtype=dtype)
     native.call(
         "unpack",
@@ -72,3 +85,7 @@ def dequantize_reference(
             value = level * part["row_scale"][at].float().unsqueeze(1)
             out[index[at]] = (value if in_scale is None else value * in_scale.float()).to(dtype)
     return out
+
+
+def _spec(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
