@@ -7,6 +7,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from skimlm import native
 from skimlm.checkpoint import linears
 from skimlm.weights.pack import QuantizedWeight
 
@@ -31,6 +32,16 @@ FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "phi3", "opt", "gpt_neox")
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request, monkeypatch):
+    """Every native library this processor can run, in turn."""
+    if native.ISAS.index(request.param) > native._open("portable").skimlm_best_isa():
+        pytest.skip(f"this processor has no {request.param}")
+    library = native._open(request.param)
+    monkeypatch.setattr(native, "library", lambda: library)
+    return request.param
 
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **changes):
