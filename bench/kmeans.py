@@ -143,9 +143,10 @@ def main():
             worst, mean = check(
                 name, w[:others].double().numpy(), weight.double().numpy(), costs, results
             )
+            above = f"cost {mean:.1e} above skimlm's in the mean, {worst:.1e} at most"
             notes[name] = (
-                f"{'weighted' if takes_weights else 'no weights'}, on {others} rows; its cost is "
-                f"{mean:.1e} above skimlm's in the mean, {worst:.1e} at most"
+                f"{'weighted' if takes_weights else 'no weights'}, on {others} rows; "
+                f"{above if worst > 1e-9 else f'cost equal to {worst:.0e}'}"
             )
 
     def cell(name, column):
@@ -154,7 +155,7 @@ def main():
         text = f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
         return text if name == "skimlm" else f"{text}, skimlm {ratio:.1f}x"
 
-    print(f"`python {' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`, {machine()}\n")
+    print(f"`python {' '.join(['bench/kmeans.py', *sys.argv[1:]])}`, {machine()}\n")
     print(
         f"Rows of {args.cols} per second on one thread, median (least to most) of "
         f"{args.repeats}; skimlm on {args.rows} rows.\n"

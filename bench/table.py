@@ -108,10 +108,10 @@ def main():
     def analyses(recipe):
         plan = RECIPES[recipe]
         ids = windows(documents, tokenizer, plan.samples, plan.seq_len, 0)
-        key = analysis.key(source.path, ids, plan.end_loss, sorted(linears))
+        key = analysis.key(source.path, ids, plan, sorted(linears))
         cache = analysis.folder(args.cache_dir)
         start = time.perf_counter()
-        known, kept = analysis.get(cache, key, model, linears, ids, plan.end_loss, lambda *_: None)
+        known, kept = analysis.get(cache, key, model, linears, ids, plan, lambda *_: None)
         print(
             recipe,
             "analysis",

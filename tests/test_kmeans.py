@@ -143,6 +143,7 @@ def _awkward():
     yield "small", normal * 1e-18, weight * 1e-15
     yield "offset", normal * 1e-2 + 100, weight
     yield "far offset", normal + 1e4, weight
+    yield "farther offset", normal * 3 + 1e6, weight
     yield "outlier", np.append(normal, 1e4), np.append(weight, 1)
     yield "weights over 12 decades", normal, 10.0 ** g.uniform(-12, 0, size=36)
     yield "weights over 30 decades", normal, 10.0 ** g.uniform(-30, 0, size=36)

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from platformdirs import user_cache_dir
@@ -46,7 +47,17 @@ def folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return Path(cache_dir or os.environ.get("SKIMLM_CACHE") or user_cache_dir("skimlm"))
 
 
-def key(source: Path, ids: Tensor, end_loss: bool, names: list[str]) -> str:
+class Plan(Protocol):
+    """What of a recipe the analysis depends on."""
+
+    @property
+    def end_loss(self) -> bool: ...
+
+    @property
+    def fisher_windows(self) -> int: ...
+
+
+def key(source: Path, ids: Tensor, plan: Plan, names: list[str]) -> str:
     """Name of an analysis: changes with model files, token windows, linears and version."""
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
     facts = {
@@ -54,7 +65,7 @@ def key(source: Path, ids: Tensor, end_loss: bool, names: list[str]) -> str:
         "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
         "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "shape": list(ids.shape),
-        "end_loss": end_loss,
+        "plan": [plan.end_loss, plan.fisher_windows],
         "linears": names,
     }
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
@@ -66,7 +77,7 @@ def get(
     model: nn.Module,
     linears: dict[str, nn.Linear],
     ids: Tensor,
-    end_loss: bool,
+    plan: Plan,
     progress: Callable[[str, int, int], None],
 ) -> tuple[dict[str, Analysis], bool]:
     """The analysis called `name` and whether it was kept already; else computed and kept."""
@@ -82,7 +93,8 @@ def get(
         model,
         linears,
         ids,
-        layerwise=not end_loss,
+        layerwise=not plan.end_loss,
+        fisher_windows=plan.fisher_windows,
         progress=lambda done, total: progress("calibrate", done, total),
     )
     result = {}
@@ -90,7 +102,7 @@ def get(
         h = s.end_hessian if s.hessian is None else s.hessian
         weight = linears[linear].weight.detach().float().cpu()
         # In units of the end loss a row counts by its own gradients, which the mean in H~ hides.
-        row_weight = s.row_weight if end_loss else torch.ones(len(weight))
+        row_weight = s.row_weight if plan.end_loss else torch.ones(len(weight))
         centroids, errors = analyse(weight, s.fisher, damped(h))
         errors *= row_weight[:, None].double()
         result[linear] = Analysis(h, s.fisher.bfloat16(), row_weight, centroids, errors)

@@ -121,18 +121,27 @@ def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: b
     costs = {n: np.broadcast_to(price.rows[n], e.shape) for n, e in errors.items()}
     tables = {n: e.double().numpy() for n, e in errors.items()}
     if not pooled:
-        return {
-            n: _widths(
-                allocate(e, costs[n], max(per_weight * price.weights[n], costs[n][:, 0].sum()))
-            )
-            for n, e in tables.items()
-        }
+        shares = _shares({n: float(costs[n][:, 0].sum()) for n in tables}, price, per_weight)
+        return {n: _widths(allocate(e, costs[n], shares[n])) for n, e in tables.items()}
     choice = allocate(
         np.concatenate(list(tables.values())),
         np.concatenate(list(costs.values())),
         per_weight * price.total,
     )
     return dict(zip(errors, _widths(choice).split([len(e) for e in tables.values()]), strict=True))
+
+
+def _shares(least: Mapping[str, float], price: Prices, per_weight: float) -> dict[str, float]:
+    """One budget per linear, the same bits per weight but for those that need more at the least."""
+    poor: set[str] = set()
+    while True:
+        rest = [n for n in least if n not in poor]
+        left = per_weight * price.total - sum(least[n] for n in poor)
+        rate = left / max(sum(price.weights[n] for n in rest), 1)
+        more = {n for n in rest if rate * price.weights[n] < least[n]}
+        if not more:
+            return {n: least[n] if n in poor else rate * price.weights[n] for n in least}
+        poor |= more
 
 
 def _widths(choice: np.ndarray) -> Tensor:

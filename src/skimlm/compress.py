@@ -30,7 +30,7 @@ from skimlm.calibrate import default_text, read_documents, windows
 from skimlm.errors import SkimError
 from skimlm.report import peak_rss_bytes
 from skimlm.weights import fit as fitting
-from skimlm.weights.fit import Fit
+from skimlm.weights.fit import WIDTHS, Fit
 from skimlm.weights.pack import QuantizedWeight, histogram
 from skimlm.weights.refine import damped
 from skimlm.weights.scale import normalise, scale_step, scaled_error
@@ -45,6 +45,7 @@ class Recipe:
 
     samples: int = 128
     seq_len: int = 512
+    fisher_windows: int = 64  # of the samples
     end_loss: bool = True  # H~ and one pool over the model; False: H and a pool per linear
     scale: bool = False  # after refinement it gained 0.3 % of the error, less than its bits cost
     rounds: int = 2
@@ -54,7 +55,7 @@ class Recipe:
 
 RECIPES = {
     "paper": Recipe(end_loss=False, scale=True, rounds=0, sweeps=0),
-    "fast": Recipe(samples=48),
+    "fast": Recipe(samples=40, fisher_windows=16),
     "best": Recipe(steps=64),
 }
 
@@ -110,7 +111,7 @@ def compress(
 
     Raises SkimError for everything a user can get wrong; OUT is whole or absent.
     """
-    plan = _checked(method, recipe, bits, embed_bits, samples, seq_len)
+    plan = _checked(method, recipe, bits, index_bits, embed_bits, samples, seq_len)
     progress = progress or (lambda *_: None)
     checkpoint.check_out(out, force)
     if Path(source).exists() and Path(source).resolve() == Path(out).resolve():
@@ -125,6 +126,8 @@ def compress(
         linears = checkpoint.linears(model, include, exclude)
         origin = "the built-in text" if text is None else str(text)
         ids = windows(documents, tokenizer, plan.samples, plan.seq_len, seed, origin)
+        if plan.steps and len(ids) < 2:
+            raise SkimError(f"{origin}: one window is too little to train on; give more text")
     calibration = {
         "text": Path(origin).name,
         "windows": len(ids),
@@ -152,8 +155,8 @@ def compress(
     budget.check(target, linears, price, planned_bytes)
     with clock("analyse"):
         cache = analysis.folder(cache_dir)
-        key = analysis.key(opened.path, ids, plan.end_loss, sorted(linears))
-        stored, cached = analysis.get(cache, key, model, linears, ids, plan.end_loss, progress)
+        key = analysis.key(opened.path, ids, plan, sorted(linears))
+        stored, cached = analysis.get(cache, key, model, linears, ids, plan, progress)
     with clock("allocate"):
         errors = {n: stored[n].errors for n in linears}
         widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
@@ -198,6 +201,7 @@ def _checked(
     method: str,
     recipe: str,
     bits: float,
+    index_bits: int | None,
     embed_bits: int,
     samples: int | None,
     seq_len: int | None,
@@ -211,7 +215,14 @@ def _checked(
         raise SkimError(f"embed bits must be 16, 8 or 4, got {embed_bits}")
     if not 1.5 <= bits <= 8:
         raise SkimError(f"bits must be 1.5 to 8, got {bits}")
+    if index_bits is not None and index_bits not in WIDTHS:
+        raise SkimError(f"index bits must be 1 to 8, got {index_bits}")
     plan = RECIPES[recipe]
+    least = 2 if plan.steps else 1
+    if samples is not None and samples < least:
+        raise SkimError(f"samples must be at least {least} windows, got {samples}")
+    if seq_len is not None and seq_len < 2:
+        raise SkimError(f"seq-len must be at least 2, got {seq_len}")
     return dataclasses.replace(
         plan, samples=samples or plan.samples, seq_len=seq_len or plan.seq_len
     )

@@ -61,22 +61,23 @@ def analyse(w: Tensor, f: Tensor, h: Tensor | None) -> tuple[list[Tensor], Tenso
     """
     centroids, costs = kmeans_rows(w, f, MAX_TABLE_WIDTH)
     errors = torch.empty(len(w), MAX_WIDTH, dtype=torch.float64)
-    fast = None if h is None else h.bfloat16()  # 0.4 % per product, far finer than the curves
+    fast = None if h is None else h.bfloat16()  # 0.4 % per product, finer than the curves need
     for b in WIDTHS:
-        if h is None and b <= MAX_TABLE_WIDTH:
-            errors[:, b - 1] = costs[:, b - 1]
-        elif b > MAX_TABLE_WIDTH + 1:  # a uniform grid: a bit more, a quarter of the error
+        if b > MAX_TABLE_WIDTH + 1:  # a uniform grid: a bit more, a quarter of the error
             errors[:, b - 1] = errors[:, b - 2] / 4
+            continue
+        if b > MAX_TABLE_WIDTH:
+            all_rows = torch.full((len(w),), b, dtype=torch.uint8)
+            d = affine_values(affine_rows(w, f, all_rows, shrinks=(1.0,))).sub_(w)
+        elif fast is None:
+            errors[:, b - 1] = costs[:, b - 1]
+            continue
         else:
-            if b <= MAX_TABLE_WIDTH:
-                table = centroids[b - 1].contiguous()
-                codes = nearest(w, table, torch.full((len(w),), 1 << b, dtype=torch.int32))
-                d = refine.dense(codes, table).sub_(w)
-            else:
-                all_rows = torch.full((len(w),), b, dtype=torch.uint8)
-                d = affine_values(affine_rows(w, f, all_rows, shrinks=(1.0,))).sub_(w)
-            product = d.bfloat16() @ fast if fast is not None else f * d
-            errors[:, b - 1] = (product * d).sum(1)
+            table = centroids[b - 1].contiguous()
+            codes = nearest(w, table, torch.full((len(w),), 1 << b, dtype=torch.int32))
+            d = refine.dense(codes, table).sub_(w)
+        product = f * d if fast is None else d.bfloat16() @ fast
+        errors[:, b - 1] = (product * d).sum(1)
     return centroids, errors
 
 

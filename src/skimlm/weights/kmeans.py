@@ -53,6 +53,17 @@ def nearest(w: Tensor, codebook: Tensor, sizes: Tensor) -> Tensor:
     return codes
 
 
+def lookup(codes: Tensor, codebook: Tensor) -> Tensor:
+    """codebook[i, codes[i, j]] in bfloat16: `codes` uint8 [r, c], `codebook` float32 [r, k]."""
+    r, c = codes.shape
+    k = codebook.shape[1]
+    native.require("codes", codes, torch.uint8, (r, c))
+    native.require("codebook", codebook, torch.float32, (r, k))
+    out = torch.empty(r, c, dtype=torch.bfloat16)
+    native.call("lookup_bf16", codes, codebook, out, r, c, k)
+    return out
+
+
 def kmeans_reference(w: np.ndarray, f: np.ndarray, k: int) -> tuple[np.ndarray, float]:
     """The textbook O(k c^2) programme for one row: centroids [k] ascending and the cost."""
     order = np.argsort(w, kind="stable")

@@ -28,6 +28,7 @@ from skimlm import native
 from skimlm.calibrate import backward_from_loss
 from skimlm.head import final_hidden, head_logits
 from skimlm.weights.fit import Fit
+from skimlm.weights.kmeans import lookup
 
 HELD_OUT = 8  # windows
 CHECKS = 3  # times the held-out loss is measured along the way
@@ -152,8 +153,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx, x, codebook, codes, fixed):
         r, c = codes.shape
         if x.dtype == torch.bfloat16:
-            w = torch.empty(r, c, dtype=torch.bfloat16)
-            native.call("lookup_bf16", codes, codebook.detach(), w, r, c, codebook.shape[1])
+            w = lookup(codes, codebook.detach())
         else:
             w = codebook.gather(1, codes.long()).to(x.dtype)
         if fixed is not None:
