@@ -319,14 +319,17 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(run, tmp_path):
     assert not list(own.glob("*.state"))
 
 
-def test_training_with_very_few_windows_works_or_says_what_is_missing(run):
-    for samples in (1, 2, 3):
-        try:
-            report = run(name=f"out{samples}", recipe="best", samples=samples)
-        except SkimError as error:
-            assert samples == 1 and "window" in str(error)
-        else:
-            assert all(loss >= 0 for loss in report.held_out_kl)
+def test_training_needs_two_windows(run, tmp_path):
+    for samples in (2, 3):
+        assert all(
+            x > 0 for x in run(name=f"{samples}", recipe="best", samples=samples).held_out_kl
+        )
+    with pytest.raises(SkimError, match="samples must be at least 2, got 1"):
+        run(recipe="best", samples=1)
+    (tmp_path / "one.txt").write_text(" ".join(WORDS)[:40])
+    with pytest.raises(SkimError, match="window"):
+        run(recipe="best", text=tmp_path / "one.txt")
+    assert not (tmp_path / "out").exists()
 
 
 def test_progress_tells_every_phase_to_its_end(run):
