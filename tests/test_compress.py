@@ -324,7 +324,7 @@ def test_training_needs_two_windows(run, tmp_path):
         assert all(
             x > 0 for x in run(name=f"{samples}", recipe="best", samples=samples).held_out_kl
         )
-    with pytest.raises(SkimError, match="samples must be at least 2, got 1"):
+    with pytest.raises(SkimError, match="samples must be at least 2 windows, got 1"):
         run(recipe="best", samples=1)
     (tmp_path / "one.txt").write_text(" ".join(WORDS)[:40])
     with pytest.raises(SkimError, match="window"):
