@@ -147,6 +147,9 @@ def _awkward():
     yield "outlier", np.append(normal, 1e4), np.append(weight, 1)
     yield "weights over 12 decades", normal, 10.0 ** g.uniform(-12, 0, size=36)
     yield "weights over 30 decades", normal, 10.0 ** g.uniform(-30, 0, size=36)
+    h = np.random.default_rng(1)  # a weight that rounds to nothing must not divide anything
+    grid = h.integers(-9, 10, size=36) / 3
+    yield "a grid, weights over 20 decades", grid, 10.0 ** h.uniform(-20, 0, size=36)
     yield "a heavy point", normal, np.where(np.arange(36) == 9, 1.0, 1e-20)
     yield "grid", np.arange(36) - 18, np.ones(36)
 
