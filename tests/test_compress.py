@@ -13,10 +13,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import FAMILIES, byte_tokenizer, tiny_model
-from skimlm import analysis
+from skimlm import analysis, budget
 from skimlm.checkpoint import linears
-from skimlm.compress import RECIPES, compress
+from skimlm.compress import RECIPES, Clock, compress, fit_all, quantize
 from skimlm.errors import SkimError
+from skimlm.weights.fit import finish
+from skimlm.weights.kmeans import kmeans_rows
+from skimlm.weights.pack import dequantize
+from skimlm.weights.refine import damped
 
 STEPS = 6  # of training: its held-out loss is measured at 2, 4 and 6
 WORDS = ["the row", "of a", "matrix", "is cut", "in parts", "and every", "part", "has one value"]
@@ -429,3 +433,95 @@ def test_shards_hold_what_the_report_counts(run, folders, tmp_path):
         keys = set(file.keys())
     for name in linears(tiny_model("phi3")):
         assert {f"{name}.{part}" for part in ("weight", "widths", "row_scale", "in_scale")} <= keys
+
+
+# ---- the steps between the analysis and the folder
+
+
+def silent(*_):
+    pass
+
+
+def analysed(recipe: str, path, bits: float = 4.0, **changes):
+    """A float32 model, its analysis under a recipe, and widths for so many bits."""
+    plan = dataclasses.replace(RECIPES[recipe], **changes)
+    model, ids = (
+        tiny_model(),
+        torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(0)),
+    )
+    chosen = linears(model)
+    known = analysis.get(path, recipe, model, chosen, ids, plan, silent)[0]
+    errors = {n: a.errors for n, a in known.items()}
+    price = budget.prices(chosen, plan.scale)
+    return model, ids, plan, known, budget.for_bits(errors, price, bits, plan.end_loss)
+
+
+def full_error(w, w_hat, known) -> torch.Tensor:
+    """sum_i rho_i (w_hat - w) H (w_hat - w) under the damped H, float64."""
+    d = (w_hat - w).double()
+    return (((d @ damped(known.hessian).double()) * d).sum(1) * known.row_weight.double()).sum()
+
+
+def test_the_papers_scale_is_kept_where_the_full_error_falls(tmp_path):
+    model, _, plan, known, widths = analysed("paper", tmp_path)
+    chosen = linears(model)
+    scaled = fit_all(chosen, known, widths, plan, silent)
+    plain = fit_all(chosen, known, widths, dataclasses.replace(plan, scale=False), silent)
+    moved = 0
+    for name, fit in scaled.items():
+        w, s = chosen[name].weight.detach(), fit.in_scale
+        before = full_error(w, plain[name].dense(), known[name])
+        after = full_error(w, fit.dense(), known[name])
+        if bool((s == 1).all()):
+            assert torch.equal(fit.dense(), plain[name].dense())
+            continue
+        moved += 1
+        assert after < before
+        # rows with a codebook are the k-means solution of w / s under f s^2
+        v, f = fit.dense() / s, known[name].fisher.float() * s * s
+        costs = kmeans_rows(w / s, f, 5)[1]
+        for i, b in enumerate(widths[name].tolist()):
+            if b <= 5:
+                cost = float((f[i].double() * (w[i] / s - v[i]).double() ** 2).sum())
+                assert cost == pytest.approx(float(costs[i, b - 1]), rel=1e-4, abs=1e-12)
+    assert moved
+
+
+def test_codes_settle_on_the_stored_codebooks(tmp_path):
+    model, ids, plan, known, widths = analysed("fast", tmp_path)
+    chosen = linears(model)
+    quantized, losses = quantize(model, chosen, known, widths, plan, ids, silent, Clock())
+    assert not losses
+    fits = fit_all(chosen, known, widths, plan, silent)
+    gained = 0
+    for name, q in quantized.items():
+        w = chosen[name].weight.detach()
+        loose = full_error(w, dequantize(finish(w, None, fits[name])), known[name])
+        settled = full_error(w, dequantize(q), known[name])
+        assert settled <= loose * (1 + 1e-6)
+        gained += settled < loose * (1 - 1e-6)
+    assert gained > len(quantized) // 2
+
+
+def test_what_is_trained_is_what_is_written(tmp_path):
+    """Codebooks and norms together have the held-out loss that the training reports."""
+    model, ids, plan, known, widths = analysed("best", tmp_path, bits=3.0, steps=12)
+    original, unseen = tiny_model(), ids[-6:]
+    quantized, losses = quantize(model, linears(model), known, widths, plan, ids, silent, Clock())
+    norms = {n: p for n, p in model.named_parameters() if p.dim() == 1}
+    assert any(not torch.equal(p, original.get_parameter(n)) for n, p in norms.items())
+
+    def loss() -> float:
+        with torch.no_grad():
+            p, q = (m(input_ids=unseen).logits.double().log_softmax(-1) for m in (original, model))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    for name, q in quantized.items():
+        assert torch.equal(model.get_submodule(name).weight, original.get_submodule(name).weight)
+        model.get_submodule(name).weight.data.copy_(dequantize(q))
+    assert min(losses) < losses[0]
+    rounded = abs(loss() - min(losses))
+    assert rounded < 0.02 * min(losses)
+    for name, p in norms.items():
+        p.data.copy_(original.get_parameter(name))
+    assert abs(loss() - min(losses)) > 1e-6
