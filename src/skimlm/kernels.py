@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from skimlm import native
-from skimlm.weights.pack import MAX_WIDTH, histogram, layout, stored_groups, unpack_codes
+from skimlm.weights.pack import check_sizes, stored_groups, unpack_codes
 
-WIDTHS = set(range(1, MAX_WIDTH + 1))
 CHUNK = 2**22  # codes turned into float32 at a time: bounds the temporaries to about 60 MB
 
 
@@ -30,24 +29,15 @@ def dequantize_packed(
 ) -> Tensor:
     """Turn stored buffers into the weight `[r, cols]`: in float32, rounded once to `dtype`.
 
-    Loading a model checks the buffers' values (`weights.pack.check_stored`); here their sizes are
-    checked again, since native code reads past the end of what is too short. Raises ValueError.
+    The sizes of the buffers are checked at every call, since native code would read past the end of
+    one that is too short; their values are checked when a model is loaded. Raises FormatError.
     """
     if weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return dequantize_reference(
             weight, widths, codebook, row_scale, row_zero, in_scale, cols, dtype
         )
-    stored = {"weight": weight, "codebook": codebook, "row_scale": row_scale, "row_zero": row_zero}
-    counts = histogram(widths)
-    if widths.dtype != torch.uint8 or len(widths) != len(row_scale) or not set(counts) <= WIDTHS:
-        raise ValueError(f"widths must be uint8 [{len(row_scale)}] in 1..{MAX_WIDTH}")
-    expected = layout(counts, cols, in_scale is not None)
-    for name, tensor in (stored | {"in_scale": in_scale}).items():
-        kind, shape = expected.get(name, (torch.uint8, (0,)))
-        if (0 if tensor is None else tensor.numel()) != shape[0] or (
-            tensor is not None and tensor.dtype != kind
-        ):
-            raise ValueError(f"{name} must be {kind} {list(shape)}, got {_spec(tensor)}")
+    stored = _present(weight, widths, codebook, row_scale, row_zero, in_scale)
+    check_sizes(stored, len(row_scale), cols)
     out = torch.empty(len(widths), cols, dtype=dtype)
     native.call(
         "unpack",
@@ -70,9 +60,7 @@ def dequantize_reference(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The same in torch, on any device."""
-    stored = dict(weight=weight, widths=widths, row_scale=row_scale)
-    optional = dict(codebook=codebook, row_zero=row_zero)
-    stored |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    stored = _present(weight, widths, codebook, row_scale, row_zero, in_scale)
     out = torch.empty(len(widths), cols, dtype=dtype, device=weight.device)
     step = max(1, CHUNK // cols)
     for width, index, part in stored_groups(stored, cols):
@@ -87,5 +75,7 @@ def dequantize_reference(
     return out
 
 
-def _spec(tensor: Tensor | None) -> str:
-    return "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+def _present(*buffers: Tensor | None) -> dict[str, Tensor]:
+    """The stored tensors by name, those a linear does not have left out."""
+    names = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
+    return {n: t for n, t in zip(names, buffers, strict=True) if t is not None}

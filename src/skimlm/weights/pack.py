@@ -186,6 +186,14 @@ def check_stored(tensors: Mapping[str, Tensor], rows: int, cols: int, *, name: s
 
     `weight` may live on the meta device: any bytes of the right length are valid codes.
     """
+    check_sizes(tensors, rows, cols, name=name)
+    for tensor in ("row_scale", "in_scale"):
+        if tensor in tensors and not tensors[tensor].isfinite().all():
+            raise FormatError("holds NaN or Inf", tensor=_join(name, tensor))
+
+
+def check_sizes(tensors: Mapping[str, Tensor], rows: int, cols: int, *, name: str = "") -> None:
+    """The part of `check_stored` that keeps native code inside its buffers: dtypes and shapes."""
 
     def fail(tensor: str, reason: str) -> FormatError:
         return FormatError(reason, tensor=_join(name, tensor))
@@ -195,9 +203,11 @@ def check_stored(tensors: Mapping[str, Tensor], rows: int, cols: int, *, name: s
     widths = tensors["widths"]
     if widths.dtype != torch.uint8 or widths.shape != (rows,):
         raise fail("widths", f"must be uint8 [{rows}], got {_spec(widths)}")
-    if bad := [int(w) for w in widths if not 1 <= w <= MAX_WIDTH]:
-        raise fail("widths", f"row widths must be 1..{MAX_WIDTH}, got {bad[0]}")
-    expected = layout(histogram(widths), cols, "in_scale" in tensors)
+    counts = histogram(widths)
+    if not set(counts) <= set(range(1, MAX_WIDTH + 1)):
+        bad = widths[(widths < 1) | (widths > MAX_WIDTH)]
+        raise fail("widths", f"row widths must be 1..{MAX_WIDTH}, got {int(bad[0])}")
+    expected = layout(counts, cols, "in_scale" in tensors)
     for tensor, (dtype, shape) in expected.items():
         if tensor not in tensors:
             raise fail(tensor, "is missing")
@@ -206,9 +216,6 @@ def check_stored(tensors: Mapping[str, Tensor], rows: int, cols: int, *, name: s
             raise fail(tensor, f"must be {want}, got {_spec(tensors[tensor])}")
     if extra := sorted(set(tensors) - set(expected)):
         raise fail(extra[0], "does not belong here")
-    for tensor in ("row_scale", "in_scale"):
-        if tensor in tensors and not tensors[tensor].isfinite().all():
-            raise fail(tensor, "holds NaN or Inf")
 
 
 def check_values(q: QuantizedWeight) -> None:
