@@ -6,10 +6,10 @@ z = x W^T (loss = sum over tokens of the cross entropy, so that layers and windo
     end_hessian    H~ = sum_t (mean_i g_ti^2) x_t x_t^T           end loss (GuidedQuant, 2505.07004)
     fisher         F_ij = sum_windows (sum_t g_ti x_tj)^2         SqueezeLLM, 2306.07629
     row_weight     rho_i = sum_t g_ti^2 / sum_t mean_i g_ti^2     what the mean over rows hides
-This is the only module that puts hooks on a model. Products run in bfloat16 (2-5x faster on CPUs
-with AMX), sums over windows in float32. A few windows at a time go through the blocks in order, so
-nothing here needs more than their activations. The Fisher diagonal settles on far fewer windows
-than H~ does (SqueezeLLM: 10 sequences), so only the first `fisher_windows` pay for it.
+Products run in bfloat16 (2-5x faster on CPUs with AMX), sums over windows in float32. A few windows
+at a time go through the blocks in order, so nothing here needs more than their activations. The
+Fisher diagonal settles on far fewer windows than H~ does (SqueezeLLM: 10 sequences), so only the
+first `fisher_windows` pay for it.
 """
 
 import inspect
@@ -20,6 +20,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from skimlm.errors import SkimError
 from skimlm.head import final_hidden, head_logits
+from skimlm.hooks import forwards_replaced, frozen
 
 TEXT_KEYS = ("text", "prefix,gold_completion")
 
@@ -157,10 +159,9 @@ def windows(
 def backward_from_loss(
     hidden: Tensor, gradient: Callable[[Tensor, slice], Tensor], chunk: int = 512
 ) -> None:
-    """Backpropagate into `hidden` [1, t, d], the head done in chunks so that full logits never
-    stand.
+    """Backpropagate into `hidden` [n, t, d], the head in chunks: full logits never stand.
 
-    `gradient(h, part)` returns d loss / d h for the rows `part` of the window.
+    `gradient(h, part)` returns d loss / d h for the rows `part` of the n t tokens.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     pieces = [
@@ -205,26 +206,15 @@ class _Observe(torch.autograd.Function):
 def observed(model: Any, linears: dict[str, nn.Linear], observe) -> Iterator[None]:
     """Within the block, every backward pass calls observe(name, x [n, t, c], dz [n, t, r])."""
 
-    def watch(name: str):
-        def forward(self: nn.Linear, x: Tensor) -> Tensor:
-            return _Observe.apply(x, self.weight, self.bias, lambda *xg: observe(name, *xg))
+    def watch(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        return lambda x: _Observe.apply(x, linear.weight, linear.bias, partial(observe, name))
 
-        return forward
-
-    flags = [(p, p.requires_grad) for p in model.parameters()]
     entry = model.get_input_embeddings().register_forward_hook(lambda *a: a[2].requires_grad_())
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for name, linear in linears.items():
-            linear.forward = types.MethodType(watch(name), linear)  # type: ignore[method-assign]
-        yield
+        with frozen(model), forwards_replaced(linears, watch):
+            yield
     finally:
         entry.remove()
-        for linear in linears.values():
-            del linear.forward
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def statistics(

@@ -5,14 +5,13 @@ run by the model's own forward, with its body replaced by one that returns the g
 so that soft caps, scalings and multipliers of any family apply.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skimlm.errors import SkimError
+from skimlm.hooks import forward_replaced
 
 
 def final_hidden(model: Any, ids: Tensor) -> Tensor:
@@ -25,28 +24,14 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
     states = hidden.reshape(1, -1, hidden.shape[-1])
     ids = states.new_zeros(states.shape[:2]).long()  # only their shape is looked at
     output = BaseModelOutputWithPast(last_hidden_state=states)
-    with _body_returns(model.get_decoder(), output) as calls:
+    calls = []  # the replaced body notes that it was asked
+
+    def body(*_args: Any, **_kwargs: Any) -> Any:
+        calls.append(1)
+        return output
+
+    with forward_replaced(model.get_decoder(), body):
         logits = model(input_ids=ids, use_cache=False).logits
     if not calls:  # its logits would be those of the made-up ids
         raise SkimError(f"{type(model).__name__} does not call its decoder: it cannot be scored")
     return logits.view(*hidden.shape[:-1], logits.shape[-1])
-
-
-@contextmanager
-def _body_returns(body: nn.Module, output: Any) -> Iterator[list[int]]:
-    """Let calls of `body` return `output`, so that the model's forward runs its head alone."""
-    calls: list[int] = []
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return output
-
-    before = body.__dict__.get("forward")  # accelerate puts one on the instance
-    body.forward = forward
-    try:
-        yield calls
-    finally:
-        if before is None:
-            del body.forward
-        else:
-            body.forward = before

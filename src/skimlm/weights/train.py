@@ -12,9 +12,8 @@ Parameters are relative: codebook = start + theta * spread of its row, norm = or
 import json
 import math
 import os
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from torch import Tensor, nn
 from skimlm import native
 from skimlm.calibrate import backward_from_loss
 from skimlm.head import final_hidden, head_logits
-from skimlm.weights.fit import Fit
+from skimlm.hooks import forwards_replaced, frozen
+from skimlm.weights.fit import Fit, affine_values
 from skimlm.weights.kmeans import lookup
 
 HELD_OUT = 8  # windows
@@ -86,14 +86,15 @@ def train(
     def norm_weights(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: (o.float() * (1 + values[f"gain.{n}"])).to(o.dtype) for n, o in original.items()}
 
-    with _frozen(model):
+    with frozen(model):
         teacher = {} if teacher is None else teacher
         unseen_teacher = [_hidden(model, unseen[i : i + batch]) for i in range(0, held, batch)]
 
         def held_out_loss(values: Mapping[str, Tensor]) -> float:
             with fitted(linears, fits, codebooks(values)), _placed(norms, norm_weights(values)):
                 parts = [_hidden(model, unseen[i : i + batch]) for i in range(0, held, batch)]
-            return sum(map(_kl_sum, [model] * len(parts), parts, unseen_teacher)) / unseen.numel()
+            pairs = zip(parts, unseen_teacher, strict=True)
+            return sum(_kl_sum(model, part, target) for part, target in pairs) / unseen.numel()
 
         if not state.losses:
             state.losses.append(held_out_loss(state.values))
@@ -178,48 +179,24 @@ class _Lookup(torch.autograd.Function):
         return gradient @ w, out, None, None
 
 
-@contextmanager
 def fitted(
     linears: Mapping[str, nn.Linear], fits: Mapping[str, Fit], codebooks: Mapping[str, Tensor]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Within the block the linears compute with `codebooks` and the codes of their fits."""
 
-    def watch(name: str):
+    def watch(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         fit = fits[name]
-        wide = ~fit.table_rows
-        fixed = None
-        if bool(wide.any()):
-            dense = fit.dense() if fit.in_scale is None else fit.dense() / fit.in_scale
-            fixed = (wide, dense[wide])
+        fixed = None if fit.affine is None else (~fit.table_rows, affine_values(fit.affine))
 
-        def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        def forward(x: Tensor) -> Tensor:
             if fit.in_scale is not None:
                 x = x * fit.in_scale.to(x.dtype)
             z = _Lookup.apply(x, codebooks[name], fit.codes, fixed)
-            return z if self.bias is None else z + self.bias
+            return z if linear.bias is None else z + linear.bias
 
         return forward
 
-    try:
-        for name, linear in linears.items():
-            linear.forward = types.MethodType(watch(name), linear)  # type: ignore[method-assign]
-        yield
-    finally:
-        for linear in linears.values():
-            linear.__dict__.pop("forward", None)
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """Within the block no parameter asks for a gradient."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
+    return forwards_replaced(linears, watch)
 
 
 @contextmanager
