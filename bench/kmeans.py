@@ -13,21 +13,17 @@ A table goes to stdout. Fails if a cost of skimlm is above another's by more tha
 """
 
 import argparse
-import datetime
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 os.environ["NUMBA_NUM_THREADS"] = "1"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from skimlm import native  # noqa: E402
+from provenance import provenance  # noqa: E402
 from skimlm.weights.kmeans import kmeans_rows  # noqa: E402
 
 COUNTS = (2, 4, 8, 16)
@@ -89,18 +85,6 @@ def check(name, w, f, costs, results):
     return max(excess), statistics.fmean(excess)
 
 
-def machine():
-    """Where and on what this ran."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((ln.split(":")[1].strip() for ln in lines if "model name" in ln), "")
-    return (
-        f"{cpu or platform.processor()}, {os.cpu_count()} cores, library {native.isa()}; "
-        f"commit {commit}; {datetime.date.today()}"
-    )
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=4096)
@@ -155,7 +139,7 @@ def main():
         text = f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
         return text if name == "skimlm" else f"{text}, skimlm {ratio:.1f}x"
 
-    print(f"`python {' '.join(['bench/kmeans.py', *sys.argv[1:]])}`, {machine()}\n")
+    print(f"`python {' '.join(['bench/kmeans.py', *sys.argv[1:]])}`, {provenance()}\n")
     print(
         f"Rows of {args.cols} per second on one thread, median (least to most) of "
         f"{args.repeats}; skimlm on {args.rows} rows.\n"

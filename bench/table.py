@@ -14,26 +14,26 @@ width takes the widest that fits a budget, and its true bits are printed.
 """
 
 import argparse
-import datetime
 import json
 import math
-import platform
-import resource
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
 
+from provenance import provenance
 from skimlm import analysis, budget, checkpoint, demo, evaluate
 from skimlm.calibrate import read_documents, windows
 from skimlm.compress import RECIPES, Clock, quantize
+from skimlm.report import peak_rss_bytes
 from skimlm.weights import fit as fitting
 from skimlm.weights.pack import dequantize
 from skimlm.weights.refine import dense
 
 BITS = (3.19, 3.0, 2.5, 4.0, 3.5, 2.25, 3.2)
+METHODS = ("RTN", "Fisher k-means", "paper", "fast", "best")
+WIDTHS = (4, 3, 2, 1)
 
 
 def rtn(w, b):
@@ -44,24 +44,114 @@ def rtn(w, b):
     return (((w / scale).round() + zero).clamp(0, 2**b - 1) - zero) * scale
 
 
-def fixed(name, w, b, known):
-    """(de-quantized weight, stored bits) of a method that has one width for every row."""
-    r, c = w.shape
-    if name == "RTN":
-        return rtn(w, b), r * (b * c + 32)
-    sizes = torch.full((r,), 2**b, dtype=torch.int32)
+def fixed(method, w, b, known):
+    """De-quantized weight of a method that has one width for every row."""
+    if method == "RTN":
+        return rtn(w, b)
+    sizes = torch.full((len(w),), 2**b, dtype=torch.int32)
     table = known.centroids[b - 1].half().float()
-    return dense(fitting.nearest(w, table.contiguous(), sizes), table), r * (b * c + 16 * 2**b)
+    return dense(fitting.nearest(w, table.contiguous(), sizes), table)
 
 
-def machine():
-    """Where and on what this ran."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    here = Path(__file__).parent
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=here).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((ln.split(":")[1].strip() for ln in lines if "model name" in ln), "")
-    return f"{cpu or platform.machine()}, {datetime.date.today()}, commit {commit}"
+class Bench:
+    """The model, its text and the cells measured so far: {"METHOD BITS": facts}."""
+
+    def __init__(self, args):
+        self.args = args
+        self.source = checkpoint.open_checkpoint(args.model or demo.model_file())
+        self.model, self.tokenizer = checkpoint.load(self.source)
+        self.linears = checkpoint.linears(self.model)
+        self.weights = sum(m.weight.numel() for m in self.linears.values())
+        self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.text = evaluate.wikitext(args.data / "wikitext2/test.txt")
+        self.documents = read_documents(args.data / "calib/c4_1480docs.jsonl")
+        self.out = args.out.with_suffix(".json")
+        self.cells = json.loads(self.out.read_text()) if self.out.exists() else {}
+
+    def measure(self, key, bits, weights, **facts):
+        """Perplexity with these weights in the linears; then the model is as it was."""
+        full = key == "dense" or float(key.rsplit(" ", 1)[1]) in self.args.full
+        with torch.no_grad():
+            for name, weight in weights.items():
+                self.linears[name].weight.copy_(weight)
+            result = evaluate.perplexity(
+                self.model, self.tokenizer, self.text, 2048, None if full else self.args.windows
+            )
+            for name, p in self.model.named_parameters():
+                p.copy_(self.original[name])
+        self.keep(key, {"bits": bits, "nll": result.nll, "commit": provenance(), **facts})
+        print(key, f"{bits:.4f} bits, perplexity {result.perplexity:.3f}", flush=True)
+
+    def keep(self, key, cell):
+        self.cells[key] = cell
+        self.out.write_text(json.dumps(self.cells))
+        self.args.out.with_suffix(".md").write_text(markdown(self.cells, self.args.windows))
+
+    def analysed(self, recipe):
+        """(recipe, token windows, analysis, facts to note)."""
+        plan = RECIPES[recipe]
+        ids = windows(self.documents, self.tokenizer, plan.samples, plan.seq_len, 0)
+        key = analysis.key(self.source.path, ids, plan, sorted(self.linears))
+        cache = analysis.folder(self.args.cache_dir)
+        start = time.perf_counter()
+        known, kept = analysis.get(cache, key, self.model, self.linears, ids, plan, lambda *_: None)
+        note = "kept" if kept else f"computed in {time.perf_counter() - start:.0f} s"
+        print(recipe, "analysis", note, flush=True)
+        return plan, ids, known, note
+
+    def fixed_widths(self, method, targets):
+        """One width for every row: the widest that fits each target."""
+        _, _, known, note = self.analysed("best")
+        for target in targets:
+            # 3.19 is 3 bits and their codebooks, rounded
+            b = next(b for b in WIDTHS if self.fixed_bits(method, b) <= target + 5e-3)
+            bits = self.fixed_bits(method, b)
+            same = (c for k, c in self.cells.items() if k.startswith(method) and c["bits"] == bits)
+            twin = max(same, key=lambda c: len(c["nll"]), default=None)
+            if twin and (target not in self.args.full or len(twin["nll"]) > self.args.windows):
+                self.keep(f"{method} {target}", twin)
+                continue
+            parts = {
+                n: fixed(method, m.weight.detach().float(), b, known[n])
+                for n, m in self.linears.items()
+            }
+            self.measure(f"{method} {target}", bits, parts, analysis=note)
+
+    def fixed_bits(self, method, b):
+        """All-in bits per weight of a fixed width: two float16 per row, or a float16 codebook."""
+        extra = 32 if method == "RTN" else 16 * 2**b
+        rows = sum(m.out_features for m in self.linears.values())
+        return b + extra * rows / self.weights
+
+    def recipe(self, method, targets):
+        """What `skimlm compress --recipe METHOD --bits TARGET` does, in memory."""
+        plan, ids, known, note = self.analysed(method)
+        price = budget.prices(self.linears, plan.scale)
+        errors = {n: known[n].errors for n in self.linears}
+        teacher = {}
+        for target in targets:
+            clock = Clock()
+            with clock("allocate"):
+                widths = budget.for_bits(errors, price, target, plan.end_loss)
+            quantized, losses = quantize(
+                self.model,
+                self.linears,
+                known,
+                widths,
+                plan,
+                ids,
+                lambda *_: None,
+                clock,
+                teacher=teacher,
+            )
+            self.measure(
+                f"{method} {target}",
+                price.bits(widths) / self.weights,
+                {n: dequantize(q) for n, q in quantized.items()},
+                seconds=clock.seconds,
+                held_out_kl=losses,
+                analysis=note,
+            )
 
 
 def main():
@@ -71,144 +161,75 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--cache-dir", type=Path)
     parser.add_argument("--windows", type=int, default=16, help="of 2048 tokens; 148 are all")
-    parser.add_argument("--bits", type=lambda s: [float(b) for b in s.split(",")], default=BITS)
-    parser.add_argument("--methods", default="RTN,Fisher k-means,paper,fast,best")
+    numbers = {"type": lambda s: [float(b) for b in s.split(",")]}
+    parser.add_argument("--bits", default=BITS, **numbers)
+    parser.add_argument("--full", default=[3.19], help="columns with all windows", **numbers)
+    parser.add_argument("--methods", default=",".join(METHODS))
     args = parser.parse_args()
 
-    source = checkpoint.open_checkpoint(args.model or demo.model_file())
-    model, tokenizer = checkpoint.load(source)
-    linears = checkpoint.linears(model)
-    original = {n: p.detach().clone() for n, p in model.named_parameters()}
-    text = evaluate.wikitext(args.data / "wikitext2/test.txt")
-    total = sum(m.weight.numel() for m in linears.values())
-    documents = read_documents(args.data / "calib/c4_1480docs.jsonl")
-    out = args.out.with_suffix(".json")
-    cells = json.loads(out.read_text()) if out.exists() else {}
-
-    def restore():
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(original[name])
-
-    def measure(key, bits, seconds=None, **facts):
-        result = evaluate.perplexity(model, tokenizer, text, 2048, args.windows)
-        cells[key] = {"bits": bits, "nll": result.nll, "seconds": seconds, **facts}
-        out.write_text(json.dumps(cells))
-        args.out.with_suffix(".md").write_text(markdown(cells, args, model))
-        print(
-            key,
-            f"{bits:.4f} bits",
-            f"perplexity {math.exp(statistics.fmean(result.nll)):.3f}",
-            flush=True,
-        )
-
-    if "dense" not in cells:
-        measure("dense", 16.0)
-
-    def analyses(recipe):
-        plan = RECIPES[recipe]
-        ids = windows(documents, tokenizer, plan.samples, plan.seq_len, 0)
-        key = analysis.key(source.path, ids, plan, sorted(linears))
-        cache = analysis.folder(args.cache_dir)
-        start = time.perf_counter()
-        known, kept = analysis.get(cache, key, model, linears, ids, plan, lambda *_: None)
-        print(
-            recipe,
-            "analysis",
-            f"{time.perf_counter() - start:.0f} s",
-            "kept" if kept else "computed",
-            flush=True,
-        )
-        return plan, ids, known
-
+    bench = Bench(args)
+    if "dense" not in bench.cells:
+        bench.measure("dense", 16.0, {})
     for method in args.methods.split(","):
-        todo = [b for b in args.bits if f"{method} {b}" not in cells]
-        if not todo:
-            continue
-        if method in ("RTN", "Fisher k-means"):
-            _, _, known = analyses("best")
-            for target in todo:
-                for b in (4, 3, 2, 1):
-                    parts = {
-                        n: fixed(method, m.weight.detach().float(), b, known[n])
-                        for n, m in linears.items()
-                    }
-                    bits = sum(p[1] for p in parts.values()) / total
-                    if bits <= target + 5e-3:  # 3.19 is 3 bits and their codebooks, rounded
-                        break
-                done = next(
-                    (c for k, c in cells.items() if k.startswith(method) and c["bits"] == bits),
-                    None,
-                )
-                if done:
-                    cells[f"{method} {target}"] = done
-                    continue
-                with torch.no_grad():
-                    for n, m in linears.items():
-                        m.weight.copy_(parts[n][0])
-                measure(f"{method} {target}", bits)
-                restore()
-            continue
-        plan, ids, known = analyses(method)
-        teacher = {}
-        price = budget.prices(linears, plan.scale)
-        for target in todo:
-            clock = Clock()
-            with clock("allocate"):
-                errors = {n: known[n].errors for n in linears}
-                widths = budget.for_bits(errors, price, target, plan.end_loss)
-            quantized, losses = quantize(
-                model, linears, known, widths, plan, ids, lambda *_: None, clock, teacher=teacher
-            )
-            with torch.no_grad():
-                for n, m in linears.items():
-                    m.weight.copy_(dequantize(quantized[n]))
-            measure(
-                f"{method} {target}", price.bits(widths) / total, clock.seconds, held_out_kl=losses
-            )
-            restore()
-            del quantized
+        targets = [b for b in args.bits if f"{method} {b}" not in bench.cells]
+        if targets:
+            run = bench.recipe if method in RECIPES else bench.fixed_widths
+            run(method, targets)
 
 
-def markdown(cells, args, model):
+def perplexity(nll):
+    return math.exp(statistics.fmean(nll))
+
+
+def with_error(cell, dense, windows):
+    """Perplexity on the first windows, and its standard error paired with full precision."""
+    nll, full = cell["nll"][:windows], dense["nll"][:windows]
+    delta = [a - b for a, b in zip(nll, full, strict=True)]
+    value = perplexity(nll)
+    return f"{value:.2f} ± {value * statistics.stdev(delta) / math.sqrt(len(delta)):.2f}"
+
+
+def markdown(cells, windows):
     """The table, with perplexity, true bits and the share of the gap that is closed."""
     columns = sorted({float(k.rsplit(" ", 1)[1]) for k in cells if " " in k})
-    value = {k: math.exp(statistics.fmean(c["nll"])) for k, c in cells.items()}
-    full = cells["dense"]["nll"]
     lines = ["| | " + " | ".join(f"{c:g}" for c in columns) + " |", "|---|" + "---|" * len(columns)]
-    for method in ("RTN", "Fisher k-means", "paper", "fast", "best"):
+    for method in METHODS:
         row = []
         for c in columns:
             cell = cells.get(f"{method} {c}")
             if cell is None:
                 row.append("")
                 continue
-            delta = [a - b for a, b in zip(cell["nll"], full, strict=True)]
-            error = value[f"{method} {c}"] * statistics.stdev(delta) / math.sqrt(len(delta))
             exact = "" if abs(cell["bits"] - c) < 0.005 else f" ({cell['bits']:.2f} bits)"
-            row.append(f"{value[f'{method} {c}']:.2f} ± {error:.2f}{exact}")
+            row.append(with_error(cell, cells["dense"], windows) + exact)
         if any(row):
             lines.append(f"| {method} | " + " | ".join(row) + " |")
-    spread = value["dense"] * statistics.stdev(full) / math.sqrt(len(full))
-    dense = f"{value['dense']:.2f} ± {spread:.2f}"
-    lines += ["", f"Full precision (bf16): {dense}. ± of the rows: paired with it."]
-    if "Fisher k-means 3.19" in cells:
-        gap = value["Fisher k-means 3.19"] - value["dense"]
-        for method in ("paper", "fast", "best"):
-            if f"{method} 3.19" in cells:
-                closed = (value["Fisher k-means 3.19"] - value[f"{method} 3.19"]) / gap
-                lines.append(
-                    f"- {method} at 3.19 bits closes {closed:.1%} of the gap "
-                    f"{value['Fisher k-means 3.19']:.2f} - {value['dense']:.2f}: "
-                    f"{value[f'{method} 3.19']:.2f}"
-                )
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    for count in sorted({windows, len(cells["dense"]["nll"])}):
+        full = cells["dense"]["nll"][:count]
+        spread = perplexity(full) * statistics.stdev(full) / math.sqrt(len(full))
+        lines += [
+            "",
+            f"First {count} windows: full precision {perplexity(full):.2f} ± {spread:.2f}",
+        ]
+        have = {m: cells.get(f"{m} 3.19") for m in METHODS}
+        have = {m: c for m, c in have.items() if c and len(c["nll"]) >= count}
+        if "Fisher k-means" not in have:
+            continue
+        worst = perplexity(have["Fisher k-means"]["nll"][:count])
+        for method in have:
+            value = perplexity(have[method]["nll"][:count])
+            closed = (worst - value) / (worst - perplexity(full))
+            lines.append(
+                f"- {method} at {have[method]['bits']:.4f} bits: "
+                f"{with_error(have[method], cells['dense'], count)}, closes {closed:.1%} of the gap"
+            )
     lines += [
         "",
-        f"WikiText-2 raw test, customary text, first {args.windows} windows of 2048, no BOS; "
-        "calibration on C4 (1480 documents) in windows of 512. "
-        "The model's linears went through Q4_1 (groups of 32) before they came to us.",
-        f"{machine()}; {torch.get_num_threads()} threads, peak RSS {rss:.1f} GB.",
+        f"WikiText-2 raw test, customary text, the table on the first {windows} windows of 2048, "
+        "no BOS; ± of the rows: paired with full precision. Calibration on C4 (1480 documents) in "
+        "windows of 512. The model's linears went through Q4_1 (groups of 32) before they came to "
+        "us.",
+        f"{provenance()}; peak RSS {peak_rss_bytes() / 1e9:.1f} GB.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -9,8 +9,6 @@ be deleted any time.
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +17,10 @@ from typing import Protocol
 import torch
 from platformdirs import user_cache_dir
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import skimlm
+from skimlm import shards
 from skimlm.calibrate import statistics
 from skimlm.errors import SkimError
 from skimlm.weights.fit import analyse
@@ -107,12 +105,7 @@ def get(
         errors *= row_weight[:, None].double()
         result[linear] = Analysis(h, s.fisher.bfloat16(), row_weight, centroids, errors)
         progress("analyse", done, len(collected))
-    try:
-        _write(path, result)
-    except OSError as error:
-        raise SkimError(
-            f"{path}: the analysis cannot be kept ({error.strerror}); choose another --cache-dir"
-        ) from None
+    _write(path, result)
     return result, False
 
 
@@ -142,7 +135,6 @@ def _files(cache: Path) -> list[Path]:
 
 
 def _write(path: Path, result: dict[str, Analysis]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, a in result.items():
         tensors[f"{name}.hessian"] = a.hessian
@@ -150,15 +142,10 @@ def _write(path: Path, result: dict[str, Analysis]) -> None:
         tensors[f"{name}.row_weight"] = a.row_weight
         tensors[f"{name}.centroids"] = torch.cat(a.centroids, dim=1)
         tensors[f"{name}.errors"] = a.errors
-    scratch = tempfile.mkdtemp(dir=path.parent, prefix=".writing-")
     try:
-        part = Path(scratch) / path.name
-        save_file(tensors, part)
-        os.replace(part, path)
-    except SafetensorError as error:
-        raise OSError(0, str(error)) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shards.write_file(path, tensors, {})
+    except SkimError as error:
+        raise SkimError(f"{error}; choose another --cache-dir") from None
 
 
 def _read(path: Path, linears: dict[str, nn.Linear]) -> dict[str, Analysis]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from skimlm.errors import SkimError
 from skimlm.head import final_hidden, head_logits
 from skimlm.hooks import forwards_replaced, frozen
+from skimlm.shards import finite
 
 TEXT_KEYS = ("text", "prefix,gold_completion")
 
@@ -57,18 +58,12 @@ def default_text() -> list[str]:
 
     A weak substitute for text like the model's own use; pass `--text` for quality.
     """
-    names = [
-        "argparse",
-        "asyncio",
-        "collections",
-        "csv",
-        "datetime",
-        "decimal",
-    ]
-    names += ["email", "functools", "http.server", "inspect", "ipaddress", "itertools", "json"]
-    names += ["logging", "math", "os", "pathlib", "pickle", "random", "re", "shutil", "smtplib"]
-    names += ["socket", "sqlite3", "statistics", "string", "subprocess", "tarfile", "tempfile"]
-    names += ["textwrap", "threading", "tkinter", "urllib.request", "zipfile"]
+    names = (
+        "argparse asyncio collections csv datetime decimal email functools http.server inspect "
+        "ipaddress itertools json logging math os pathlib pickle random re shutil smtplib socket "
+        "sqlite3 statistics string subprocess tarfile tempfile textwrap threading tkinter "
+        "urllib.request zipfile"
+    ).split()
     documents = []
     for name in names:
         try:
@@ -273,6 +268,9 @@ def statistics(
         mean = s.row_weight.mean()
         s.row_weight = s.row_weight / mean if mean > 0 else torch.ones_like(s.row_weight)
         for matrix in (s.end_hessian, s.fisher, s.hessian):
-            if matrix is not None and not torch.isfinite(matrix).all():
-                raise SkimError(f"{name}: calibration overflowed (not finite); try --dtype float32")
+            if matrix is not None and not finite(matrix):
+                raise SkimError(
+                    f"{name}: calibration overflowed (not finite): the model's activations do not "
+                    f"fit {next(model.parameters()).dtype}; use other text"
+                )
     return result

@@ -161,8 +161,8 @@ def _read_config(path: Path) -> tuple[Any, bool]:
     return config, method == METHOD
 
 
-def _skeleton(file: Path, config: Any) -> nn.Module:
-    """The model without its numbers, on the meta device."""
+def skeleton(file: Path, config: Any) -> nn.Module:
+    """The model without its numbers, on the meta device; an error names `file`."""
     from transformers import AutoModelForCausalLM
 
     with _one_line(file, "the model cannot be built"), torch.device("meta"):
@@ -172,7 +172,7 @@ def _skeleton(file: Path, config: Any) -> nn.Module:
 def _check_shapes(path: Path, config: Any, files: Mapping[str, tuple[Path, Mapping]]) -> None:
     """Refuse models with nothing to compress, and linears whose stored shape is not the model's."""
     with _naming(path):
-        layers = linears(_skeleton(path / "config.json", config))
+        layers = linears(skeleton(path / "config.json", config))
     for name, layer in layers.items():
         file, entry = files.get(f"{name}.weight", (None, {}))
         shape = [layer.out_features, layer.in_features]
@@ -193,7 +193,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     with _one_line(path, "not a readable GGUF"):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with _naming(path):
-        linears(_skeleton(path, config))
+        linears(skeleton(path, config))
     return Checkpoint(path, config, {})
 
 

@@ -1,9 +1,9 @@
 """A model in, a compressed folder out: calibrate -> analyse -> allocate -> fit -> (train) -> write.
 
-    recipe   statistics   bit pool   scaling vector   refinement   end-loss training
-    paper    F and H      linear     one step         none         none   (as published)
-    fast     F and H~     the model      none             yes          none
-    best     F and H~     model      none             yes          codebooks, norm weights
+    recipe   statistics   bit pool    scaling vector   refinement   end-loss training
+    paper    F and H      per linear  one step         none         none   (as published)
+    fast     F and H~     the model   none             yes          none
+    best     F and H~     the model   none             yes          codebooks, norm weights
 
 The walk goes over the linears in the order of the blocks and keeps plain values per linear:
 statistics, curve, fit, quantized weight. What a new width needs again (statistics, centroids,
@@ -31,7 +31,8 @@ from skimlm.errors import SkimError
 from skimlm.report import peak_rss_bytes
 from skimlm.weights import fit as fitting
 from skimlm.weights.fit import WIDTHS, Fit
-from skimlm.weights.pack import QuantizedWeight, histogram
+from skimlm.weights.kmeans import kmeans_rows
+from skimlm.weights.pack import MAX_TABLE_WIDTH, QuantizedWeight, histogram
 from skimlm.weights.refine import damped
 from skimlm.weights.scale import normalise, scale_step, scaled_error
 from skimlm.weights.train import train
@@ -165,7 +166,7 @@ def compress(
         method=method,
         recipe=recipe,
         bits_per_weight=price.bits(widths) / price.total,
-        bytes=planned_bytes(widths),
+        bytes=planned_bytes(widths) if dry_run else 0,
         linears=len(linears),
         weights=price.total,
         rows_by_width=histogram(torch.cat(list(widths.values()))),
@@ -306,9 +307,9 @@ def _published_scale(
     weight = stats.row_weight
     v = fit.dense()
     s = normalise(scale_step([w], [v], [h], [weight], ones))
-    f = stats.fisher.float()
+    f = stats.fisher.float() * s * s
     scaled = w / s
-    again = fitting.start(scaled, f * s * s, widths, fitting.kmeans_rows(scaled, f * s * s, 5)[0])
+    again = fitting.start(scaled, f, widths, kmeans_rows(scaled, f, MAX_TABLE_WIDTH)[0])
     before = scaled_error(w, v, h, weight, ones)
     after = scaled_error(w, again.dense(), h, weight, s)
     best, fit.in_scale, again.in_scale = (again if after < before else fit), ones, s

@@ -33,7 +33,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise SkimError(f"{path}: not a compressed folder: make one with `skimlm compress`")
     config = SkimlmConfig(**_as_dict(source.config.quantization_config))
     entries = {n: entry for n, (_, entry) in shards.tensor_files(source.path).items()}
-    model = _skeleton(source.config)
+    model = checkpoint.skeleton(source.path / "config.json", source.config)
     swap_in(model, config, torch.bfloat16)
     check_files(model, config, sorted(set(source.files.values())))
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
@@ -60,13 +60,6 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _as_dict(config: Any) -> dict[str, Any]:
     return config if isinstance(config, dict) else config.to_dict()
-
-
-def _skeleton(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _describe(name: str, layer: CompressedLinear) -> dict[str, Any]:

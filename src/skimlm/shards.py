@@ -179,6 +179,22 @@ def write(folder: Path, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
         (folder / INDEX).write_text(text, encoding="utf-8")
 
 
+def write_file(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write one safetensors file, whole or not at all; SkimError naming it if that fails."""
+    part = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+        os.close(handle)
+        save_file(tensors, part, metadata)
+        os.replace(part, file)
+    except (OSError, SafetensorError) as error:
+        raise SkimError(f"{file}: could not be written: {first_line(error)}") from error
+    finally:
+        if part is not None:
+            Path(part).unlink(missing_ok=True)
+
+
 def sync(folder: Path) -> None:
     """Force every file of a folder, and the folder itself, to disk."""
     for path in (*folder.rglob("*"), folder):

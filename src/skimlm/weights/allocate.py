@@ -36,8 +36,9 @@ def allocate(errors: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray
     left = budget - spent - price[:bought].sum()
     # The first edge that no longer fits ends its row; cheaper edges of other rows fill the rest.
     closed: set[int] = set()
+    cheapest = price[bought:].min(initial=np.inf)
     for k in range(bought, len(row)):
-        if left < price[k:].min(initial=np.inf) if k % 4096 == 0 else left <= 0:
+        if left < cheapest:
             break
         if row[k] in closed:
             continue

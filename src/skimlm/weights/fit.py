@@ -1,5 +1,4 @@
-"""One linear from weight to `QuantizedWeight`: curve -> widths -> codebooks -> codes. No model, no
-I/O.
+"""One linear from weight to `QuantizedWeight`: curve -> widths -> codebooks -> codes.
 
 `analyse` gives the rate-distortion curve of every row, `start` the k-means solution at chosen
 widths, `finish` rounds the codebooks to what is stored (8-bit levels, one bfloat16 scale per row).
@@ -23,16 +22,13 @@ class Fit:
     """A linear being fitted: float codebooks up to 5 bits, final grids above."""
 
     widths: Tensor  # uint8 [r]
-    codebook: (
-        Tensor  # float32 [r, 32], ascending in the first sizes[i] entries, padded with the last
-    )
+    # float32 [r, 32], ascending in the first sizes[i] entries, padded with the last
+    codebook: Tensor
     codes: Tensor  # uint8 [r, c]
-    affine: (
-        QuantizedWeight | None
-    )  # the rows of 6..8 bits, in row order; their codebook entry is unused
-    in_scale: Tensor | None = (
-        None  # float32 [c]; codebooks and codes live in the scaled domain w / s
-    )
+    # the rows of 6..8 bits, in row order; their codebook entry is unused
+    affine: QuantizedWeight | None
+    # float32 [c]; codebooks and codes live in the scaled domain w / s
+    in_scale: Tensor | None = None
 
     @property
     def table_rows(self) -> Tensor:

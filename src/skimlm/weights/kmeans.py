@@ -1,12 +1,11 @@
-"""Exact weighted one-dimensional k-means, every width at once (SqueezeLLM's objective, solved
-exactly).
+"""Exact weighted one-dimensional k-means, every width at once.
 
-For one row w with weights f >= 0 the cheapest partition into k intervals of the sorted row is
-found by dynamic programming over prefix sums; the programme for k = 2^max_bits passes through
-every smaller k, so one run gives the codebooks and the error of all widths: the row's
-rate-distortion curve. No seeds, no restarts, no empty clusters. Equal values, zero weights,
-constant rows and rows with fewer distinct values than clusters are ordinary inputs: spare
-centroids repeat the largest one.
+The objective is SqueezeLLM's (2306.07629), solved to its optimum. For one row w with weights
+f >= 0 the cheapest partition into k intervals of the sorted row is found by dynamic programming
+over prefix sums; the programme for k = 2^max_bits passes through every smaller k, so one run gives
+the codebooks and the error of all widths: the row's rate-distortion curve. No seeds, no restarts,
+no empty clusters. Equal values, zero weights, constant rows and rows with fewer distinct values
+than clusters are ordinary inputs: spare centroids repeat the largest one.
 """
 
 import numpy as np

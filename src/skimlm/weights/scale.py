@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from skimlm.weights.refine import row_errors
+
 
 def scale_step(
     w: Sequence[Tensor],
@@ -49,5 +51,4 @@ def normalise(s: Tensor) -> Tensor:
 
 def scaled_error(w: Tensor, v: Tensor, h: Tensor, row_weight: Tensor, s: Tensor) -> Tensor:
     """sum_i rho_i (v_i * s - w_i) H (v_i * s - w_i)^T, a scalar."""
-    d = v * s - w
-    return (((d @ h) * d).sum(1) * row_weight).sum()
+    return (row_errors(w, v * s, h) * row_weight).sum()

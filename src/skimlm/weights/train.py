@@ -11,7 +11,6 @@ Parameters are relative: codebook = start + theta * spread of its row, norm = or
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from skimlm import native
+from skimlm import native, shards
 from skimlm.calibrate import backward_from_loss
+from skimlm.errors import SkimError
 from skimlm.head import final_hidden, head_logits
 from skimlm.hooks import forwards_replaced, frozen
 from skimlm.weights.fit import Fit, affine_values
@@ -292,22 +291,23 @@ def _write(path: Path | None, state: State) -> None:
     if path is None:
         return
     tensors = {f"{part}:{n}": v for part in PARTS for n, v in getattr(state, part).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, scratch, {"step": str(state.step), "losses": json.dumps(state.losses)})
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    facts = {"step": str(state.step), "losses": json.dumps(state.losses)}
+    shards.write_file(path, tensors, facts)
 
 
 def _read(path: Path | None) -> State | None:
     if path is None or not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata()
-        state = State(int(facts["step"]), losses=json.loads(facts["losses"]))
-        for key in file.keys():
-            part, name = key.split(":", 1)
-            getattr(state, part)[name] = file.get_tensor(key)
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata()
+            state = State(int(facts["step"]), losses=json.loads(facts["losses"]))
+            for key in file.keys():
+                part, name = key.split(":", 1)
+                getattr(state, part)[name] = file.get_tensor(key)
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise SkimError(
+            f"{path}: damaged state of a training ({shards.first_line(error)}); "
+            "delete it and run again"
+        ) from None
     return state
