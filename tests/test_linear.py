@@ -32,15 +32,26 @@ def table_layers(rows=50, cols=9, bits=8, dtype=torch.float32, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_forward_is_the_dense_layers_to_the_bit(dtype, scaled, biased):
+def test_forward_is_the_dense_layers(dtype, scaled, biased):
     q = random_quantized(31, 17, in_scale=scaled)
     bias = torch.randn(31, dtype=dtype) if biased else None
     x = torch.randn(2, 3, 17, dtype=dtype)
     layer = CompressedLinear.from_quantized(q, bias)
-    want = nn.functional.linear(x, dequantize(q).to(dtype), bias)
-    assert torch.equal(layer(x), want)
-    assert torch.equal(layer.dense(dtype)(x), want)
+    want = x.double() @ dequantize(q).double().T + (0 if bias is None else bias.double())
+    close = dict(rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(layer(x).double(), want, **close)
+    dense = nn.functional.linear(x, dequantize(q).to(dtype), bias)
+    assert torch.equal(layer.dense(dtype)(x), dense)
     assert (layer.in_features, layer.out_features) == (17, 31)
+    many = x[:1].expand(50, 3, 17)  # enough tokens to de-quantize for
+    assert torch.equal(layer(many), nn.functional.linear(many, dequantize(q).to(dtype), bias))
+
+
+def test_gradients_flow_through_to_the_input():
+    q = random_quantized(31, 17, in_scale=True)
+    x = torch.randn(3, 17, requires_grad=True)
+    CompressedLinear.from_quantized(q)(x).sum().backward()
+    torch.testing.assert_close(x.grad, dequantize(q).sum(0).expand(3, 17))
 
 
 @pytest.mark.parametrize("widths", [[1], [8], [2, 7]])
@@ -132,12 +143,15 @@ def test_rows_of_zeros_stay_zeros(bits):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_embedding_and_head_are_the_dense_ones_to_the_bit(bits, dtype):
+def test_embedding_and_head_are_the_dense_ones(bits, dtype):
     embedding, head, table = table_layers(bits=bits, dtype=dtype)
     ids = torch.tensor([[0, 3, 49], [7, 7, 1]])
     assert torch.equal(embedding(ids), nn.functional.embedding(ids, table.to(dtype)))
     x = torch.randn(2, 9, dtype=dtype)
-    assert torch.equal(head(x), x @ table.to(dtype).T)
+    want, eps = x.double() @ table.double().T, torch.finfo(dtype).eps
+    torch.testing.assert_close(head(x).double(), want, rtol=2 * eps, atol=8 * eps)
+    many = x[:1].expand(50, 9)
+    assert torch.equal(head(many), many @ table.to(dtype).T)
 
 
 def test_a_tied_head_stores_nothing():

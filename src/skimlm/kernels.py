@@ -1,20 +1,27 @@
 """The operations of a compressed linear: a readable torch version, and the native one beside it.
 
-`dequantize_packed` turns the buffers as they are stored (see `weights/pack.py`) into a matrix. On
-the CPU, for float32 and bfloat16, native code does it; elsewhere, and as its oracle,
-`dequantize_reference`: for every width in use, cut the rows' bytes into codes, look the codes up,
-scale the rows, and put them back in the model's row order. Both give the same bits.
+    dequantize_packed   the stored buffers (see `weights/pack.py`) as a matrix
+    linear_packed       x W^T + bias straight from the stored buffers: the weights are read once, as
+                        they are stored. Few tokens at a time are bound by that reading; from
+                        `FEW_TOKENS` on de-quantizing once and the platform's product are faster.
+
+Native code does it on the CPU for float32 and bfloat16; elsewhere, and as its oracle, torch: for
+every width in use, cut the rows' bytes into codes, look the codes up, scale the rows, and put them
+back in the model's row order. `torch.ops.skimlm.linear` is the same for `torch.compile`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from skimlm import native
 from skimlm.weights.pack import check_sizes, stored_groups, unpack_codes
 
 CHUNK = 2**22  # codes turned into float32 at a time: bounds the temporaries to about 60 MB
+FEW_TOKENS = 16
+NATIVE = (torch.float32, torch.bfloat16)
 
 
 def dequantize_packed(
@@ -32,7 +39,7 @@ def dequantize_packed(
     The sizes of the buffers are checked at every call, since native code would read past the end of
     one that is too short; their values are checked when a model is loaded. Raises FormatError.
     """
-    if weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    if weight.device.type != "cpu" or dtype not in NATIVE:
         return dequantize_reference(
             weight, widths, codebook, row_scale, row_zero, in_scale, cols, dtype
         )
@@ -47,6 +54,88 @@ def dequantize_packed(
         cols,
     )
     return out
+
+
+def linear_packed(
+    x: Tensor,
+    weight: Tensor,
+    widths: Tensor,
+    codebook: Tensor | None,
+    row_scale: Tensor,
+    row_zero: Tensor | None,
+    in_scale: Tensor | None,
+    bias: Tensor | None,
+    exact: bool = True,
+) -> Tensor:
+    """`x` [..., c] times the stored weight [r, c] transposed, plus `bias`: [..., r], dtype of `x`.
+
+    Sums are in float32, `exact` but for their order; else `x` is rounded to int8 per token and 64
+    columns (native only, few tokens). Raises FormatError if the buffers do not fit each other.
+    """
+    cols, rows = x.shape[-1], len(widths)
+    count = x.numel() // max(cols, 1)
+    buffers = (weight, widths, codebook, row_scale, row_zero, in_scale)
+    if x.device.type != "cpu" or x.dtype not in NATIVE or not 0 < count < FEW_TOKENS:
+        return F.linear(x, dequantize_packed(*buffers, cols, x.dtype), bias)
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    if not native.matmul(x.contiguous(), *buffers, out, count, rows, cols, exact):
+        check_sizes(_present(*buffers), rows, cols)
+        raise ValueError(
+            f"buffers of {rows} rows must be contiguous, on the CPU, and fit {cols} columns"
+        )
+    return out if bias is None else out.add_(bias)
+
+
+def linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    widths: Tensor,
+    codebook: Tensor | None,
+    row_scale: Tensor,
+    row_zero: Tensor | None,
+    in_scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """The same in torch: de-quantized to float32, multiplied in float32, rounded at the end."""
+    buffers = (weight, widths, codebook, row_scale, row_zero, in_scale)
+    dense = dequantize_reference(*buffers, x.shape[-1], torch.float32)
+    out = F.linear(x.float(), dense).to(x.dtype)
+    return out if bias is None else out + bias
+
+
+def table_packed(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """`x` [..., d] times a table of 8 or 4 bits (linear.py) transposed, few tokens on the CPU."""
+    cols, rows = x.shape[-1], len(scale)
+    want = (rows, cols if bits == 8 else -(-cols // 2))
+    native.require("codes", codes, torch.int8 if bits == 8 else torch.uint8, want)
+    native.require("scale", scale, torch.bfloat16, (rows,))
+    if x.dtype not in NATIVE:
+        raise ValueError(f"x must be float32 or bfloat16, got {x.dtype}")
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    bf16, count = int(x.dtype == torch.bfloat16), x.numel() // max(cols, 1)
+    native.call("table_matmul", x.contiguous(), bf16, codes, bits, scale, out, count, rows, cols)
+    return out
+
+
+# torch.compile cannot look into native code: it sees one operator, and its shape from the fake
+_library = torch.library.Library("skimlm", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor widths, Tensor? codebook, Tensor row_scale, "
+    "Tensor? row_zero, Tensor? in_scale, Tensor? bias, bool exact) -> Tensor"
+)
+_library.define("table(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor")
+_library.impl("linear", linear_packed, "CompositeExplicitAutograd")
+_library.impl("table", table_packed, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("skimlm::linear", lib=_library)
+def _(x, weight, widths, codebook, row_scale, row_zero, in_scale, bias, exact):
+    return x.new_empty(*x.shape[:-1], widths.shape[0])
+
+
+@torch.library.register_fake("skimlm::table", lib=_library)
+def _(x, codes, scale, bits):
+    return x.new_empty(*x.shape[:-1], scale.shape[0])
 
 
 def dequantize_reference(

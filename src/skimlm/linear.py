@@ -1,6 +1,6 @@
 """The compressed layers: the buffers of a file, and a forward pass over them.
 
-`CompressedLinear` holds a linear as FORMAT.md stores it and multiplies by the de-quantized weight.
+`CompressedLinear` holds a linear as FORMAT.md stores it; `kernels.py` multiplies by it.
 `CompressedEmbedding` and `CompressedHead` hold a table [V, d] with one scale per row:
 
     8 bit: weight int8  [V, d]           value = weight * scale
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skimlm.kernels import dequantize_packed
+from skimlm.kernels import FEW_TOKENS, NATIVE, dequantize_packed, linear_packed, table_packed
 from skimlm.weights.pack import QuantizedWeight, histogram, layout, pack
 
 ROWS = 4096  # table rows quantized at a time
@@ -107,7 +107,24 @@ class CompressedLinear(_Stored):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
-        return F.linear(x, self.dequantize(x.dtype), self.bias)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be [..., {self.in_features}], got {list(x.shape)}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            return F.linear(x, self.dequantize(x.dtype), self.bias)
+        # the operator costs some microseconds more than the function, and only a compiler needs it
+        compiling = torch.compiler.is_compiling()
+        linear = torch.ops.skimlm.linear if compiling else linear_packed
+        return linear(
+            x,
+            self.weight,
+            self.widths,
+            self.codebook,
+            self.row_scale,
+            self.row_zero,
+            self.in_scale,
+            self.bias,
+            True,
+        )
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The ordinary layer this stands for."""
@@ -210,7 +227,12 @@ class CompressedHead(_Table):
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states `[..., cols]` to logits `[..., rows]`."""
-        return F.linear(x, self.dequantize(x.dtype), self.bias)
+        few = 0 < x.numel() < FEW_TOKENS * self.cols and x.device.type == "cpu"
+        if not few or x.dtype not in NATIVE or (torch.is_grad_enabled() and x.requires_grad):
+            return F.linear(x, self.dequantize(x.dtype), self.bias)
+        table = torch.ops.skimlm.table if torch.compiler.is_compiling() else table_packed
+        logits = table(x, self.weight, self.scale, self.bits)
+        return logits if self.bias is None else logits + self.bias
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The ordinary layer this stands for."""

@@ -222,6 +222,7 @@ def environment() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "threads": torch.get_num_threads(),
         "isa": isa,
+        "kernels": "none" if isa == "none" else native.path(),
         "library": library,
     }
 

@@ -8,6 +8,7 @@ Every call checks type, layout and device first, so a wrong tensor is a Python e
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,6 +39,11 @@ def library() -> ctypes.CDLL:
     return _open(isa())
 
 
+def path() -> str:
+    """The instruction set of `library`, and whether it has the routines for VBMI."""
+    return isa() + (" vbmi" if library().skimlm_has_vbmi() else "")
+
+
 def call(name: str, *args: torch.Tensor | int | float | None) -> None:
     """Call `skimlm_<name>` with tensors as pointers, ints as int64, floats as double.
 
@@ -61,6 +67,74 @@ def call(name: str, *args: torch.Tensor | int | float | None) -> None:
     function = getattr(library(), f"skimlm_{name}")
     function.restype = None
     function(*values, ctypes.c_int(torch.get_num_threads()))
+
+
+@functools.cache
+def _matmul(loaded: ctypes.CDLL) -> Callable[..., int]:
+    function = loaded.skimlm_matmul
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, size, pointer, size, pointer, pointer, size, pointer, pointer]
+    function.argtypes += [size, pointer, pointer, *([size] * 4), ctypes.c_int]
+    return function
+
+
+def matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    widths: torch.Tensor,
+    codebook: torch.Tensor | None,
+    row_scale: torch.Tensor,
+    row_zero: torch.Tensor | None,
+    in_scale: torch.Tensor | None,
+    out: torch.Tensor,
+    count: int,
+    rows: int,
+    cols: int,
+    exact: bool,
+) -> bool:
+    """`skimlm_matmul`, called hundreds of times per token: False if the buffers do not fit.
+
+    Sizes are checked in native code, where it costs microseconds less; types and layout here.
+    """
+    stored = (
+        (weight, torch.uint8, None),
+        (widths, torch.uint8, rows),
+        (codebook, torch.int8, None),
+        (row_scale, torch.bfloat16, rows),
+        (row_zero, torch.int16, None),
+        (in_scale, torch.float16, cols),
+    )
+    if weight is None or widths is None or row_scale is None:
+        return False
+    at: list[int | None] = []
+    for tensor, dtype, length in stored:
+        if tensor is None:
+            at.append(None)
+            continue
+        fits = tensor.dtype == dtype and tensor.dim() == 1 and tensor.is_contiguous()
+        if not fits or not tensor.is_cpu or (length is not None and len(tensor) != length):
+            return False
+        at.append(tensor.data_ptr())
+    status = _matmul(library())(
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        at[0],
+        weight.numel(),
+        at[1],
+        at[2],
+        0 if codebook is None else codebook.numel(),
+        at[3],
+        at[4],
+        0 if row_zero is None else row_zero.numel(),
+        at[5],
+        out.data_ptr(),
+        count,
+        rows,
+        cols,
+        exact,
+        torch.get_num_threads(),
+    )
+    return status == 0
 
 
 def require(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -1,56 +1,9 @@
 // Codes to values and back: look-up, nearest entry, sums per code, packed rows to dense rows.
-#include <cmath>
 #include <cstring>
+#include <vector>
 
+#include "codes.h"
 #include "parallel.h"
-
-namespace {
-
-inline uint16_t to_bf16(float x) {  // round to nearest, ties to even; NaN is never passed in
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float from_bf16(uint16_t x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
-inline float from_fp16(uint16_t x) {
-  const int exponent = (x >> 10) & 31, mantissa = x & 1023;
-  const float magnitude = exponent == 0    ? std::ldexp(float(mantissa), -24)
-                          : exponent == 31 ? (mantissa ? NAN : INFINITY)
-                                           : std::ldexp(float(mantissa + 1024), exponent - 25);
-  return x & 0x8000 ? -magnitude : magnitude;
-}
-
-// Codes of one row: eight of them are B whole bytes, read as one little-endian word.
-template <int B>
-void cut(const uint8_t* row, uint8_t* code, int64_t c) {
-  constexpr uint64_t mask = (uint64_t(1) << B) - 1;
-  auto eight = [&](uint64_t word, uint8_t* to) {
-    for (int t = 0; t < 8; ++t) to[t] = uint8_t((word >> (B * t)) & mask);
-  };
-  int64_t j = 0;
-  for (; j + 8 <= c; j += 8, row += B) {
-    uint64_t word = 0;
-    std::memcpy(&word, row, B);
-    eight(word, code + j);
-  }
-  if (j < c) {
-    uint64_t word = 0;
-    std::memcpy(&word, row, ((c - j) * B + 7) / 8);
-    eight(word, code + j);  // code has room for eight more
-  }
-}
-
-using Cut = void (*)(const uint8_t*, uint8_t*, int64_t);
-const Cut cut_row[9] = {nullptr, cut<1>, cut<2>, cut<3>, cut<4>, cut<5>, cut<6>, cut<7>, cut<8>};
-
-}  // namespace
 
 void skimlm_nearest_codes(const float* w, const float* codebook, const int32_t* sizes,
                                   uint8_t* codes, int64_t r, int64_t c, int64_t k, int threads) {

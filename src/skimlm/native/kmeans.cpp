@@ -13,6 +13,8 @@
 #include <immintrin.h>
 #endif
 
+#include <vector>
+
 #include "parallel.h"
 
 namespace {

@@ -1,23 +1,119 @@
-// The one way work is split over threads.
+// The one way work is split over threads: a pool that outlives the call, since a decoding model makes
+// hundreds of calls per token and starting threads would cost more than most of them.
+//
+// A worker that has nothing to do spins for a moment, then sleeps. A caller never waits for a worker
+// that has not begun: when the blocks run out it closes the job, and who comes late finds nothing.
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <mutex>
 #include <thread>
-#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
-// Calls body(first, last) on blocks of rows until all are done.
+namespace parallel {
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+struct Job {
+  void (*run)(const void*);
+  const void* body;
+};
+
+struct Pool {
+  static constexpr uint64_t OPEN = 1 << 15, ONE_MORE = 1 << 16;  // low bits: workers inside
+  static constexpr std::chrono::microseconds SPIN{50};  // about what Python takes between two calls
+
+  std::mutex busy;
+  Job job{};
+  int workers = 0;
+  std::atomic<uint64_t> state{0};
+  std::atomic<uint32_t> turn{0};
+
+  bool enter(uint64_t& seen) {
+    uint64_t now = state.load(std::memory_order_acquire);
+    while ((now & OPEN) && now / ONE_MORE != seen)
+      if (state.compare_exchange_weak(now, now + 1, std::memory_order_acq_rel)) {
+        seen = now / ONE_MORE;
+        return true;
+      }
+    return false;
+  }
+
+  void work() {
+    uint64_t seen = 0;
+    for (uint32_t known = 0;;) {
+      const auto until = std::chrono::steady_clock::now() + SPIN;
+      while (turn.load(std::memory_order_acquire) == known) {
+        for (int i = 0; i < 16; ++i) relax();
+        if (std::chrono::steady_clock::now() > until) turn.wait(known, std::memory_order_acquire);
+      }
+      known = turn.load(std::memory_order_acquire);
+      if (enter(seen)) {
+        job.run(job.body);
+        state.fetch_sub(1, std::memory_order_acq_rel);
+      }
+    }
+  }
+
+  // Runs `next` here and on up to `extra` workers until it returns everywhere.
+  void run(const Job& next, int extra) {
+    for (; workers < extra; ++workers) std::thread([this] { work(); }).detach();
+    job = next;
+    const uint64_t number = state.load(std::memory_order_relaxed) / ONE_MORE + 1;
+    state.store(number * ONE_MORE | OPEN, std::memory_order_release);
+    turn.fetch_add(1, std::memory_order_release);
+    turn.notify_all();
+    next.run(next.body);
+    state.fetch_and(~OPEN, std::memory_order_acq_rel);
+    for (int i = 0; state.load(std::memory_order_acquire) & (OPEN - 1); ++i)
+      i < 10000 ? relax() : std::this_thread::yield();
+  }
+};
+
+// Never destroyed: its threads sleep until the process ends. A forked child has none and starts its own.
+inline Pool& pool() {
+  static std::atomic<Pool*> current{nullptr};
+  static std::atomic<int> owner{0};
+#if defined(__unix__) || defined(__APPLE__)
+  const int me = getpid();
+#else
+  const int me = 1;
+#endif
+  static std::mutex making;
+  if (owner.load(std::memory_order_acquire) != me) {
+    std::lock_guard<std::mutex> guard(making);
+    if (owner.load() != me) current = new Pool, owner = me;
+  }
+  return *current;
+}
+
+}  // namespace parallel
+
+// Calls body(first, last) on blocks of rows until all are done. A call from a second thread at the same
+// time runs on that thread alone.
 template <class Body>
 static void parallel_rows(int64_t rows, int64_t block, int threads, const Body& body) {
   std::atomic<int64_t> next{0};
   auto work = [&] {
     for (int64_t i; (i = next.fetch_add(block)) < rows;) body(i, std::min(i + block, rows));
   };
-  int extra = static_cast<int>(std::min<int64_t>(threads, (rows + block - 1) / block)) - 1;
-  std::vector<std::thread> pool;
-  for (int t = 0; t < extra; ++t) pool.emplace_back(work);
-  work();
-  for (auto& t : pool) t.join();
+  const int extra = int(std::min<int64_t>(threads, (rows + block - 1) / block)) - 1;
+  parallel::Pool& pool = parallel::pool();
+  std::unique_lock<std::mutex> mine(pool.busy, std::defer_lock);
+  if (extra < 1 || !mine.try_lock()) return work();
+  pool.run({[](const void* w) { (*static_cast<decltype(work)*>(const_cast<void*>(w)))(); }, &work},
+           extra);
 }

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstring>
 
+#include <vector>
+
 #include "parallel.h"
 
 void skimlm_coordinate_descent(const float* h, float* gradient, const float* codebook,

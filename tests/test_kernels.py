@@ -1,0 +1,232 @@
+"""Products with packed weights, against float64 gather and matmul, on every instruction set."""
+
+import random
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from conftest import random_quantized
+from skimlm import kernels, native
+from skimlm.errors import FormatError
+from skimlm.kernels import linear_packed, linear_reference, table_packed
+from skimlm.linear import quantize_table, table_values
+from skimlm.weights.pack import dequantize, pack
+
+NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
+SHAPES = [(1, 1), (3, 7), (5, 64), (9, 65), (37, 100), (66, 131), (12, 576)]
+MIXED = [[b] for b in range(1, 9)] + [None]
+
+
+def buffers(q):
+    stored = pack(q)
+    return [stored.get(name) for name in NAMES]
+
+
+def inputs(count, cols, dtype, seed=0):
+    """Activations as they come: normal, a few channels a hundred times as large."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, cols, generator=g)
+    x[:, torch.rand(cols, generator=g) < 0.02] *= 100
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("widths", MIXED, ids=str)
+def test_exact_products_are_exact(isa, widths, scaled):
+    for rows, cols in SHAPES:
+        q = random_quantized(rows, cols, widths=widths, in_scale=scaled)
+        weight = dequantize(q).double()
+        for count in (1, 2, 4, 5, 15):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = inputs(count, cols, dtype)
+                got = linear_packed(x, *buffers(q), None)
+                assert got.dtype == dtype and got.shape == (count, rows)
+                want, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+                rounding = want.abs() * 2**-8 if dtype == torch.bfloat16 else 0
+                assert ((got.double() - want).abs() <= 1e-6 * size + rounding).all()
+
+
+@pytest.mark.parametrize("widths", MIXED, ids=str)
+def test_rounded_products_stay_within_half_a_step_of_every_input(isa, widths):
+    for rows, cols in SHAPES:
+        q = random_quantized(rows, cols, widths=widths)
+        weight = dequantize(q).double()
+        for count in (1, 5):
+            x = inputs(count, cols, torch.float32)
+            got = linear_packed(x, *buffers(q), None, exact=False).double()
+            padded = torch.nn.functional.pad(x, (0, -cols % 64)).view(count, -1, 64).double()
+            step = padded.abs().amax(2, keepdim=True).expand_as(padded).reshape(count, -1) / 127
+            bound = step[:, :cols] / 2 @ weight.abs().T
+            size = x.double().abs() @ weight.abs().T + step[:, :cols] * 128 @ weight.abs().T
+            assert ((got - x.double() @ weight.T).abs() <= bound * 1.0001 + 1e-6 * size).all()
+
+
+def test_rounding_the_input_is_what_the_reference_does(isa):
+    q = random_quantized(37, 200)
+    x = inputs(3, 200, torch.float32)
+    chunks = torch.nn.functional.pad(x, (0, 56)).view(3, 4, 64)
+    step = chunks.abs().amax(2, keepdim=True) / 127
+    rounded = ((chunks / step).round() * step).view(3, 256)[:, :200]
+    got = linear_packed(x, *buffers(q), None, exact=False)
+    want = rounded.double() @ dequantize(q).double().T
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5 * float(want.abs().max()))
+
+
+def test_the_reference_is_gather_and_matmul():
+    q = random_quantized(20, 33, in_scale=True)
+    x, bias = torch.randn(4, 33), torch.randn(20)
+    want = x.double() @ dequantize(q).double().T + bias.double()
+    got = linear_reference(x, *buffers(q), bias)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_extreme_zero_points_and_scales(isa):
+    q = random_quantized(6, 70, widths=[6, 7, 8])
+    q.row_zero.copy_(torch.tensor([-32768, 32767, 0, 255, -1, 31], dtype=torch.int16))
+    q.row_scale[0] = -q.row_scale[0]
+    x = torch.randn(2, 70)
+    weight = dequantize(q).double()
+    error = (linear_packed(x, *buffers(q), None).double() - x.double() @ weight.T).abs()
+    assert (error <= 1e-6 * (x.double().abs() @ weight.abs().T)).all()
+
+
+def test_threads_do_not_change_a_bit(isa):
+    q = random_quantized(700, 300)
+    x = torch.randn(3, 300)
+    one = linear_packed(x, *buffers(q), None)
+    try:
+        for threads in (2, 3, 8, 1):
+            torch.set_num_threads(threads)
+            for _ in range(20):
+                assert torch.equal(linear_packed(x, *buffers(q), None), one)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_calls_from_several_threads_at_once(isa):
+    q = random_quantized(700, 300)
+    x, parts = torch.randn(3, 300), buffers(random_quantized(700, 300))
+    want, wrong = linear_packed(x, *parts, None), []
+
+    def call():
+        for _ in range(100):
+            if not torch.equal(linear_packed(x, *parts, None), want):
+                wrong.append(1)
+
+    workers = [threading.Thread(target=call) for _ in range(4)]
+    torch.set_num_threads(2)
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        torch.set_num_threads(1)
+    assert not wrong and len(q.codes) == 700
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
+def test_a_forked_child_still_computes():
+    code = """
+import os, torch
+from skimlm.kernels import linear_packed
+from skimlm.weights.pack import QuantizedWeight, pack
+torch.set_num_threads(2)
+q = QuantizedWeight(torch.zeros(999, 99, dtype=torch.uint8), torch.full((999,), 3).byte(),
+                    torch.ones(999, 32, dtype=torch.int8) * (torch.arange(32) < 8),
+                    torch.ones(999).bfloat16(), torch.zeros(999, dtype=torch.int16))
+p = pack(q)
+run = lambda: linear_packed(torch.ones(1, 99), p["weight"], p["widths"], p["codebook"],
+                            p["row_scale"], None, None, None)
+assert (run() == 99).all()
+child = os.fork()
+if child == 0:
+    os._exit(0 if (run() == 99).all() else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("cols", [1, 9, 64, 131])
+def test_table_products(isa, bits, cols):
+    torch.manual_seed(0)
+    codes, scale = quantize_table(torch.randn(300, cols), bits)
+    table = table_values(codes, scale, cols, torch.float32).double()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 3, cols).to(dtype)
+        got, want = table_packed(x, codes, scale, bits), x.double() @ table.T
+        size = x.double().abs() @ table.abs().T
+        rounding = want.abs() * 2**-8 if dtype == torch.bfloat16 else 0
+        assert got.shape == (2, 3, 300)
+        # at 4 bits 8 times the sum of x is taken off a sum of up to twice its size
+        assert ((got.double() - want).abs() <= 5e-6 * size + rounding + 1e-6).all()
+
+
+def test_operators_are_well_formed():
+    stored = buffers(random_quantized(9, 17, in_scale=True))
+    x = torch.randn(2, 17)
+    torch.library.opcheck(torch.ops.skimlm.linear.default, (x, *stored, torch.randn(9), True))
+    codes, scale = quantize_table(torch.randn(50, 17), 8)
+    torch.library.opcheck(torch.ops.skimlm.table.default, (x, codes, scale, 8))
+
+
+def test_malformed_calls_are_errors_not_crashes(isa):
+    """Random damage to any argument: an exception with a reason, or the right answer."""
+    rng = random.Random(0)
+    q = random_quantized(12, 40, in_scale=True)
+    good, x = buffers(q), torch.randn(2, 40)
+    want = linear_packed(x, *good, None)
+
+    def damage(tensor):
+        kind = rng.randrange(6)
+        if kind == 0:
+            return tensor[: rng.randrange(len(tensor))]
+        if kind == 1:
+            return torch.cat([tensor, tensor[: rng.randrange(1, 9)]])
+        if kind == 2:
+            return tensor.to(rng.choice([torch.float32, torch.int64, torch.int8, torch.uint8]))
+        if kind == 3:
+            return tensor.repeat_interleave(2)[::2]
+        if kind == 4:
+            return tensor[None]
+        return None
+
+    refused = 0
+    for _ in range(2000):
+        args = list(good)
+        at = rng.randrange(len(args))
+        args[at] = damage(args[at])
+        value = x if rng.random() < 0.8 else x[:, : rng.randrange(1, 40)]
+        try:
+            got = linear_packed(value, *args, None)
+        except (FormatError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            assert str(error)
+            refused += 1
+            continue
+        same = args[at] is not None and torch.equal(args[at], good[at]) and value is x
+        assert same and torch.equal(got, want) or NAMES[at] == "in_scale"
+    assert refused > 1000
+
+
+def test_widths_out_of_range_are_refused(isa):
+    q = random_quantized(12, 40)
+    for bad in (0, 9, 255):
+        parts = buffers(q)
+        parts[1] = parts[1].clone()
+        parts[1][3] = bad
+        with pytest.raises(FormatError, match="width"):
+            linear_packed(torch.randn(1, 40), *parts, None)
+
+
+def test_many_tokens_are_multiplied_by_the_dequantized_weight():
+    q = random_quantized(9, 30)
+    x = torch.randn(kernels.FEW_TOKENS, 30)
+    assert torch.equal(linear_packed(x, *buffers(q), None), x @ dequantize(q).T)
+
+
+def test_info_says_which_path_runs():
+    assert native.path() in ("avx512 vbmi", "avx512", "avx2", "portable")
