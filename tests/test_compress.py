@@ -188,6 +188,12 @@ def test_a_size_on_disk_is_met_from_below(run, tmp_path, family, recipe):
         assert size - report.bytes <= pools * 32 + 64
 
 
+def test_a_size_above_what_8_bits_take_is_refused(run, tmp_path):
+    with pytest.raises(SkimError, match="more than 8 bits per weight take, .*give at most that"):
+        run(size=10_000_000)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_size_out_of_reach_names_the_range(run, tmp_path):
     ends = [run(index_bits=b, dry_run=True).bytes for b in (1, 8)]
     with pytest.raises(SkimError) as caught:
@@ -282,7 +288,7 @@ def test_kept_analyses_are_listed_and_pruned(run, tmp_path):
     assert analysis.entries(tmp_path / "nowhere") == []
 
 
-@pytest.mark.parametrize("options", [{}, {"size": 90_000}, {"recipe": "paper", "embed_bits": 4}])
+@pytest.mark.parametrize("options", [{}, {"size": 80_000}, {"recipe": "paper", "embed_bits": 4}])
 def test_a_dry_run_writes_nothing_and_tells_the_bytes(run, tmp_path, options):
     planned = run(dry_run=True, **options)
     assert not [p for p in tmp_path.iterdir() if p.name != "source"]

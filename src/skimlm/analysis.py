@@ -58,9 +58,11 @@ class Plan(Protocol):
 def key(source: Path, ids: Tensor, plan: Plan, names: list[str]) -> str:
     """Name of an analysis: changes with model files, token windows, linears and version."""
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
+    config = source / "config.json"
     facts = {
         "version": [VERSION, skimlm.__version__],
         "files": [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        "config": config.read_text("utf-8") if config.is_file() else "",
         "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "shape": list(ids.shape),
         "plan": [plan.end_loss, plan.fisher_windows],

@@ -17,6 +17,7 @@ from skimlm.weights.allocate import allocate
 from skimlm.weights.fit import WIDTHS
 from skimlm.weights.pack import row_bits
 
+NEAR = 0.005  # a folder is at most this much smaller than asked
 Widths = dict[str, Tensor]  # uint8 [r] per linear
 
 
@@ -77,6 +78,12 @@ def check(
             f"{target.size:,} bytes cannot be reached: the folder takes {planned_bytes(least):,} "
             f"bytes at 1 bit and {planned_bytes(uniform(linears, 8)):,} at 8; --embed-bits 4 makes "
             "it smaller"
+        )
+    if target.size is not None and target.size > planned_bytes(uniform(linears, 8)) / (1 - NEAR):
+        raise SkimError(
+            f"{target.size:,} bytes is more than 8 bits per weight take, "
+            f"{planned_bytes(uniform(linears, 8)):,}: give at most that; --embed-bits 16 makes it "
+            "larger"
         )
     if target.size is None and target.bits * price.total < price.bits(least):
         raise SkimError(

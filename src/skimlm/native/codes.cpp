@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "codes.h"
+#include "lanes.h"
 #include "parallel.h"
 
 void skimlm_nearest_codes(const float* w, const float* codebook, const int32_t* sizes,
@@ -54,6 +55,37 @@ void skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradient, float* o
   });
 }
 
+#if defined(__AVX512F__)
+namespace {
+
+// One row of width b <= 5 as bfloat16: its levels are scaled and rounded once, then looked up.
+VBMI void dense_row(const uint8_t* row, const int8_t* levels, int b, float scale, uint16_t* to,
+                    int64_t c, const Controls& k) {
+  alignas(64) uint16_t entry[32];
+  for (int m = 0; m < 32; ++m) entry[m] = to_bf16(float(levels[m & ((1 << b) - 1)]) * scale);
+  const __m512i table = _mm512_load_si512(entry);
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  const int64_t stride = (c * b + 7) / 8, chunks = (c + CHUNK - 1) / CHUNK;
+  for (int64_t i = 0; i < chunks; ++i, row += 8 * b, to += CHUNK) {
+    const bool last = i + 1 == chunks;
+    const __mmask64 mask = last ? last_mask(stride, chunks, b) : k.bytes;
+    const __m512i lanes = _mm512_permutexvar_epi8(k.spread, load_chunk(row, mask));
+    const __m512i low =
+        _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(k.low, lanes), table);
+    const __m512i high =
+        _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(k.high, lanes), table);
+    const int64_t left = last ? c - i * CHUNK : CHUNK;
+    const uint64_t keep = left == 64 ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
+    _mm512_mask_storeu_epi16(to, __mmask32(keep), _mm512_permutex2var_epi64(low, first, high));
+    _mm512_mask_storeu_epi16(to + 32, __mmask32(keep >> 32),
+                             _mm512_permutex2var_epi64(low, second, high));
+  }
+}
+
+}  // namespace
+#endif
+
 void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* codebook,
                    const uint16_t* row_scale, const int16_t* row_zero, const uint16_t* in_scale,
                    void* out, int64_t out_bf16, int64_t r, int64_t c, int threads) {
@@ -73,6 +105,11 @@ void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* c
   std::vector<float> column(in_scale ? c : 0);
   for (size_t j = 0; j < column.size(); ++j) column[j] = from_fp16(in_scale[j]);
 
+#if defined(__AVX512F__)
+  const bool vbmi = skimlm_has_vbmi() && out_bf16 && !in_scale;
+  Controls control[6];
+  for (int b = 1; vbmi && b <= 5; ++b) control[b] = controls(b);
+#endif
   parallel_rows(r, 16, threads, [&](int64_t first, int64_t last) {
     std::vector<uint8_t> code(c + 8);
     std::vector<float> value(c);
@@ -82,6 +119,13 @@ void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* c
       const uint8_t* row = packed + place.bytes;
       cut_row[b](row, code.data(), c);
       const float scale = from_bf16(row_scale[i]);
+#if defined(__AVX512F__)
+      if (vbmi && b <= 5) {
+        dense_row(row, codebook + place.levels, b, scale,
+                  static_cast<uint16_t*>(out) + place.row * c, c, control[b]);
+        continue;
+      }
+#endif
       float entry[32];
       if (b <= 5) {
         for (int m = 0; m < 1 << b; ++m) entry[m] = float(codebook[place.levels + m]) * scale;

@@ -1,6 +1,17 @@
 // What the processor can run; asked of the portable library before another one is loaded.
 #include "kernels.h"
 
+int skimlm_has_vbmi() {
+#if defined(__AVX512F__)
+  static const bool have = __builtin_cpu_supports("avx512vbmi") &&
+                           __builtin_cpu_supports("avx512vnni") &&
+                           __builtin_cpu_supports("avx512bf16");
+  return have;
+#else
+  return 0;
+#endif
+}
+
 // 0 = portable, 1 = avx2, 2 = avx512
 int skimlm_best_isa() {
 #if defined(__x86_64__)

@@ -1,10 +1,6 @@
 // out = x W^T for a packed W (FORMAT.md): the weights are read once, as they are stored.
 //
-// Rows of one width are cut into columns of 64 codes, which are 8 * b whole bytes for every width b,
-// so one routine serves all widths: with VBMI a byte permutation gives each 64-bit lane its b bytes
-// (eight codes), a multishift moves every code to the bottom of a field, and a second permutation
-// looks the field up in the row's table, copies of which fill the register so that the bits above
-// the code do not matter. Elsewhere a row becomes bytes in L1 first (pdep with BMI2).
+// With VBMI one routine serves all widths (lanes.h). Elsewhere a row becomes bytes in L1 first.
 //
 //   exact   levels are at most 8 bits and x is split into bfloat16 pieces (one if it is bfloat16,
 //           three if it is float), so every product is exact in float: only the order of the
@@ -17,17 +13,14 @@
 #include <vector>
 
 #include "codes.h"
+#include "lanes.h"
 #include "parallel.h"
-
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
-constexpr int64_t CHUNK = 64;   // columns that are 8 b whole bytes
 constexpr int64_t MAX_B = 8;
 constexpr int64_t WORK = 1 << 14;  // bytes of packed rows that one turn of a thread takes, at least
+constexpr int64_t PER_THREAD = 1 << 17;
 constexpr int64_t TURNS = 4;       // of each thread, where there is more
 
 // What the rows of one width share.
@@ -81,11 +74,16 @@ void cut_any(int b, const uint8_t* row, uint8_t* code, int64_t c) {
 #endif
 }
 
-float dot_exact(const float* level, const float* x, int64_t c) {
-  float sum[16] = {};  // c is a multiple of 64; sixteen sums let the compiler use vectors
-  for (int64_t j = 0; j < c; j += 16)
-    for (int t = 0; t < 16; ++t) sum[t] += level[j + t] * x[j + t];
-  for (int half = 8; half; half /= 2)
+// The sum of level(j) * x[j] over j < c; 64 running sums let the compiler use vectors, and hide the
+// latency of adding.
+template <class Level>
+inline float dot(const Level& level, const float* x, int64_t c) {
+  float sum[CHUNK] = {};
+  int64_t j = 0;
+  for (; j + CHUNK <= c; j += CHUNK)
+    for (int t = 0; t < CHUNK; ++t) sum[t] += level(j + t) * x[j + t];
+  for (int t = 0; j + t < c; ++t) sum[t] += level(j + t) * x[j + t];
+  for (int half = CHUNK / 2; half; half /= 2)
     for (int t = 0; t < half; ++t) sum[t] += sum[t + half];
   return sum[0];
 }
@@ -121,13 +119,13 @@ void rows_any(const Group& g, int64_t begin, int64_t end, const Input& x, bool e
       for (int m = 0; m < 1 << b; ++m) value[m] = float(entry[m]) - zero;
       for (int64_t j = 0; j < x.c; ++j) level[j] = value[code[j]];
       for (int64_t t = 0; t < x.n; ++t)
-        out.put(t, row, scale * dot_exact(level.data(), &x.exact[t * padded], padded));
+        out.put(t, row, scale * dot([&](int64_t j) { return level[j]; }, &x.exact[t * padded], x.c));
     } else {
       for (int64_t j = 0; j < x.c; ++j) small[j] = entry[code[j]];
       for (int64_t t = 0; t < x.n; ++t) {
-        const float dot =
+        const float sum =
             dot_rounded(small.data(), &x.rounded[t * padded], &x.scales[t * x.chunks], x.chunks);
-        out.put(t, row, scale * (dot - zero * x.sums[t]));
+        out.put(t, row, scale * (sum - zero * x.sums[t]));
       }
     }
   }
@@ -136,53 +134,23 @@ void rows_any(const Group& g, int64_t begin, int64_t end, const Input& x, bool e
 // ---- AVX-512 with VBMI, VNNI and BF16
 
 #if defined(__AVX512F__)
-#define VBMI __attribute__((target("avx512vbmi,avx512vnni,avx512bf16")))
-
-// Byte k of lane i takes byte i * b + k of the chunk; field f of a lane starts at bit f * b.
-struct Controls {
-  __m512i spread, low, high, fields, copies;
-  __mmask64 bytes, entries;  // of a chunk, of a table
-};
-
-VBMI Controls controls(int b) {
-  alignas(64) uint8_t spread[64], fields[64], low[64], high[64], copies[64];
-  for (int i = 0; i < 64; ++i) {
-    spread[i] = uint8_t(i / 8 * b + i % 8);
-    fields[i] = uint8_t(i % 8 * b);
-    low[i] = uint8_t(i % 8 / 2 * b);         // 16-bit fields: codes 0..3 of the lane,
-    high[i] = uint8_t((4 + i % 8 / 2) * b);  // and 4..7
-    copies[i] = uint8_t(i & ((1 << b) - 1));
-  }
-  return {_mm512_load_si512(spread), _mm512_load_si512(low), _mm512_load_si512(high),
-          _mm512_load_si512(fields), _mm512_load_si512(copies),
-          b == 8 ? ~__mmask64(0) : (__mmask64(1) << 8 * b) - 1,
-          b > 5 ? 0 : (__mmask64(1) << (1 << b)) - 1};
-}
-
 // Rows follow each other in memory, but the processor's own prefetcher stops at every page.
 constexpr int64_t AHEAD = 8192;
 
-// Bytes of chunk k of a row: masked, for the file may end with them.
-VBMI inline __m512i load_chunk(const uint8_t* at, __mmask64 mask) {
-  return _mm512_maskz_loadu_epi8(mask, at);
-}
-
-inline __mmask64 last_mask(const Group& g, int64_t chunks) {
-  const int64_t left = g.stride - (chunks - 1) * 8 * g.width;
-  return left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
-}
-
-// A table of 2^b bytes, copied until it fills the register.
-VBMI inline __m512i byte_table(const int8_t* levels, const Controls& c) {
-  return _mm512_permutexvar_epi8(c.copies, _mm512_maskz_loadu_epi8(c.entries, levels));
-}
-
-VBMI inline __m512i bf16_table(const int8_t* levels, const Controls& c) {
-  const __m512i bytes = byte_table(levels, c);
-  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_castsi512_si128(bytes)));
-  const __m512 high =
-      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 1)));
-  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+// The sums over the lanes of sum[r][t] for every row r: four at a time, which halves the shuffles.
+template <int R, int N>
+VBMI inline void totals(const __m512 (&sum)[R][N], int t, float* total) {
+  if constexpr (R == 4) {
+    __m256 half[4];
+    for (int r = 0; r < 4; ++r)
+      half[r] = _mm256_add_ps(_mm512_castps512_ps256(sum[r][t]),
+                              _mm512_extractf32x8_ps(sum[r][t], 1));
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]),
+                                      _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(total, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  } else {
+    for (int r = 0; r < R; ++r) total[r] = _mm512_reduce_add_ps(sum[r][t]);
+  }
 }
 
 // R rows of one width, N tokens, x in P bfloat16 pieces.
@@ -198,7 +166,7 @@ VBMI void block_exact(const Group& g, int64_t i, const Controls& c, const Input&
   const uint8_t* at = g.packed + i * g.stride;
   const int64_t step = 8 * g.width, per_token = x.chunks * P * CHUNK;
   const uint16_t* xs = x.split.data() + token * per_token;
-  const __mmask64 last = last_mask(g, x.chunks);
+  const __mmask64 last = last_mask(g.stride, x.chunks, g.width);
   for (int64_t k = 0; k < x.chunks; ++k, at += step, xs += P * CHUNK) {
     const __mmask64 mask = k + 1 == x.chunks ? last : c.bytes;
     for (int r = 0; r < R; ++r) {
@@ -219,10 +187,11 @@ VBMI void block_exact(const Group& g, int64_t i, const Controls& c, const Input&
         }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    const float scale = from_bf16(row_scale[g.first + i + r]);
-    for (int t = 0; t < N; ++t)
-      out.put(token + t, order[g.first + i + r], scale * _mm512_reduce_add_ps(sum[r][t]));
+  for (int t = 0; t < N; ++t) {
+    float total[R];
+    totals<R, N>(sum, t, total);
+    for (int r = 0; r < R; ++r)
+      out.put(token + t, order[g.first + i + r], from_bf16(row_scale[g.first + i + r]) * total[r]);
   }
 }
 
@@ -246,7 +215,7 @@ VBMI void block_rounded(const Group& g, int64_t i, const Controls& c, const Inpu
   const int64_t step = 8 * g.width, padded = x.chunks * CHUNK;
   const int8_t* xs = x.rounded.data() + token * padded;
   const float* scales = x.scales.data() + token * x.chunks;
-  const __mmask64 last = last_mask(g, x.chunks);
+  const __mmask64 last = last_mask(g.stride, x.chunks, g.width);
   for (int64_t k = 0; k < x.chunks; ++k, at += step, xs += CHUNK, ++scales) {
     const __mmask64 mask = k + 1 == x.chunks ? last : c.bytes;
     for (int r = 0; r < R; ++r) {
@@ -264,12 +233,14 @@ VBMI void block_rounded(const Group& g, int64_t i, const Controls& c, const Inpu
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    const float scale = from_bf16(row_scale[g.first + i + r]);
-    const float zero = tables ? 128.f : float(g.zeros[i + r]);
-    for (int t = 0; t < N; ++t)
+  for (int t = 0; t < N; ++t) {
+    float total[R];
+    totals<R, N>(sum, t, total);
+    for (int r = 0; r < R; ++r) {
+      const float zero = tables ? 128.f : float(g.zeros[i + r]);
       out.put(token + t, order[g.first + i + r],
-              scale * (_mm512_reduce_add_ps(sum[r][t]) - zero * x.sums[token + t]));
+              from_bf16(row_scale[g.first + i + r]) * (total[r] - zero * x.sums[token + t]));
+    }
   }
 }
 
@@ -300,13 +271,20 @@ VBMI void rows_rounded(const Group& g, int64_t begin, int64_t end, const Input& 
     for (int64_t t = 0; t < x.n; ++t) block_rounded<1, 1>(g, i, c, x, t, row_scale, order, out);
 }
 
-bool has_vbmi() {
-  static const bool have =
-      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-      __builtin_cpu_supports("avx512bf16");
-  return have;
-}
 #endif
+
+// Puts the rows of width b, ascending, to `order`; returns how many there are.
+int64_t rows_of_width(int b, const uint8_t* widths, int64_t r, int32_t* order) {
+  int64_t count = 0, i = 0;
+#if defined(__AVX512F__)
+  for (const __m512i want = _mm512_set1_epi8(char(b)); i + 64 <= r; i += 64)
+    for (uint64_t m = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(widths + i), want); m; m &= m - 1)
+      order[count++] = int32_t(i + __builtin_ctzll(m));
+#endif
+  for (; i < r; ++i)
+    if (widths[i] == b) order[count++] = int32_t(i);
+  return count;
+}
 
 // ---- x
 
@@ -348,11 +326,25 @@ int32_t round_chunk(const float* from, int8_t* to, float* scale) {
 }
 
 Input prepare(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, int64_t c, bool exact,
-              bool vbmi) {
+              bool vbmi, bool all_tables) {
   Input in;
   in.n = n, in.c = c, in.chunks = (c + CHUNK - 1) / CHUNK;
   in.pieces = bf16 && !in_scale ? 1 : 3;
   const int64_t padded = in.chunks * CHUNK;
+  if (exact && vbmi && in.pieces == 1 && all_tables) {  // as it is, but for the order of lanes
+    in.split.resize(n * padded);
+    for (int64_t t = 0; t < n; ++t)
+      for (int64_t k = 0; k < in.chunks; ++k) {
+        const uint16_t* from = static_cast<const uint16_t*>(x) + t * c + k * CHUNK;
+        uint16_t last[CHUNK] = {};
+        if (k + 1 == in.chunks) {
+          std::memcpy(last, from, (c - k * CHUNK) * 2);
+          from = last;
+        }
+        in_lane_order(from, &in.split[t * padded + k * CHUNK]);
+      }
+    return in;
+  }
   in.exact.assign(n * padded, 0.f);
   for (int64_t t = 0; t < n; ++t) {
     float* to = &in.exact[t * padded];
@@ -385,40 +377,32 @@ Input prepare(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, int
 
 }  // namespace
 
-int skimlm_has_vbmi() {
-#if defined(__AVX512F__)
-  return has_vbmi();
-#else
-  return 0;
-#endif
-}
-
 int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t packed_size,
                   const uint8_t* widths, const int8_t* codebook, int64_t codebook_size,
                   const uint16_t* row_scale, const int16_t* row_zero, int64_t zeros,
                   const uint16_t* in_scale, void* out, int64_t n, int64_t r, int64_t c,
                   int64_t exact, int threads) {
-  int64_t counts[256] = {}, place[MAX_B + 1];
-  for (int64_t i = 0; i < r; ++i) ++counts[widths[i]];
-  int64_t rows = 0, bytes = 0, levels = 0, affine = 0;
+  // Which row stands at a stored place. Width by width: a histogram would wait on its own counts.
+  std::vector<int32_t> order(r);
+  int64_t counts[MAX_B + 1], rows = 0, bytes = 0, levels = 0, affine = 0;
   for (int b = 1; b <= MAX_B; ++b) {
-    place[b] = rows;
+    counts[b] = rows_of_width(b, widths, r, order.data() + rows);
     rows += counts[b];
     bytes += counts[b] * ((c * b + 7) / 8);
     (b <= 5 ? levels : affine) += b <= 5 ? counts[b] << b : counts[b];
   }
   if (rows != r || bytes != packed_size || levels != codebook_size || affine != zeros) return 1;
-  std::vector<int32_t> order(r);  // which row stands at a stored place
-  for (int64_t i = 0; i < r; ++i) order[place[widths[i]]++] = int32_t(i);
 
   const bool vbmi = skimlm_has_vbmi();
-  const Input input = prepare(x, x_bf16, in_scale, n, c, exact, vbmi);
+  const Input input = prepare(x, x_bf16, in_scale, n, c, exact, vbmi, !affine);
   const Output output{out, x_bf16 != 0, r};
   struct Part {
     Group group;
     int64_t begin, end;
   };
   std::vector<Part> parts;
+  // A second thread for a few microseconds of work costs more than it brings.
+  threads = int(std::clamp<int64_t>(bytes / PER_THREAD, 1, threads));
   const int64_t turn = std::max(WORK, bytes / (TURNS * threads));
   int64_t first = 0;
   for (int b = 1; b <= MAX_B; ++b) {
@@ -456,32 +440,32 @@ void skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, in
                          const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,
                          int threads) {
   // At 4 bits even columns are the low nibbles, odd ones the high: two halves of x, two dot products.
-  const int64_t bytes = bits == 8 ? c : (c + 1) / 2, padded = (bytes + 63) / 64 * 64;
+  const int64_t bytes = bits == 8 ? c : (c + 1) / 2;
   const int halves = bits == 8 ? 1 : 2;
-  std::vector<float> xs(n * halves * padded), sums(n);
+  std::vector<float> xs(n * halves * bytes), sums(n);
   for (int64_t t = 0; t < n; ++t)
     for (int64_t j = 0; j < c; ++j) {
       const float value = x_bf16 ? from_bf16(static_cast<const uint16_t*>(x)[t * c + j])
                                  : static_cast<const float*>(x)[t * c + j];
-      xs[(t * halves + j % halves) * padded + j / halves] = value;
+      xs[(t * halves + j % halves) * bytes + j / halves] = value;
       sums[t] += value;
     }
   const Output output{out, x_bf16 != 0, r};
   const int64_t block = std::max<int64_t>(1, std::max(WORK, r * bytes / (TURNS * threads)) / bytes);
   parallel_rows(r, block, threads, [&](int64_t begin, int64_t end) {
-    std::vector<float> level(halves * padded);
     for (int64_t i = begin; i < end; ++i) {
       const uint8_t* row = codes + i * bytes;
-      if (bits == 8) {
-        for (int64_t j = 0; j < bytes; ++j) level[j] = float(int8_t(row[j]));
-      } else {
-        for (int64_t j = 0; j < bytes; ++j) level[j] = float(row[j] & 15);
-        for (int64_t j = 0; j < bytes; ++j) level[padded + j] = float(row[j] >> 4);
-      }
       for (int64_t t = 0; t < n; ++t) {
-        const float* xt = &xs[t * halves * padded];
-        const float dot = dot_exact(level.data(), xt, halves * padded);
-        output.put(t, i, from_bf16(scale[i]) * (bits == 8 ? dot : dot - 8 * sums[t]));
+        const float* xt = &xs[t * halves * bytes];
+        float sum;
+        if (bits == 8) {
+          sum = dot([&](int64_t j) { return float(int8_t(row[j])); }, xt, bytes);
+        } else {
+          sum = dot([&](int64_t j) { return float(row[j] & 15); }, xt, bytes);
+          sum += dot([&](int64_t j) { return float(row[j] >> 4); }, xt + bytes, bytes);
+          sum -= 8 * sums[t];
+        }
+        output.put(t, i, from_bf16(scale[i]) * sum);
       }
     }
   });

@@ -34,7 +34,7 @@ struct Job {
 
 struct Pool {
   static constexpr uint64_t OPEN = 1 << 15, ONE_MORE = 1 << 16;  // low bits: workers inside
-  static constexpr std::chrono::microseconds SPIN{50};  // about what Python takes between two calls
+  static constexpr std::chrono::microseconds SPIN{300};  // Python takes about 100 between two calls
 
   std::mutex busy;
   Job job{};
@@ -57,7 +57,8 @@ struct Pool {
     for (uint32_t known = 0;;) {
       const auto until = std::chrono::steady_clock::now() + SPIN;
       while (turn.load(std::memory_order_acquire) == known) {
-        for (int i = 0; i < 16; ++i) relax();
+        for (int i = 0; i < 64; ++i) relax();
+        std::this_thread::yield();  // to whoever else may need this core
         if (std::chrono::steady_clock::now() > until) turn.wait(known, std::memory_order_acquire);
       }
       known = turn.load(std::memory_order_acquire);

@@ -1,0 +1,66 @@
+// Packed codes in AVX-512 registers, with VBMI: 64 codes are 8 b whole bytes whatever their width b.
+//
+// A byte permutation gives each 64-bit lane the b bytes of eight codes, a multishift brings every code
+// to the bottom of a field, and a second permutation looks the field up in the row's table, copies of
+// which fill the register so that what stands above the code does not matter.
+#pragma once
+#include <cstdint>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+constexpr int64_t CHUNK = 64;  // codes
+
+#if defined(__AVX512F__)
+namespace {
+
+#define VBMI __attribute__((target("avx512vbmi,avx512vnni,avx512bf16")))
+
+// Byte k of lane i takes byte i * b + k of the chunk; field f of a lane starts at bit f * b.
+struct Controls {
+  __m512i spread, low, high, fields, copies;
+  __mmask64 bytes, entries;  // of a chunk, of a table
+};
+
+VBMI Controls controls(int b) {
+  alignas(64) uint8_t spread[64], fields[64], low[64], high[64], copies[64];
+  for (int i = 0; i < 64; ++i) {
+    spread[i] = uint8_t(i / 8 * b + i % 8);
+    fields[i] = uint8_t(i % 8 * b);
+    low[i] = uint8_t(i % 8 / 2 * b);         // 16-bit fields: codes 0..3 of the lane,
+    high[i] = uint8_t((4 + i % 8 / 2) * b);  // and 4..7
+    copies[i] = uint8_t(i & ((1 << b) - 1));
+  }
+  return {_mm512_load_si512(spread), _mm512_load_si512(low), _mm512_load_si512(high),
+          _mm512_load_si512(fields), _mm512_load_si512(copies),
+          b == 8 ? ~__mmask64(0) : (__mmask64(1) << 8 * b) - 1,
+          b > 5 ? 0 : (__mmask64(1) << (1 << b)) - 1};
+}
+
+// Bytes of chunk k of a row: masked, for the file may end with them.
+VBMI inline __m512i load_chunk(const uint8_t* at, __mmask64 mask) {
+  return _mm512_maskz_loadu_epi8(mask, at);
+}
+
+// Of the last chunk of a row of `stride` bytes.
+inline __mmask64 last_mask(int64_t stride, int64_t chunks, int b) {
+  const int64_t left = stride - (chunks - 1) * 8 * b;
+  return left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+}
+
+// A table of 2^b bytes, copied until it fills the register.
+VBMI inline __m512i byte_table(const int8_t* levels, const Controls& c) {
+  return _mm512_permutexvar_epi8(c.copies, _mm512_maskz_loadu_epi8(c.entries, levels));
+}
+
+VBMI inline __m512i bf16_table(const int8_t* levels, const Controls& c) {
+  const __m512i bytes = byte_table(levels, c);
+  const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_castsi512_si128(bytes)));
+  const __m512 high =
+      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 1)));
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+}  // namespace
+#endif
