@@ -1,5 +1,10 @@
 // What the processor can run; asked of the portable library before another one is loaded.
 #include "kernels.h"
+#include "parallel.h"
+
+void skimlm_use_openmp(void* gomp_parallel) {
+  parallel::fork = reinterpret_cast<parallel::Fork>(gomp_parallel);
+}
 
 int skimlm_has_vbmi() {
 #if defined(__AVX512F__)

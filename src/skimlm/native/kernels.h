@@ -12,6 +12,9 @@
 
 SKIMLM_API int skimlm_best_isa();
 
+// Run threads through this GOMP_parallel from now on; null for the library's own.
+SKIMLM_API void skimlm_use_openmp(void* gomp_parallel);
+
 // Exact weighted 1-D k-means of every row for k = 2, 4, .. 2^max_bits (weights/kmeans.py).
 // centroids [r, 2^(max_bits+1) - 2]: the k values of each width in turn, ascending; costs [r, max_bits].
 SKIMLM_API void skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int64_t max_bits,

@@ -103,6 +103,12 @@ inline Pool& pool() {
 
 }  // namespace parallel
 
+namespace parallel {
+// GOMP_parallel of the OpenMP that torch has loaded, or null: one set of threads for torch and for us.
+using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
+inline std::atomic<Fork> fork{nullptr};
+}  // namespace parallel
+
 // Calls body(first, last) on blocks of rows until all are done. A call from a second thread at the same
 // time runs on that thread alone.
 template <class Body>
@@ -111,6 +117,13 @@ static void parallel_rows(int64_t rows, int64_t block, int threads, const Body& 
   auto work = [&] {
     for (int64_t i; (i = next.fetch_add(block)) < rows;) body(i, std::min(i + block, rows));
   };
+  if (const auto fork = parallel::fork.load(std::memory_order_relaxed)) {
+    const int64_t blocks = (rows + block - 1) / block;
+    if (threads < 2 || blocks < 2) return work();
+    fork([](void* w) { (*static_cast<decltype(work)*>(w))(); }, &work,
+         unsigned(std::min<int64_t>(threads, blocks)), 0);
+    return;
+  }
   const int extra = int(std::min<int64_t>(threads, (rows + block - 1) / block)) - 1;
   parallel::Pool& pool = parallel::pool();
   std::unique_lock<std::mutex> mine(pool.busy, std::defer_lock);
