@@ -222,10 +222,16 @@ def test_widths_out_of_range_are_refused(isa):
             linear_packed(torch.randn(1, 40), *parts, None)
 
 
-def test_many_tokens_are_multiplied_by_the_dequantized_weight():
-    q = random_quantized(9, 30)
-    x = torch.randn(kernels.FEW_TOKENS, 30)
-    assert torch.equal(linear_packed(x, *buffers(q), None), x @ dequantize(q).T)
+@pytest.mark.parametrize("tile", [30, 300, 2**21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tokens_are_multiplied_by_the_dequantized_weight(isa, monkeypatch, tile, dtype):
+    monkeypatch.setattr(kernels, "TILE", tile)
+    q = random_quantized(200, 30)
+    x, bias = torch.randn(2, kernels.FEW_TOKENS, 30).to(dtype), torch.randn(200).to(dtype)
+    want = torch.nn.functional.linear(x.double(), dequantize(q).to(dtype).double(), bias.double())
+    eps = torch.finfo(dtype).eps
+    got = linear_packed(x, *buffers(q), bias)
+    torch.testing.assert_close(got.double(), want, rtol=2 * eps, atol=16 * eps)
 
 
 def test_info_says_which_path_runs():

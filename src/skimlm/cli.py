@@ -277,6 +277,19 @@ def demo(as_json: bool, **options: Any) -> None:
 
 
 @main.command()
+@THREADS
+@JSON
+def bench(as_json: bool) -> None:
+    """Time the kernels on this machine, against torch and against its memory."""
+    from skimlm import bench
+    from skimlm.report import progress_bars
+
+    with progress_bars() as progress:
+        facts = bench.run(progress=progress)
+    _print(facts, bench.text, as_json)
+
+
+@main.command()
 @JSON
 def info(as_json: bool) -> None:
     """Show versions, threads and which native code runs."""

@@ -12,6 +12,8 @@ back in the model's row order. `torch.ops.skimlm.linear` is the same for `torch.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,8 +22,11 @@ from skimlm import native
 from skimlm.weights.pack import check_sizes, stored_groups, unpack_codes
 
 CHUNK = 2**22  # codes turned into float32 at a time: bounds the temporaries to about 60 MB
-FEW_TOKENS = 16
+FEW_TOKENS = 32
+TILE = 2**21  # weights de-quantized at a time for many tokens
 NATIVE = (torch.float32, torch.bfloat16)
+# as they are stored: weight, widths, codebook, row_scale, row_zero, in_scale
+Buffers: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
 
 def dequantize_packed(
@@ -46,14 +51,15 @@ def dequantize_packed(
     stored = _present(weight, widths, codebook, row_scale, row_zero, in_scale)
     check_sizes(stored, len(row_scale), cols)
     out = torch.empty(len(widths), cols, dtype=dtype)
-    native.call(
-        "unpack",
-        *(weight, widths, codebook, row_scale, row_zero, in_scale, out),
-        int(dtype == torch.bfloat16),
-        len(widths),
-        cols,
-    )
+    _unpack(out, (weight, widths, codebook, row_scale, row_zero, in_scale), 0, None)
     return out
+
+
+def _unpack(out: Tensor, buffers: Buffers, begin: int, end: int | None) -> None:
+    """De-quantize all rows to their places in `out`, or stored rows begin..end to its start."""
+    rows, cols, bf16 = len(buffers[1]), out.shape[1], int(out.dtype == torch.bfloat16)
+    last, stored = (rows, 0) if end is None else (end, 1)
+    native.call("unpack", *buffers, out, bf16, rows, cols, begin, last, stored)
 
 
 def linear_packed(
@@ -75,15 +81,32 @@ def linear_packed(
     cols, rows = x.shape[-1], len(widths)
     count = x.numel() // max(cols, 1)
     buffers = (weight, widths, codebook, row_scale, row_zero, in_scale)
-    if x.device.type != "cpu" or x.dtype not in NATIVE or not 0 < count < FEW_TOKENS:
+    if x.device.type != "cpu" or x.dtype not in NATIVE or not count:
         return F.linear(x, dequantize_packed(*buffers, cols, x.dtype), bias)
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    if count >= FEW_TOKENS:
+        check_sizes(_present(*buffers), rows, cols)
+        _tiles(x.reshape(count, cols), buffers, out.view(count, rows))
+        return out if bias is None else out.add_(bias)
     if not native.matmul(x.contiguous(), *buffers, out, count, rows, cols, exact):
         check_sizes(_present(*buffers), rows, cols)
         raise ValueError(
             f"buffers of {rows} rows must be contiguous, on the CPU, and fit {cols} columns"
         )
     return out if bias is None else out.add_(bias)
+
+
+def _tiles(x: Tensor, buffers: Buffers, out: Tensor) -> None:
+    """out = x W^T in tiles of rows: a tile stays in cache, a dense weight is never allocated."""
+    cols, rows = x.shape[1], out.shape[1]
+    order = torch.argsort(buffers[1], stable=True)
+    size = max(64, TILE // cols)
+    scratch = torch.empty(min(size, rows), cols, dtype=x.dtype)
+    for begin in range(0, rows, size):
+        end = min(begin + size, rows)
+        tile = scratch[: end - begin]
+        _unpack(tile, buffers, begin, end)
+        out[:, order[begin:end]] = x @ tile.T
 
 
 def linear_reference(

@@ -88,20 +88,20 @@ VBMI void dense_row(const uint8_t* row, const int8_t* levels, int b, float scale
 
 void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* codebook,
                    const uint16_t* row_scale, const int16_t* row_zero, const uint16_t* in_scale,
-                   void* out, int64_t out_bf16, int64_t r, int64_t c, int threads) {
-  struct Place {
-    int64_t row, bytes, levels;  // target row, where its codes begin, where its levels or zero do
-  };
-  std::vector<Place> places;
-  places.reserve(r);
-  int64_t bytes = 0, levels = 0, zeros = 0;
-  for (int b = 1; b <= 8; ++b)
-    for (int64_t i = 0; i < r; ++i) {
-      if (widths[i] != b) continue;
-      places.push_back({i, bytes, b <= 5 ? levels : zeros});
-      bytes += (c * b + 7) / 8;
-      (b <= 5 ? levels : zeros) += b <= 5 ? 1 << b : 1;
-    }
+                   void* out, int64_t out_bf16, int64_t r, int64_t c, int64_t begin, int64_t end,
+                   int64_t stored, int threads) {
+  struct Group {
+    int64_t first, bytes, levels;  // where the rows of a width begin: among rows, codes, levels or zeros
+  } group[10] = {};
+  std::vector<int32_t> order(r);
+  int64_t rows = 0, bytes = 0, levels = 0, zeros = 0;
+  for (int b = 1; b <= 8; ++b) {
+    group[b] = {rows, bytes, b <= 5 ? levels : zeros};
+    const int64_t count = rows_of_width(b, widths, r, order.data() + rows);
+    rows += count;
+    bytes += count * ((c * b + 7) / 8);
+    (b <= 5 ? levels : zeros) += b <= 5 ? count << b : count;
+  }
   std::vector<float> column(in_scale ? c : 0);
   for (size_t j = 0; j < column.size(); ++j) column[j] = from_fp16(in_scale[j]);
 
@@ -110,37 +110,38 @@ void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* c
   Controls control[6];
   for (int b = 1; vbmi && b <= 5; ++b) control[b] = controls(b);
 #endif
-  parallel_rows(r, 16, threads, [&](int64_t first, int64_t last) {
+  parallel_rows(end - begin, 16, threads, [&](int64_t from, int64_t to) {
     std::vector<uint8_t> code(c + 8);
     std::vector<float> value(c);
-    for (int64_t i = first; i < last; ++i) {
-      const Place& place = places[i];
-      const int b = widths[place.row];
-      const uint8_t* row = packed + place.bytes;
+    for (int64_t i = begin + from; i < begin + to; ++i) {
+      const int b = widths[order[i]];
+      const int64_t nth = i - group[b].first, target = (stored ? i - begin : order[i]) * c;
+      const uint8_t* row = packed + group[b].bytes + nth * ((c * b + 7) / 8);
+      const int64_t level = group[b].levels + (b <= 5 ? nth << b : nth);
       cut_row[b](row, code.data(), c);
       const float scale = from_bf16(row_scale[i]);
 #if defined(__AVX512F__)
       if (vbmi && b <= 5) {
-        dense_row(row, codebook + place.levels, b, scale,
-                  static_cast<uint16_t*>(out) + place.row * c, c, control[b]);
+        dense_row(row, codebook + level, b, scale, static_cast<uint16_t*>(out) + target, c,
+                  control[b]);
         continue;
       }
 #endif
       float entry[32];
       if (b <= 5) {
-        for (int m = 0; m < 1 << b; ++m) entry[m] = float(codebook[place.levels + m]) * scale;
+        for (int m = 0; m < 1 << b; ++m) entry[m] = float(codebook[level + m]) * scale;
         for (int64_t j = 0; j < c; ++j) value[j] = entry[code[j]];
       } else {
-        const float zero = row_zero[place.levels];
+        const float zero = row_zero[level];
         for (int64_t j = 0; j < c; ++j) value[j] = (float(code[j]) - zero) * scale;
       }
       if (in_scale)
         for (int64_t j = 0; j < c; ++j) value[j] *= column[j];
       if (out_bf16) {
-        uint16_t* to = static_cast<uint16_t*>(out) + place.row * c;
-        for (int64_t j = 0; j < c; ++j) to[j] = to_bf16(value[j]);
+        uint16_t* dense = static_cast<uint16_t*>(out) + target;
+        for (int64_t j = 0; j < c; ++j) dense[j] = to_bf16(value[j]);
       } else {
-        std::memcpy(static_cast<float*>(out) + place.row * c, value.data(), c * sizeof(float));
+        std::memcpy(static_cast<float*>(out) + target, value.data(), c * sizeof(float));
       }
     }
   });

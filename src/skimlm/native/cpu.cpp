@@ -6,6 +6,20 @@ void skimlm_use_openmp(void* gomp_parallel) {
   parallel::fork = reinterpret_cast<parallel::Fork>(gomp_parallel);
 }
 
+void skimlm_read(const uint64_t* data, int64_t bytes, uint64_t* sum, int threads) {
+  std::atomic<uint64_t> total{0};
+  parallel_rows(bytes / 8, 1 << 17, threads, [&](int64_t begin, int64_t end) {
+    uint64_t part[64] = {};
+    int64_t i = begin;
+    for (; i + 64 <= end; i += 64)
+      for (int t = 0; t < 64; ++t) part[t] += data[i + t];
+    for (; i < end; ++i) part[0] += data[i];
+    for (int t = 1; t < 64; ++t) part[0] += part[t];
+    total += part[0];
+  });
+  *sum = total;
+}
+
 int skimlm_has_vbmi() {
 #if defined(__AVX512F__)
   static const bool have = __builtin_cpu_supports("avx512vbmi") &&

@@ -15,6 +15,9 @@ SKIMLM_API int skimlm_best_isa();
 // Run threads through this GOMP_parallel from now on; null for the library's own.
 SKIMLM_API void skimlm_use_openmp(void* gomp_parallel);
 
+// Reads `bytes` (a multiple of 8) once, on all threads; *sum keeps the compiler from leaving it out.
+SKIMLM_API void skimlm_read(const uint64_t* data, int64_t bytes, uint64_t* sum, int threads);
+
 // Exact weighted 1-D k-means of every row for k = 2, 4, .. 2^max_bits (weights/kmeans.py).
 // centroids [r, 2^(max_bits+1) - 2]: the k values of each width in turn, ascending; costs [r, max_bits].
 SKIMLM_API void skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int64_t max_bits,
@@ -45,11 +48,12 @@ SKIMLM_API void skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradien
 
 // The dense matrix of a packed linear, out [r, c] as float or bfloat16 bits (kernels.py, FORMAT.md).
 // widths are in row order; packed, codebook (int8), row_scale (bfloat16 bits) and row_zero are in stored
-// order, i.e. rows stably sorted by width; in_scale [c] is float16 bits, or null.
+// order, i.e. rows stably sorted by width; in_scale [c] is float16 bits, or null. Only the stored rows
+// begin..end: each at its own place in out or, if `stored`, one after the other from the start of out.
 SKIMLM_API void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* codebook,
                               const uint16_t* row_scale, const int16_t* row_zero,
                               const uint16_t* in_scale, void* out, int64_t out_bf16, int64_t r,
-                              int64_t c, int threads);
+                              int64_t c, int64_t begin, int64_t end, int64_t stored, int threads);
 
 // Whether the routines for AVX-512 with VBMI, VNNI and BF16 run: the processor has them, this library too.
 SKIMLM_API int skimlm_has_vbmi();

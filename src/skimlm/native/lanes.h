@@ -12,6 +12,23 @@
 
 constexpr int64_t CHUNK = 64;  // codes
 
+namespace {
+
+// Puts the rows of width b, ascending, to `order`; returns how many there are.
+inline int64_t rows_of_width(int b, const uint8_t* widths, int64_t r, int32_t* order) {
+  int64_t count = 0, i = 0;
+#if defined(__AVX512F__)
+  for (const __m512i want = _mm512_set1_epi8(char(b)); i + 64 <= r; i += 64)
+    for (uint64_t m = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(widths + i), want); m; m &= m - 1)
+      order[count++] = int32_t(i + __builtin_ctzll(m));
+#endif
+  for (; i < r; ++i)
+    if (widths[i] == b) order[count++] = int32_t(i);
+  return count;
+}
+
+}  // namespace
+
 #if defined(__AVX512F__)
 namespace {
 

@@ -273,19 +273,6 @@ VBMI void rows_rounded(const Group& g, int64_t begin, int64_t end, const Input& 
 
 #endif
 
-// Puts the rows of width b, ascending, to `order`; returns how many there are.
-int64_t rows_of_width(int b, const uint8_t* widths, int64_t r, int32_t* order) {
-  int64_t count = 0, i = 0;
-#if defined(__AVX512F__)
-  for (const __m512i want = _mm512_set1_epi8(char(b)); i + 64 <= r; i += 64)
-    for (uint64_t m = _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(widths + i), want); m; m &= m - 1)
-      order[count++] = int32_t(i + __builtin_ctzll(m));
-#endif
-  for (; i < r; ++i)
-    if (widths[i] == b) order[count++] = int32_t(i);
-  return count;
-}
-
 // ---- x
 
 // In a chunk, 16-bit lane 4 i + q of the first half holds column 8 i + q, of the second 8 i + 4 + q.

@@ -1,0 +1,177 @@
+"""How fast the kernels are on this machine: against torch, and against what its memory allows.
+
+At batch 1 a product is bound by reading the weights, so every timing walks over copies of them that
+together exceed the caches (`FOOTPRINT`), as a model does that decodes one token after the other.
+Bandwidth is measured in the same process, with plain reads on as many threads. Times are medians.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skimlm import native
+from skimlm.kernels import linear_packed
+from skimlm.weights.pack import histogram, layout
+
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (576, 1536))
+# the widths of rows in a model of 3.2 bits all-in, as allocation gives them
+MIXED = {2: 0.16, 3: 0.54, 4: 0.28, 5: 0.02}
+WIDTHS: tuple[int | None, ...] = (None, 2, 3, 4)  # None: mixed
+BATCHES = (1, 4, 16)
+FOOTPRINT = 200_000_000  # bytes
+Progress = Callable[[str, int, int], None]
+
+
+def run(
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    widths: Sequence[int | None] = WIDTHS,
+    batches: Sequence[int] = BATCHES,
+    *,
+    seconds: float = 0.3,
+    exact: bool = True,
+    footprint: int = FOOTPRINT,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time every shape, width and batch for `seconds` each; plain values as DESIGN's `bench`."""
+    found: list[dict[str, Any]] = []
+    total, done = len(shapes) * len(batches) * (len(widths) + 2), 0
+    bandwidth = read_bandwidth(footprint)
+
+    def walk(call: Callable[[Any], Any], stored: Sequence[Any]) -> float:
+        nonlocal done
+        done += 1
+        if progress:
+            progress("time", done, total)
+        return median_seconds(call, stored, seconds)
+
+    def dense(rows: int, cols: int, dtype: torch.dtype) -> dict[int, float]:
+        weight = torch.randn(rows, cols).to(dtype)
+        copies = [weight.clone() for _ in range(_copies(weight.nbytes, footprint))]
+        xs = {batch: torch.randn(batch, cols).to(dtype) for batch in batches}
+        return {b: walk(partial(torch.nn.functional.linear, x), copies) for b, x in xs.items()}
+
+    for rows, cols in shapes:
+        torch.manual_seed(0)
+        bf16 = dense(rows, cols, torch.bfloat16)
+        fp32 = dense(rows, cols, torch.float32)
+        for width in widths:
+            stored = random_buffers(rows, cols, width)
+            nbytes = sum(tensor.nbytes for tensor in stored if tensor is not None)
+            copies = [
+                [None if tensor is None else tensor.clone() for tensor in stored]
+                for _ in range(_copies(nbytes, footprint))
+            ]
+            for batch in batches:
+                took = walk(partial(_product, torch.randn(batch, cols).bfloat16(), exact), copies)
+                found.append(
+                    {
+                        "rows": rows,
+                        "cols": cols,
+                        "bits": 8 * nbytes / (rows * cols),
+                        "width": width,
+                        "batch": batch,
+                        "seconds": took,
+                        "torch_bf16_seconds": bf16[batch],
+                        "torch_fp32_seconds": fp32[batch],
+                        "of_bandwidth": nbytes / took / bandwidth,
+                        # against dense bf16 if it ran at the full bandwidth, which it never does
+                        "of_bf16_bound": 2 * rows * cols / bandwidth / took,
+                    }
+                )
+    return {
+        "bandwidth_bytes_per_second": bandwidth,
+        "threads": torch.get_num_threads(),
+        "kernels": native.path(),
+        "rows": found,
+    }
+
+
+def random_buffers(rows: int, cols: int, width: int | None) -> list[Tensor | None]:
+    """The stored buffers of a linear with random codes, one width or `MIXED`, rows shuffled."""
+    if width is not None:
+        widths = torch.full((rows,), width, dtype=torch.uint8)
+    else:
+        ends = torch.tensor(list(MIXED.values())).cumsum(0)[:-1] * rows
+        widths = torch.tensor(list(MIXED), dtype=torch.uint8)[
+            torch.bucketize(torch.randperm(rows), ends, right=True)
+        ]
+    stored: dict[str, Tensor] = {}
+    for name, (dtype, shape) in layout(histogram(widths), cols, False).items():
+        if dtype.is_floating_point:
+            stored[name] = torch.rand(shape).to(dtype)
+        else:
+            info = torch.iinfo(dtype)
+            stored[name] = torch.randint(info.min, info.max + 1, shape, dtype=dtype)
+    stored["widths"] = widths
+    names = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
+    return [stored.get(name) for name in names]
+
+
+def read_bandwidth(nbytes: int = FOOTPRINT, repeats: int = 9) -> float:
+    """Bytes per second that plain reads reach on torch's threads, the best of `repeats`."""
+    data, out = torch.ones(nbytes // 8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        native.call("read", data, data.nbytes, out)
+        return time.perf_counter() - start
+
+    return data.nbytes / min(seconds() for _ in range(repeats))
+
+
+def median_seconds(call: Callable[[Any], Any], copies: Sequence[Any], seconds: float) -> float:
+    """Median time of call(copy), walking over the copies, for about `seconds`."""
+    call(copies[0])
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begin < seconds:
+        copy = copies[len(times) % len(copies)]
+        start = time.perf_counter()
+        call(copy)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _product(x: Tensor, exact: bool, stored: Sequence[Any]) -> Tensor:
+    weight, widths, codebook, row_scale, row_zero, in_scale = stored
+    return linear_packed(
+        x, weight, widths, codebook, row_scale, row_zero, in_scale, None, exact=exact
+    )
+
+
+def _copies(nbytes: int, footprint: int) -> int:
+    return max(1, -(-footprint // nbytes))
+
+
+def text(facts: dict[str, Any]) -> str:
+    """Lay out what `run` returns."""
+    from skimlm.report import table
+
+    def cells(row: dict[str, Any]) -> Iterable[str]:
+        yield f"{row['rows']}x{row['cols']}"
+        yield f"{row['bits']:.2f}"
+        yield str(row["batch"])
+        yield f"{row['seconds'] * 1e6:,.0f}"
+        yield f"{row['torch_bf16_seconds'] / row['seconds']:.2f}"
+        yield f"{row['torch_fp32_seconds'] / row['seconds']:.2f}"
+        yield f"{row['of_bf16_bound']:.2f}"
+        yield f"{100 * row['of_bandwidth']:.0f}"
+
+    header = ["weight", "bits", "batch", "us", "x bf16", "x fp32", "x bf16 bound", "% bandwidth"]
+    return "\n".join(
+        [
+            f"kernels {facts['kernels']}, {facts['threads']} threads, memory read at "
+            f"{facts['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s",
+            "",
+            table([header, *(list(cells(row)) for row in facts["rows"])]),
+            "",
+            "x bf16, x fp32   times as fast as torch's product with the dense weight",
+            "x bf16 bound     times as fast as dense bf16 could be at this memory bandwidth",
+            "% bandwidth      bytes of the compressed weight per second, of the same bandwidth",
+        ]
+    )
