@@ -45,7 +45,8 @@ def test_every_shape_width_and_batch_is_reported():
 
 
 def test_the_command_prints_one_json_object(monkeypatch):
-    monkeypatch.setattr(bench, "run", lambda progress: small())
+    facts = small()
+    monkeypatch.setattr(bench, "run", lambda progress: facts)
     result = CliRunner().invoke(main, ["bench", "--json"])
     assert result.exit_code == 0
     assert {"bandwidth_bytes_per_second", "threads", "rows"} <= set(json.loads(result.stdout))
