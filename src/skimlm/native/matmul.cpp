@@ -164,15 +164,17 @@ VBMI void block_exact(const Group& g, int64_t i, const Controls& c, const Input&
     for (int t = 0; t < N; ++t) sum[r][t] = _mm512_setzero_ps();
   }
   const uint8_t* at = g.packed + i * g.stride;
+  const char* ahead = reinterpret_cast<const char*>(at) + AHEAD;
   const int64_t step = 8 * g.width, per_token = x.chunks * P * CHUNK;
   const uint16_t* xs = x.split.data() + token * per_token;
   const __mmask64 last = last_mask(g.stride, x.chunks, g.width);
   for (int64_t k = 0; k < x.chunks; ++k, at += step, xs += P * CHUNK) {
     const __mmask64 mask = k + 1 == x.chunks ? last : c.bytes;
+    for (int64_t line = 0; line < R * step; line += 64)
+      _mm_prefetch(ahead + k * R * step + line, _MM_HINT_T0);
     for (int r = 0; r < R; ++r) {
       const __m512i lanes =
           _mm512_permutexvar_epi8(c.spread, load_chunk(at + r * g.stride, mask));
-      _mm_prefetch(reinterpret_cast<const char*>(at + r * g.stride) + AHEAD, _MM_HINT_T0);
       const __m512i low =
           _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(c.low, lanes), table[r]);
       const __m512i high =
@@ -212,16 +214,18 @@ VBMI void block_rounded(const Group& g, int64_t i, const Controls& c, const Inpu
     for (int t = 0; t < N; ++t) sum[r][t] = _mm512_setzero_ps();
   }
   const uint8_t* at = g.packed + i * g.stride;
+  const char* ahead = reinterpret_cast<const char*>(at) + AHEAD;
   const int64_t step = 8 * g.width, padded = x.chunks * CHUNK;
   const int8_t* xs = x.rounded.data() + token * padded;
   const float* scales = x.scales.data() + token * x.chunks;
   const __mmask64 last = last_mask(g.stride, x.chunks, g.width);
   for (int64_t k = 0; k < x.chunks; ++k, at += step, xs += CHUNK, ++scales) {
     const __mmask64 mask = k + 1 == x.chunks ? last : c.bytes;
+    for (int64_t line = 0; line < R * step; line += 64)
+      _mm_prefetch(ahead + k * R * step + line, _MM_HINT_T0);
     for (int r = 0; r < R; ++r) {
       const __m512i lanes =
           _mm512_permutexvar_epi8(c.spread, load_chunk(at + r * g.stride, mask));
-      _mm_prefetch(reinterpret_cast<const char*>(at + r * g.stride) + AHEAD, _MM_HINT_T0);
       const __m512i field = _mm512_multishift_epi64_epi8(c.fields, lanes);
       const __m512i level = tables ? _mm512_permutexvar_epi8(field, table[r])
                                    : _mm512_and_si512(field, table[r]);
