@@ -236,3 +236,20 @@ def test_many_tokens_are_multiplied_by_the_dequantized_weight(isa, monkeypatch, 
 
 def test_info_says_which_path_runs():
     assert native.path() in ("avx512 vbmi", "avx512", "avx2", "portable")
+
+
+def test_torch_compile_traces_a_compressed_layer_as_one_operator():
+    from skimlm.linear import CompressedLinear
+
+    layer = CompressedLinear.from_quantized(random_quantized(20, 33, in_scale=True))
+    traced = []
+
+    def backend(graph, _):
+        traced.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    x = torch.randn(2, 33)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+    assert traced == [torch.ops.skimlm.linear]

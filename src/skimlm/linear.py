@@ -111,17 +111,18 @@ class CompressedLinear(_Stored):
             raise ValueError(f"x must be [..., {self.in_features}], got {list(x.shape)}")
         if torch.is_grad_enabled() and x.requires_grad:
             return F.linear(x, self.dequantize(x.dtype), self.bias)
-        # the operator costs some microseconds more than the function, and only a compiler needs it
-        compiling = torch.compiler.is_compiling()
-        linear = torch.ops.skimlm.linear if compiling else linear_packed
+        # the operator costs some microseconds more than the function, and only a compiler needs it;
+        # so does looking six buffers up through the module
+        linear = torch.ops.skimlm.linear if torch.compiler.is_compiling() else linear_packed
+        stored: Any = self._buffers
         return linear(
             x,
-            self.weight,
-            self.widths,
-            self.codebook,
-            self.row_scale,
-            self.row_zero,
-            self.in_scale,
+            stored["weight"],
+            stored["widths"],
+            stored["codebook"],
+            stored["row_scale"],
+            stored["row_zero"],
+            stored["in_scale"],
             self.bias,
             True,
         )
