@@ -42,9 +42,11 @@ def test_exact_products_are_exact(isa, widths, scaled):
         for count in (1, 2, 4, 5, 15):
             for dtype in (torch.float32, torch.bfloat16):
                 x = inputs(count, cols, dtype)
-                got = linear_packed(x, *buffers(q), None)
+                bias = torch.randn(rows).to(dtype) if count % 2 else None
+                got = linear_packed(x, *buffers(q), bias)
                 assert got.dtype == dtype and got.shape == (count, rows)
-                want, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
+                want, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T + 0.1
+                want = want if bias is None else want + bias.double()
                 rounding = want.abs() * 2**-8 if dtype == torch.bfloat16 else 0
                 assert ((got.double() - want).abs() <= 1e-6 * size + rounding).all()
 

@@ -86,18 +86,19 @@ def linear_packed(
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
     if count >= FEW_TOKENS:
         check_sizes(_present(*buffers), rows, cols)
-        _tiles(x.reshape(count, cols), buffers, out.view(count, rows))
-        return out if bias is None else out.add_(bias)
-    if not native.matmul(x.contiguous(), *buffers, out, count, rows, cols, exact):
+        _tiles(x.reshape(count, cols), buffers, bias, out.view(count, rows))
+        return out
+    shift = None if bias is None else bias.float()  # added before the one rounding
+    if not native.matmul(x.contiguous(), *buffers, shift, out, count, rows, cols, exact):
         check_sizes(_present(*buffers), rows, cols)
         raise ValueError(
             f"buffers of {rows} rows must be contiguous, on the CPU, and fit {cols} columns"
         )
-    return out if bias is None else out.add_(bias)
+    return out
 
 
-def _tiles(x: Tensor, buffers: Buffers, out: Tensor) -> None:
-    """out = x W^T in tiles of rows: a tile stays in cache, a dense weight is never allocated."""
+def _tiles(x: Tensor, buffers: Buffers, bias: Tensor | None, out: Tensor) -> None:
+    """out = x W^T + bias in tiles of rows, which stay in cache: no dense weight is allocated."""
     cols, rows = x.shape[1], out.shape[1]
     order = torch.argsort(buffers[1], stable=True)
     size = max(64, TILE // cols)
@@ -106,7 +107,8 @@ def _tiles(x: Tensor, buffers: Buffers, out: Tensor) -> None:
         end = min(begin + size, rows)
         tile = scratch[: end - begin]
         _unpack(tile, buffers, begin, end)
-        out[:, order[begin:end]] = x @ tile.T
+        place = order[begin:end]
+        out[:, place] = F.linear(x, tile, None if bias is None else bias[place])
 
 
 def linear_reference(

@@ -91,7 +91,7 @@ def _matmul(loaded: ctypes.CDLL) -> Callable[..., int]:
     function = loaded.skimlm_matmul
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [pointer, size, pointer, size, pointer, pointer, size, pointer, pointer]
-    function.argtypes += [size, pointer, pointer, *([size] * 4), ctypes.c_int]
+    function.argtypes += [size, pointer, pointer, pointer, *([size] * 4), ctypes.c_int]
     return function
 
 
@@ -103,6 +103,7 @@ def matmul(
     row_scale: torch.Tensor,
     row_zero: torch.Tensor | None,
     in_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
     out: torch.Tensor,
     count: int,
     rows: int,
@@ -120,6 +121,7 @@ def matmul(
         (row_scale, torch.bfloat16, rows),
         (row_zero, torch.int16, None),
         (in_scale, torch.float16, cols),
+        (bias, torch.float32, rows),
     )
     if weight is None or widths is None or row_scale is None:
         return False
@@ -144,6 +146,7 @@ def matmul(
         at[4],
         0 if row_zero is None else row_zero.numel(),
         at[5],
+        at[6],
         out.data_ptr(),
         count,
         rows,

@@ -58,14 +58,15 @@ SKIMLM_API void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, cons
 // Whether the routines for AVX-512 with VBMI, VNNI and BF16 run: the processor has them, this library too.
 SKIMLM_API int skimlm_has_vbmi();
 
-// out [n, r] = x [n, c] times a packed linear transposed (kernels.py, FORMAT.md). x and out are float, or
-// bfloat16 bits if x_bf16; the rest as in skimlm_unpack, sizes in elements. exact = 0 rounds x to int8
-// per token and 64 columns. Returns 1, having done nothing, if the sizes are not those of the widths.
+// out [n, r] = x [n, c] times a packed linear transposed, plus bias [r] unless it is null (kernels.py,
+// FORMAT.md). x and out are float, or bfloat16 bits if x_bf16; the rest as in skimlm_unpack, sizes in
+// elements. exact = 0 rounds x to int8 per token and 64 columns. Returns 1, having done nothing, if the
+// sizes are not those of the widths.
 SKIMLM_API int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t packed_size,
                              const uint8_t* widths, const int8_t* codebook, int64_t codebook_size,
                              const uint16_t* row_scale, const int16_t* row_zero, int64_t zeros,
-                             const uint16_t* in_scale, void* out, int64_t n, int64_t r, int64_t c,
-                             int64_t exact, int threads);
+                             const uint16_t* in_scale, const float* bias, void* out, int64_t n, int64_t r,
+                             int64_t c, int64_t exact, int threads);
 
 // out [n, r] = x [n, c] times a table of 8 or 4 bits transposed (linear.py, FORMAT.md).
 SKIMLM_API void skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int64_t bits,

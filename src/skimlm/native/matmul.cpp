@@ -48,7 +48,9 @@ struct Output {
   void* data;
   bool bf16;
   int64_t r;
+  const float* bias;  // or null
   void put(int64_t token, int64_t row, float value) const {
+    if (bias) value += bias[row];
     if (bf16)
       static_cast<uint16_t*>(data)[token * r + row] = to_bf16(value);
     else
@@ -371,8 +373,8 @@ Input prepare(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, int
 int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t packed_size,
                   const uint8_t* widths, const int8_t* codebook, int64_t codebook_size,
                   const uint16_t* row_scale, const int16_t* row_zero, int64_t zeros,
-                  const uint16_t* in_scale, void* out, int64_t n, int64_t r, int64_t c,
-                  int64_t exact, int threads) {
+                  const uint16_t* in_scale, const float* bias, void* out, int64_t n, int64_t r,
+                  int64_t c, int64_t exact, int threads) {
   // Which row stands at a stored place. Width by width: a histogram would wait on its own counts.
   std::vector<int32_t> order(r);
   int64_t counts[MAX_B + 1], rows = 0, bytes = 0, levels = 0, affine = 0;
@@ -386,7 +388,7 @@ int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t 
 
   const bool vbmi = skimlm_has_vbmi();
   const Input input = prepare(x, x_bf16, in_scale, n, c, exact, vbmi, !affine);
-  const Output output{out, x_bf16 != 0, r};
+  const Output output{out, x_bf16 != 0, r, bias};
   struct Part {
     Group group;
     int64_t begin, end;
@@ -441,7 +443,7 @@ void skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, in
       xs[(t * halves + j % halves) * bytes + j / halves] = value;
       sums[t] += value;
     }
-  const Output output{out, x_bf16 != 0, r};
+  const Output output{out, x_bf16 != 0, r, nullptr};
   const int64_t block = std::max<int64_t>(1, std::max(WORK, r * bytes / (TURNS * threads)) / bytes);
   parallel_rows(r, block, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
