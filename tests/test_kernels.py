@@ -33,6 +33,16 @@ def inputs(count, cols, dtype, seed=0):
     return x.to(dtype)
 
 
+@pytest.fixture(params=["torch's threads", "own threads"])
+def pool(request, isa):
+    """Both ways work is split, with two threads."""
+    native.library().skimlm_use_openmp(native._openmp() if "torch" in request.param else None)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+    native.library().skimlm_use_openmp(native._openmp())
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("widths", MIXED, ids=str)
 def test_exact_products_are_exact(isa, widths, scaled):
@@ -95,39 +105,33 @@ def test_extreme_zero_points_and_scales(isa):
     assert (error <= 1e-6 * (x.double().abs() @ weight.abs().T)).all()
 
 
-def test_threads_do_not_change_a_bit(isa):
-    q = random_quantized(700, 300)
-    x = torch.randn(3, 300)
-    one = linear_packed(x, *buffers(q), None)
-    try:
-        for threads in (2, 3, 8, 1):
-            torch.set_num_threads(threads)
-            for _ in range(20):
-                assert torch.equal(linear_packed(x, *buffers(q), None), one)
-    finally:
-        torch.set_num_threads(1)
+def test_threads_do_not_change_a_bit(pool):
+    stored = buffers(random_quantized(2000, 600))
+    x = torch.randn(3, 600)
+    torch.set_num_threads(1)
+    one = linear_packed(x, *stored, None)
+    for threads in (2, 3, 8, 1):
+        torch.set_num_threads(threads)
+        for _ in range(20):
+            assert torch.equal(linear_packed(x, *stored, None), one)
 
 
-def test_calls_from_several_threads_at_once(isa):
-    q = random_quantized(700, 300)
-    x, parts = torch.randn(3, 300), buffers(random_quantized(700, 300))
-    want, wrong = linear_packed(x, *parts, None), []
+def test_calls_from_several_threads_at_once(pool):
+    stored = buffers(random_quantized(2000, 600))
+    x, wrong = torch.randn(3, 600), []
+    want = linear_packed(x, *stored, None)
 
     def call():
-        for _ in range(100):
-            if not torch.equal(linear_packed(x, *parts, None), want):
+        for _ in range(50):
+            if not torch.equal(linear_packed(x, *stored, None), want):
                 wrong.append(1)
 
     workers = [threading.Thread(target=call) for _ in range(4)]
-    torch.set_num_threads(2)
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    finally:
-        torch.set_num_threads(1)
-    assert not wrong and len(q.codes) == 700
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
@@ -137,16 +141,16 @@ import os, torch
 from skimlm.kernels import linear_packed
 from skimlm.weights.pack import QuantizedWeight, pack
 torch.set_num_threads(2)
-q = QuantizedWeight(torch.zeros(999, 99, dtype=torch.uint8), torch.full((999,), 3).byte(),
-                    torch.ones(999, 32, dtype=torch.int8) * (torch.arange(32) < 8),
-                    torch.ones(999).bfloat16(), torch.zeros(999, dtype=torch.int16))
+q = QuantizedWeight(torch.zeros(9999, 999, dtype=torch.uint8), torch.full((9999,), 3).byte(),
+                    torch.ones(9999, 32, dtype=torch.int8) * (torch.arange(32) < 8),
+                    torch.ones(9999).bfloat16(), torch.zeros(9999, dtype=torch.int16))
 p = pack(q)
-run = lambda: linear_packed(torch.ones(1, 99), p["weight"], p["widths"], p["codebook"],
+run = lambda: linear_packed(torch.ones(1, 999), p["weight"], p["widths"], p["codebook"],
                             p["row_scale"], None, None, None)
-assert (run() == 99).all()
+assert (run() == 999).all()
 child = os.fork()
 if child == 0:
-    os._exit(0 if (run() == 99).all() else 1)
+    os._exit(0 if (run() == 999).all() else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -33,10 +33,11 @@ def _openmp() -> ctypes.c_void_p | None:
     took 150 us instead of 20.
     """
     try:
-        maps = Path("/proc/self/maps").read_text()
-        file = next(line.split()[-1] for line in maps.splitlines() if "/libgomp" in line)
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        loaded = {line.split(maxsplit=5)[5] for line in maps if "/libgomp" in line}
+        file = min(loaded, key=lambda name: "/torch" not in name)  # others bring their own
         return ctypes.cast(ctypes.CDLL(file).GOMP_parallel, ctypes.c_void_p)
-    except (OSError, StopIteration, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return None
 
 

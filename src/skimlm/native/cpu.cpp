@@ -4,6 +4,7 @@
 
 void skimlm_use_openmp(void* gomp_parallel) {
   parallel::fork = reinterpret_cast<parallel::Fork>(gomp_parallel);
+  parallel::fork_owner = parallel::process();
 }
 
 void skimlm_read(const uint64_t* data, int64_t bytes, uint64_t* sum, int threads) {

@@ -84,16 +84,20 @@ struct Pool {
   }
 };
 
+inline int process() {
+#if defined(__unix__) || defined(__APPLE__)
+  return getpid();
+#else
+  return 1;
+#endif
+}
+
 // Never destroyed: its threads sleep until the process ends. A forked child has none and starts its own.
 inline Pool& pool() {
   static std::atomic<Pool*> current{nullptr};
   static std::atomic<int> owner{0};
-#if defined(__unix__) || defined(__APPLE__)
-  const int me = getpid();
-#else
-  const int me = 1;
-#endif
   static std::mutex making;
+  const int me = process();
   if (owner.load(std::memory_order_acquire) != me) {
     std::lock_guard<std::mutex> guard(making);
     if (owner.load() != me) current = new Pool, owner = me;
@@ -107,6 +111,7 @@ namespace parallel {
 // GOMP_parallel of the OpenMP that torch has loaded, or null: one set of threads for torch and for us.
 using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
 inline std::atomic<Fork> fork{nullptr};
+inline std::atomic<int> fork_owner{0};  // GNU's threads hang in a forked child: it takes the pool
 }  // namespace parallel
 
 // Calls body(first, last) on blocks of rows until all are done. A call from a second thread at the same
@@ -117,7 +122,8 @@ static void parallel_rows(int64_t rows, int64_t block, int threads, const Body& 
   auto work = [&] {
     for (int64_t i; (i = next.fetch_add(block)) < rows;) body(i, std::min(i + block, rows));
   };
-  if (const auto fork = parallel::fork.load(std::memory_order_relaxed)) {
+  const auto fork = parallel::fork.load(std::memory_order_relaxed);
+  if (fork && parallel::fork_owner == parallel::process()) {
     const int64_t blocks = (rows + block - 1) / block;
     if (threads < 2 || blocks < 2) return work();
     fork([](void* w) { (*static_cast<decltype(work)*>(w))(); }, &work,
