@@ -84,7 +84,7 @@ def linear_packed(
     if x.device.type != "cpu" or x.dtype not in NATIVE or not count:
         return F.linear(x, dequantize_packed(*buffers, cols, x.dtype), bias)
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
-    if count >= FEW_TOKENS:
+    if count >= FEW_TOKENS and not native.many(x.dtype):
         check_sizes(_present(*buffers), rows, cols)
         _tiles(x.reshape(count, cols), buffers, bias, out.view(count, rows))
         return out

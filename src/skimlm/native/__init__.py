@@ -62,6 +62,12 @@ def path() -> str:
     return isa() + (" vbmi" if library().skimlm_has_vbmi() else "")
 
 
+def many(dtype: torch.dtype) -> bool:
+    """Whether the products of many tokens are native: not where torch has the AMX units for them."""
+    amx = torch.cpu._is_amx_tile_supported() and dtype == torch.bfloat16
+    return bool(library().skimlm_has_vbmi()) and not amx
+
+
 def call(name: str, *args: torch.Tensor | int | float | None) -> None:
     """Call `skimlm_<name>` with tensors as pointers, ints as int64, floats as double.
 

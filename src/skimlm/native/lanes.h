@@ -40,7 +40,7 @@ struct Controls {
   __mmask64 bytes, entries;  // of a chunk, of a table
 };
 
-VBMI Controls controls(int b) {
+VBMI inline Controls controls(int b) {
   alignas(64) uint8_t spread[64], fields[64], low[64], high[64], copies[64];
   for (int i = 0; i < 64; ++i) {
     spread[i] = uint8_t(i / 8 * b + i % 8);

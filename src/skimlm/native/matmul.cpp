@@ -1,64 +1,40 @@
-// out = x W^T for a packed W (FORMAT.md): the weights are read once, as they are stored.
+// out = x W^T for a packed W (FORMAT.md) and few tokens: the weights are read once, as they are stored.
 //
-// With VBMI one routine serves all widths (lanes.h). Elsewhere a row becomes bytes in L1 first.
+// With VBMI one routine serves all widths (lanes.h). Elsewhere a row becomes integers in L1 first.
 //
-//   exact   levels are at most 8 bits and x is split into bfloat16 pieces (one if it is bfloat16,
-//           three if it is float), so every product is exact in float: only the order of the
-//           additions differs from a float32 reference
+//   exact   x as 24-bit integers (product.h): three planes of a byte each, multiplied one by one
 //   8 bit   x is rounded to int8 with one scale per token and 64 columns; sums are integers within
 //           those columns
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
-#include "codes.h"
 #include "lanes.h"
 #include "parallel.h"
+#include "product.h"
 
 namespace {
 
-constexpr int64_t MAX_B = 8;
 constexpr int64_t WORK = 1 << 14;  // bytes of packed rows that one turn of a thread takes, at least
 constexpr int64_t PER_THREAD = 1 << 17;
-constexpr int64_t TURNS = 4;       // of each thread, where there is more
+constexpr int64_t TURNS = 4;        // of each thread, where there is more
+constexpr int64_t MANY = 2;         // tokens from which rows are turned into bfloat16 (gemm.cpp)
+constexpr int64_t LONGEST = 1 << 16;  // columns whose sums of bytes fit 32 bits
+constexpr int64_t PLANES = 3;
 
-// What the rows of one width share.
-struct Group {
-  int width;
-  int64_t rows, first;           // how many, and the stored index of the first
-  const uint8_t* packed;         // of the first row
-  const int8_t* levels;          // of the first row, widths up to 5
-  const int16_t* zeros;          // of the first row, widths from 6
-  int64_t stride;                // bytes of a row
-};
-
-// x of n tokens, made ready once per call. Columns are padded with zeros to whole chunks.
-struct Input {
+// x of n tokens rounded to int8, padded with zeros to whole chunks.
+struct Rounded {
   int64_t n, c, chunks;
-  std::vector<float> exact;      // [n, padded c], in_scale applied
-  std::vector<float> sums;       // [n]: sum of x (8 bit: of the rounded x)
-  int pieces;
-  std::vector<uint16_t> split;   // [n, chunks, pieces, 64] bfloat16, in the order the lanes hold
-  std::vector<int8_t> rounded;   // [n, padded c]
-  std::vector<float> scales;     // [n, chunks]
+  std::vector<int8_t> x;      // [n, padded c]
+  std::vector<float> scales;  // [n, chunks]
+  std::vector<float> sums;    // [n]: sum of the rounded x
 };
 
-struct Output {
-  void* data;
-  bool bf16;
-  int64_t r;
-  const float* bias;  // or null
-  void put(int64_t token, int64_t row, float value) const {
-    if (bias) value += bias[row];
-    if (bf16)
-      static_cast<uint16_t*>(data)[token * r + row] = to_bf16(value);
-    else
-      static_cast<float*>(data)[token * r + row] = value;
-  }
-};
+inline float to_value(int64_t total, int64_t zero, int64_t sum, float scale, double step) {
+  return float(double(total - zero * sum) * (double(scale) * step));
+}
 
-// ---- any processor: a row becomes bytes, then one dot product per token
+// ---- any processor: a row becomes integers, then one dot product per token
 
 void cut_any(int b, const uint8_t* row, uint8_t* code, int64_t c) {
 #if defined(__BMI2__)
@@ -76,18 +52,15 @@ void cut_any(int b, const uint8_t* row, uint8_t* code, int64_t c) {
 #endif
 }
 
-// The sum of level(j) * x[j] over j < c; 64 running sums let the compiler use vectors, and hide the
-// latency of adding.
-template <class Level>
-inline float dot(const Level& level, const float* x, int64_t c) {
-  float sum[CHUNK] = {};
-  int64_t j = 0;
-  for (; j + CHUNK <= c; j += CHUNK)
-    for (int t = 0; t < CHUNK; ++t) sum[t] += level(j + t) * x[j + t];
-  for (int t = 0; j + t < c; ++t) sum[t] += level(j + t) * x[j + t];
-  for (int half = CHUNK / 2; half; half /= 2)
-    for (int t = 0; t < half; ++t) sum[t] += sum[t + half];
-  return sum[0];
+int64_t dot(const int16_t* level, const int16_t* digit, int64_t c) {
+  int64_t sum = 0;
+  for (int64_t j = 0; j < c; j += 512) {  // 512 products of 8 and 12 bits fit 32
+    int32_t part = 0;
+    const int64_t end = std::min(j + 512, c);
+    for (int64_t t = j; t < end; ++t) part += int32_t(level[t]) * digit[t];
+    sum += part;
+  }
+  return sum;
 }
 
 float dot_rounded(const int16_t* level, const int8_t* x, const float* scale, int64_t chunks) {
@@ -100,137 +73,169 @@ float dot_rounded(const int16_t* level, const int8_t* x, const float* scale, int
   return sum;
 }
 
-void rows_any(const Group& g, int64_t begin, int64_t end, const Input& x, bool exact,
-              const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const int64_t padded = x.chunks * CHUNK;
+// Calls each(stored row, its levels or codes [padded c], its zero point) for rows begin..end.
+template <class Each>
+void rows_any(const Group& g, int64_t begin, int64_t end, int64_t c, const Each& each) {
+  const int64_t padded = (c + CHUNK - 1) / CHUNK * CHUNK;
   std::vector<uint8_t> code(padded + 8);
-  std::vector<float> level(padded);
-  std::vector<int16_t> small(padded);
-  const int b = g.width;
+  std::vector<int16_t> level(padded);
   for (int64_t i = begin; i < end; ++i) {
-    cut_any(b, g.packed + i * g.stride, code.data(), x.c);
+    cut_any(g.width, g.packed + i * g.stride, code.data(), c);
     int16_t entry[256];
-    for (int m = 0; m < 1 << b; ++m)
-      entry[m] = b <= 5 ? int16_t(g.levels[(i << b) + m]) : int16_t(m);
-    // a zero point may be any int16, so it is taken off the whole sum in the 8-bit case
-    const float zero = b <= 5 ? 0.f : float(g.zeros[i]);
-    const float scale = from_bf16(row_scale[g.first + i]);
-    const int64_t row = order[g.first + i];
-    if (exact) {
-      float value[256];
-      for (int m = 0; m < 1 << b; ++m) value[m] = float(entry[m]) - zero;
-      for (int64_t j = 0; j < x.c; ++j) level[j] = value[code[j]];
-      for (int64_t t = 0; t < x.n; ++t)
-        out.put(t, row, scale * dot([&](int64_t j) { return level[j]; }, &x.exact[t * padded], x.c));
-    } else {
-      for (int64_t j = 0; j < x.c; ++j) small[j] = entry[code[j]];
-      for (int64_t t = 0; t < x.n; ++t) {
-        const float sum =
-            dot_rounded(small.data(), &x.rounded[t * padded], &x.scales[t * x.chunks], x.chunks);
-        out.put(t, row, scale * (sum - zero * x.sums[t]));
-      }
-    }
+    for (int m = 0; m < 1 << g.width; ++m)
+      entry[m] = g.width <= 5 ? int16_t(g.levels[(i << g.width) + m]) : int16_t(m);
+    for (int64_t j = 0; j < c; ++j) level[j] = entry[code[j]];
+    each(i, level.data(), g.width <= 5 ? 0 : g.zeros[i]);
   }
 }
 
-// ---- AVX-512 with VBMI, VNNI and BF16
+void exact_any(const Group& g, int64_t begin, int64_t end, const Integers& x,
+               const uint16_t* row_scale, const int32_t* order, const Output& out) {
+  const int64_t padded = x.chunks * CHUNK;
+  rows_any(g, begin, end, x.c, [&](int64_t i, const int16_t* level, int64_t zero) {
+    for (int64_t t = 0; t < x.n; ++t) {
+      const int16_t* digit = &x.digits[t * 2 * padded];
+      const int64_t total = dot(level, digit, padded) + dot(level, digit + padded, padded) * 4096;
+      const float scale = from_bf16(row_scale[g.first + i]);
+      out.put(t, order[g.first + i], to_value(total, zero, x.sums[t], scale, x.steps[t]));
+    }
+  });
+}
+
+void rounded_any(const Group& g, int64_t begin, int64_t end, const Rounded& x,
+                 const uint16_t* row_scale, const int32_t* order, const Output& out) {
+  rows_any(g, begin, end, x.c, [&](int64_t i, const int16_t* level, int64_t zero) {
+    for (int64_t t = 0; t < x.n; ++t) {
+      const float sum =
+          dot_rounded(level, &x.x[t * x.chunks * CHUNK], &x.scales[t * x.chunks], x.chunks);
+      const float scale = from_bf16(row_scale[g.first + i]);
+      out.put(t, order[g.first + i], scale * (sum - float(zero) * x.sums[t]));
+    }
+  });
+}
+
+// ---- AVX-512 with VBMI and VNNI
 
 #if defined(__AVX512F__)
 // Rows follow each other in memory, but the processor's own prefetcher stops at every page.
 constexpr int64_t AHEAD = 8192;
 
-// The sums over the lanes of sum[r][t] for every row r: four at a time, which halves the shuffles.
-template <int R, int N>
-VBMI inline void totals(const __m512 (&sum)[R][N], int t, float* total) {
-  if constexpr (R == 4) {
-    __m256 half[4];
-    for (int r = 0; r < 4; ++r)
-      half[r] = _mm256_add_ps(_mm512_castps512_ps256(sum[r][t]),
-                              _mm512_extractf32x8_ps(sum[r][t], 1));
-    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]),
-                                      _mm256_hadd_ps(half[2], half[3]));
-    _mm_storeu_ps(total, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-  } else {
-    for (int r = 0; r < R; ++r) total[r] = _mm512_reduce_add_ps(sum[r][t]);
-  }
-}
-
-// R rows of one width, N tokens, x in P bfloat16 pieces.
-template <int R, int N, int P>
-VBMI void block_exact(const Group& g, int64_t i, const Controls& c, const Input& x, int64_t token,
-                      const uint16_t* row_scale, const int32_t* order, const Output& out) {
+// Codes of R rows as unsigned bytes, a chunk of columns at a time: levels plus 128 up to 5 bits (T).
+// Everything that may differ inside a chunk's loop is a template parameter, or sums leave registers.
+template <int R, bool T>
+struct Bytes {
   __m512i table[R];
-  __m512 sum[R][N];
-  for (int r = 0; r < R; ++r) {
-    table[r] = bf16_table(g.levels + ((i + r) << g.width), c);
-    for (int t = 0; t < N; ++t) sum[r][t] = _mm512_setzero_ps();
+  const uint8_t* at;
+  const char* ahead;
+  int64_t stride, step;
+
+  VBMI Bytes(const Group& g, int64_t i, const Controls& c) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      table[r] = T ? _mm512_xor_si512(byte_table(g.levels + ((i + r) << g.width), c),
+                                           _mm512_set1_epi8(char(128)))
+                        : _mm512_set1_epi8(char((1 << g.width) - 1));
+    at = g.packed + i * g.stride;
+    ahead = reinterpret_cast<const char*>(at) + AHEAD;
+    stride = g.stride, step = 8 * g.width;
   }
-  const uint8_t* at = g.packed + i * g.stride;
-  const char* ahead = reinterpret_cast<const char*>(at) + AHEAD;
-  const int64_t step = 8 * g.width, per_token = x.chunks * P * CHUNK;
-  const uint16_t* xs = x.split.data() + token * per_token;
-  const __mmask64 last = last_mask(g.stride, x.chunks, g.width);
-  for (int64_t k = 0; k < x.chunks; ++k, at += step, xs += P * CHUNK) {
-    const __mmask64 mask = k + 1 == x.chunks ? last : c.bytes;
+  VBMI void prefetch(int64_t k) const {
     for (int64_t line = 0; line < R * step; line += 64)
       _mm_prefetch(ahead + k * R * step + line, _MM_HINT_T0);
+  }
+  VBMI __m512i chunk(int r, int64_t k, __mmask64 mask, const Controls& c) const {
+    const __m512i lanes =
+        _mm512_permutexvar_epi8(c.spread, load_chunk(at + r * stride + k * step, mask));
+    const __m512i field = _mm512_multishift_epi64_epi8(c.fields, lanes);
+    return T ? _mm512_permutexvar_epi8(field, table[r]) : _mm512_and_si512(field, table[r]);
+  }
+};
+
+// [sum of a, of b, of c, of d] in each of four lanes of 128 bits, whose sums are still to be taken.
+VBMI inline __m512i quarters(__m512i a, __m512i b, __m512i c, __m512i d) {
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+
+VBMI inline void add_lanes(__m512i v, int32_t* to) {
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+
+// R rows of one width, N tokens.
+template <bool T, int R, int N>
+VBMI void block_exact(const Group& g, int64_t i, const Controls& c, const Integers& x,
+                      int64_t token, const uint16_t* row_scale, const int32_t* order,
+                      const Output& out) {
+  const Bytes<R, T> rows(g, i, c);
+  __m512i sum[R * N][PLANES];
+#pragma GCC unroll 8
+  for (int s = 0; s < R * N; ++s) sum[s][0] = sum[s][1] = sum[s][2] = _mm512_setzero_si512();
+  const int64_t per_token = x.chunks * PLANES * CHUNK;
+  const int8_t* xs = x.planes.data() + token * per_token;
+  const __mmask64 last = last_mask(g.stride, x.chunks, g.width);
+  for (int64_t k = 0; k < x.chunks; ++k, xs += PLANES * CHUNK) {
+    const __mmask64 mask = k + 1 == x.chunks ? last : c.bytes;
+    rows.prefetch(k);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const __m512i lanes =
-          _mm512_permutexvar_epi8(c.spread, load_chunk(at + r * g.stride, mask));
-      const __m512i low =
-          _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(c.low, lanes), table[r]);
-      const __m512i high =
-          _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(c.high, lanes), table[r]);
+      const __m512i level = rows.chunk(r, k, mask, c);
+#pragma GCC unroll 4
       for (int t = 0; t < N; ++t)
-        for (int p = 0; p < P; ++p) {
-          const uint16_t* xp = xs + t * per_token + p * CHUNK;
-          sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)low,
-                                       (__m512bh)_mm512_loadu_si512(xp));
-          sum[r][t] = _mm512_dpbf16_ps(sum[r][t], (__m512bh)high,
-                                       (__m512bh)_mm512_loadu_si512(xp + 32));
-        }
+#pragma GCC unroll 3
+        for (int p = 0; p < PLANES; ++p)
+          sum[r * N + t][p] = _mm512_dpbusd_epi32(
+              sum[r * N + t][p], level, _mm512_loadu_si512(xs + t * per_token + p * CHUNK));
     }
   }
-  for (int t = 0; t < N; ++t) {
-    float total[R];
-    totals<R, N>(sum, t, total);
-    for (int r = 0; r < R; ++r)
-      out.put(token + t, order[g.first + i + r], from_bf16(row_scale[g.first + i + r]) * total[r]);
+  int32_t total[PLANES][R * N];
+#pragma GCC unroll 3
+  for (int p = 0; p < PLANES; ++p) {
+    if constexpr (R * N % 4 == 0) {
+#pragma GCC unroll 2
+      for (int s = 0; s < R * N; s += 4)
+        add_lanes(quarters(sum[s][p], sum[s + 1][p], sum[s + 2][p], sum[s + 3][p]), &total[p][s]);
+    } else {
+      for (int s = 0; s < R * N; ++s) total[p][s] = _mm512_reduce_add_epi32(sum[s][p]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const int64_t zero = T ? 128 : g.zeros[i + r];
+    const float scale = from_bf16(row_scale[g.first + i + r]);
+    for (int t = 0; t < N; ++t) {
+      const int s = r * N + t;
+      const int64_t all =
+          int64_t(total[2][s]) * 65536 + int64_t(total[1][s]) * 256 + int64_t(total[0][s]);
+      out.put(token + t, order[g.first + i + r],
+              to_value(all, zero, x.sums[token + t], scale, x.steps[token + t]));
+    }
   }
 }
 
-// The same with x in int8: the levels are made unsigned by 128 (or the codes themselves from 6 bits
-// up) and 128 (or the zero point) times the sum of x is taken off at the end.
-template <int R, int N>
-VBMI void block_rounded(const Group& g, int64_t i, const Controls& c, const Input& x, int64_t token,
-                        const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const bool tables = g.width <= 5;
-  __m512i table[R];
+template <bool T, int R, int N>
+VBMI void block_rounded(const Group& g, int64_t i, const Controls& c, const Rounded& x,
+                        int64_t token, const uint16_t* row_scale, const int32_t* order,
+                        const Output& out) {
+  const Bytes<R, T> rows(g, i, c);
   __m512 sum[R][N];
-  for (int r = 0; r < R; ++r) {
-    if (tables)
-      table[r] = _mm512_xor_si512(byte_table(g.levels + ((i + r) << g.width), c),
-                                  _mm512_set1_epi8(char(128)));
-    else
-      table[r] = _mm512_set1_epi8(char((1 << g.width) - 1));
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
     for (int t = 0; t < N; ++t) sum[r][t] = _mm512_setzero_ps();
-  }
-  const uint8_t* at = g.packed + i * g.stride;
-  const char* ahead = reinterpret_cast<const char*>(at) + AHEAD;
-  const int64_t step = 8 * g.width, padded = x.chunks * CHUNK;
-  const int8_t* xs = x.rounded.data() + token * padded;
+  const int64_t padded = x.chunks * CHUNK;
+  const int8_t* xs = x.x.data() + token * padded;
   const float* scales = x.scales.data() + token * x.chunks;
   const __mmask64 last = last_mask(g.stride, x.chunks, g.width);
-  for (int64_t k = 0; k < x.chunks; ++k, at += step, xs += CHUNK, ++scales) {
+  for (int64_t k = 0; k < x.chunks; ++k, xs += CHUNK, ++scales) {
     const __mmask64 mask = k + 1 == x.chunks ? last : c.bytes;
-    for (int64_t line = 0; line < R * step; line += 64)
-      _mm_prefetch(ahead + k * R * step + line, _MM_HINT_T0);
+    rows.prefetch(k);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const __m512i lanes =
-          _mm512_permutexvar_epi8(c.spread, load_chunk(at + r * g.stride, mask));
-      const __m512i field = _mm512_multishift_epi64_epi8(c.fields, lanes);
-      const __m512i level = tables ? _mm512_permutexvar_epi8(field, table[r])
-                                   : _mm512_and_si512(field, table[r]);
+      const __m512i level = rows.chunk(r, k, mask, c);
+#pragma GCC unroll 4
       for (int t = 0; t < N; ++t) {
         const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), level,
                                                 _mm512_loadu_si512(xs + t * padded));
@@ -239,66 +244,70 @@ VBMI void block_rounded(const Group& g, int64_t i, const Controls& c, const Inpu
       }
     }
   }
-  for (int t = 0; t < N; ++t) {
-    float total[R];
-    totals<R, N>(sum, t, total);
-    for (int r = 0; r < R; ++r) {
-      const float zero = tables ? 128.f : float(g.zeros[i + r]);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const float zero = T ? 128.f : float(g.zeros[i + r]);
+    const float scale = from_bf16(row_scale[g.first + i + r]);
+#pragma GCC unroll 4
+    for (int t = 0; t < N; ++t)
       out.put(token + t, order[g.first + i + r],
-              from_bf16(row_scale[g.first + i + r]) * (total[r] - zero * x.sums[token + t]));
-    }
+              scale * (_mm512_reduce_add_ps(sum[r][t]) - zero * x.sums[token + t]));
   }
 }
 
-template <int P>
-VBMI void rows_exact(const Group& g, int64_t begin, int64_t end, const Input& x,
+template <bool T>
+VBMI void exact_vbmi(const Group& g, int64_t begin, int64_t end, const Integers& x,
                      const uint16_t* row_scale, const int32_t* order, const Output& out) {
   const Controls c = controls(g.width);
   int64_t i = begin;
   for (; i + 4 <= end; i += 4) {
-    int64_t t = 0;
-    for (; t + 4 <= x.n; t += 4) block_exact<4, 4, P>(g, i, c, x, t, row_scale, order, out);
-    for (; t < x.n; ++t) block_exact<4, 1, P>(g, i, c, x, t, row_scale, order, out);
+    for (int64_t t = 0; t < x.n; ++t) block_exact<T, 4, 1>(g, i, c, x, t, row_scale, order, out);
   }
   for (; i < end; ++i)
-    for (int64_t t = 0; t < x.n; ++t) block_exact<1, 1, P>(g, i, c, x, t, row_scale, order, out);
+    for (int64_t t = 0; t < x.n; ++t) block_exact<T, 1, 1>(g, i, c, x, t, row_scale, order, out);
 }
 
-VBMI void rows_rounded(const Group& g, int64_t begin, int64_t end, const Input& x,
+template <bool T>
+VBMI void rounded_vbmi(const Group& g, int64_t begin, int64_t end, const Rounded& x,
                        const uint16_t* row_scale, const int32_t* order, const Output& out) {
   const Controls c = controls(g.width);
   int64_t i = begin;
   for (; i + 4 <= end; i += 4) {
     int64_t t = 0;
-    for (; t + 4 <= x.n; t += 4) block_rounded<4, 4>(g, i, c, x, t, row_scale, order, out);
-    for (; t < x.n; ++t) block_rounded<4, 1>(g, i, c, x, t, row_scale, order, out);
+    for (; t + 4 <= x.n; t += 4) block_rounded<T, 4, 4>(g, i, c, x, t, row_scale, order, out);
+    for (; t < x.n; ++t) block_rounded<T, 4, 1>(g, i, c, x, t, row_scale, order, out);
   }
   for (; i < end; ++i)
-    for (int64_t t = 0; t < x.n; ++t) block_rounded<1, 1>(g, i, c, x, t, row_scale, order, out);
+    for (int64_t t = 0; t < x.n; ++t) block_rounded<T, 1, 1>(g, i, c, x, t, row_scale, order, out);
 }
-
 #endif
 
 // ---- x
 
-// In a chunk, 16-bit lane 4 i + q of the first half holds column 8 i + q, of the second 8 i + 4 + q.
-void in_lane_order(const uint16_t* from, uint16_t* to) {
-  for (int half = 0; half < 2; ++half)
-    for (int lane = 0; lane < 8; ++lane)
-      std::memcpy(to + half * 32 + lane * 4, from + lane * 8 + half * 4, 8);
-}
-
-void split_chunk(const float* from, int pieces, uint16_t* to) {
-  float rest[CHUNK];
-  uint16_t piece[CHUNK];
-  std::memcpy(rest, from, sizeof rest);
-  for (int p = 0; p < pieces; ++p) {
-    for (int j = 0; j < CHUNK; ++j) {
-      piece[j] = to_bf16(rest[j]);
-      rest[j] -= from_bf16(piece[j]);
-    }
-    in_lane_order(piece, to + p * CHUNK);
+// Integers of one token; returns their unit.
+double integers(const float* x, int64_t c, int32_t* out) {
+  int32_t top = 0;  // bits of the largest |x|: they order like the numbers, NaN above all
+  for (int64_t j = 0; j < c; ++j) {
+    int32_t bits;
+    std::memcpy(&bits, x + j, 4);
+    top = std::max(top, bits & 0x7fffffff);
   }
+  float largest;
+  std::memcpy(&largest, &top, 4);
+  if (top >= 0x7f800000) {
+    std::fill(out, out + c, 0);
+    return NAN;
+  }
+  int exponent;
+  std::frexp(largest, &exponent);
+  exponent = std::max(exponent - 23, -126);
+  if (std::ldexp(largest, -exponent) > 8355711.f) ++exponent;  // 0x7f7f7f: what three bytes hold
+  const float inverse = std::ldexp(1.f, -exponent);
+  for (int64_t j = 0; j < c; ++j) {
+    const float v = x[j] * inverse;
+    out[j] = int32_t(v + (v < 0 ? -0.5f : 0.5f));
+  }
+  return std::ldexp(1., exponent);
 }
 
 // Returns the sum of the rounded chunk, in units of `scale`.
@@ -318,148 +327,172 @@ int32_t round_chunk(const float* from, int8_t* to, float* scale) {
   return sum;
 }
 
-Input prepare(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, int64_t c, bool exact,
-              bool vbmi, bool all_tables) {
-  Input in;
-  in.n = n, in.c = c, in.chunks = (c + CHUNK - 1) / CHUNK;
-  in.pieces = bf16 && !in_scale ? 1 : 3;
-  const int64_t padded = in.chunks * CHUNK;
-  if (exact && vbmi && in.pieces == 1 && all_tables) {  // as it is, but for the order of lanes
-    in.split.resize(n * padded);
-    for (int64_t t = 0; t < n; ++t)
-      for (int64_t k = 0; k < in.chunks; ++k) {
-        const uint16_t* from = static_cast<const uint16_t*>(x) + t * c + k * CHUNK;
-        uint16_t last[CHUNK] = {};
-        if (k + 1 == in.chunks) {
-          std::memcpy(last, from, (c - k * CHUNK) * 2);
-          from = last;
-        }
-        in_lane_order(from, &in.split[t * padded + k * CHUNK]);
-      }
-    return in;
-  }
-  in.exact.assign(n * padded, 0.f);
-  for (int64_t t = 0; t < n; ++t) {
-    float* to = &in.exact[t * padded];
-    if (bf16) {
-      const uint16_t* from = static_cast<const uint16_t*>(x) + t * c;
-      for (int64_t j = 0; j < c; ++j) to[j] = from_bf16(from[j]);
-    } else {
-      std::memcpy(to, static_cast<const float*>(x) + t * c, c * sizeof(float));
+Rounded to_rounded(const float* x, int64_t n, int64_t c) {
+  Rounded out{n, c, (c + CHUNK - 1) / CHUNK, {}, {}, {}};
+  out.x.resize(n * out.chunks * CHUNK);
+  out.scales.resize(n * out.chunks);
+  out.sums.assign(n, 0.f);
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t k = 0; k < out.chunks; ++k) {
+      float chunk[CHUNK] = {};
+      std::memcpy(chunk, x + t * c + k * CHUNK, std::min(CHUNK, c - k * CHUNK) * sizeof(float));
+      const int64_t at = t * out.chunks + k;
+      const int32_t sum = round_chunk(chunk, &out.x[at * CHUNK], &out.scales[at]);
+      out.sums[t] += out.scales[at] * float(sum);
     }
-    if (in_scale)
-      for (int64_t j = 0; j < c; ++j) to[j] *= from_fp16(in_scale[j]);
-  }
-  if (exact && vbmi) {
-    in.split.resize(n * padded * in.pieces);
-    for (int64_t at = 0; at < n * in.chunks; ++at)
-      split_chunk(&in.exact[at * CHUNK], in.pieces, &in.split[at * in.pieces * CHUNK]);
-  }
-  if (!exact) {
-    in.rounded.resize(n * padded);
-    in.scales.resize(n * in.chunks);
-    in.sums.assign(n, 0.f);
-    for (int64_t at = 0; at < n * in.chunks; ++at) {
-      const int32_t sum =
-          round_chunk(&in.exact[at * CHUNK], &in.rounded[at * CHUNK], &in.scales[at]);
-      in.sums[at / in.chunks] += in.scales[at] * float(sum);
+  return out;
+}
+
+// Calls run(product, group, begin, end) for all rows of all products, on all threads.
+template <class Run>
+void for_rows(const Product* products, int64_t count, int threads, const Run& run) {
+  struct Part {
+    const Product* product;
+    const Group* group;
+    int64_t begin, end;
+  };
+  int64_t bytes = 0;
+  for (int64_t p = 0; p < count; ++p) bytes += products[p].linear.codes_size;
+  // A second thread for a few microseconds of work costs more than it brings.
+  threads = int(std::clamp<int64_t>(bytes / PER_THREAD, 1, threads));
+  const int64_t turn = std::max(WORK, bytes / (TURNS * threads));
+  std::vector<Part> parts;
+  for (int64_t p = 0; p < count; ++p)
+    for (const Group& group : products[p].stored.groups) {
+      const int64_t step = std::max<int64_t>(4, turn / group.stride / 4 * 4);
+      for (int64_t i = 0; i < group.rows; i += step)
+        parts.push_back({products + p, &group, i, std::min(i + step, group.rows)});
     }
-  }
-  return in;
+  parallel_rows(int64_t(parts.size()), 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; ++at)
+      run(*parts[at].product, *parts[at].group, parts[at].begin, parts[at].end);
+  });
 }
 
 }  // namespace
+
+bool lay_out(const Packed& p, Stored& out) {
+  out.order.resize(p.r);
+  out.groups.clear();
+  out.affine = 0;
+  int64_t rows = 0, bytes = 0, levels = 0;
+  // Width by width: a histogram would wait on its own counts.
+  for (int b = 1; b <= MAX_B; ++b) {
+    const int64_t count = rows_of_width(b, p.widths, p.r, out.order.data() + rows);
+    const int64_t stride = (p.c * b + 7) / 8;
+    if (count)
+      out.groups.push_back({b, count, rows, p.codes + bytes, p.levels + levels,
+                            p.zeros + out.affine, stride});
+    rows += count;
+    bytes += count * stride;
+    (b <= 5 ? levels : out.affine) += b <= 5 ? count << b : count;
+  }
+  return rows == p.r && bytes == p.codes_size && levels == p.levels_size &&
+         out.affine == p.zeros_size;
+}
+
+std::vector<float> to_floats(const void* x, bool bf16, const uint16_t* in_scale, int64_t n,
+                             int64_t c) {
+  std::vector<float> out(n * c);
+  if (bf16) {
+    const uint16_t* from = static_cast<const uint16_t*>(x);
+    for (int64_t j = 0; j < n * c; ++j) out[j] = from_bf16(from[j]);
+  } else {
+    std::memcpy(out.data(), x, n * c * sizeof(float));
+  }
+  if (in_scale)
+    for (int64_t j = 0; j < c; ++j) {
+      const float scale = from_fp16(in_scale[j]);
+      for (int64_t t = 0; t < n; ++t) out[t * c + j] *= scale;
+    }
+  return out;
+}
+
+Integers to_integers(const float* x, int64_t n, int64_t c, int parts) {
+  const int64_t line = c / parts;
+  Integers out{n * parts, line, (line + CHUNK - 1) / CHUNK, {}, {}, {}, {}};
+  const int64_t padded = out.chunks * CHUNK;
+  const bool vbmi = skimlm_has_vbmi() && line <= LONGEST;
+  std::vector<int32_t> token(c), whole(padded);
+  out.sums.resize(out.n);
+  out.steps.resize(out.n);
+  if (vbmi)
+    out.planes = Lines<int8_t>(out.n * PLANES * padded);
+  else
+    out.digits.resize(out.n * 2 * padded);
+  for (int64_t t = 0; t < out.n; ++t) {
+    if (t % parts == 0) out.steps[t] = integers(x + t * line, c, token.data());
+    else out.steps[t] = out.steps[t - 1];
+    std::copy_n(&token[t % parts * line], line, whole.data());
+    int64_t sum = 0;
+    for (int64_t j = 0; j < line; ++j) sum += whole[j];
+    out.sums[t] = sum;
+    if (vbmi) {
+      for (int64_t k = 0; k < out.chunks; ++k) {
+        int8_t* to = &out.planes[(t * out.chunks + k) * PLANES * CHUNK];
+        for (int j = 0; j < CHUNK; ++j) {
+          int32_t q = whole[k * CHUNK + j];
+          to[j] = int8_t(q);
+          q = (q - to[j]) >> 8;
+          to[CHUNK + j] = int8_t(q);
+          to[2 * CHUNK + j] = int8_t((q - to[CHUNK + j]) >> 8);
+        }
+      }
+    } else {
+      int16_t* to = &out.digits[t * 2 * padded];
+      for (int64_t j = 0; j < padded; ++j) {
+        const int32_t low = ((whole[j] + 2048) & 4095) - 2048;
+        to[j] = int16_t(low);
+        to[padded + j] = int16_t((whole[j] - low) >> 12);
+      }
+    }
+  }
+  return out;
+}
+
+void multiply(const Product* products, int64_t count, const Integers& x, int threads) {
+  for_rows(products, count, threads,
+           [&](const Product& p, const Group& group, int64_t begin, int64_t end) {
+             const uint16_t* scale = p.linear.row_scale;
+             const int32_t* order = p.stored.order.data();
+#if defined(__AVX512F__)
+             if (x.planes)
+               return (group.width <= 5 ? exact_vbmi<true> : exact_vbmi<false>)(
+                   group, begin, end, x, scale, order, p.out);
+#endif
+             exact_any(group, begin, end, x, scale, order, p.out);
+           });
+}
 
 int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t packed_size,
                   const uint8_t* widths, const int8_t* codebook, int64_t codebook_size,
                   const uint16_t* row_scale, const int16_t* row_zero, int64_t zeros,
                   const uint16_t* in_scale, const float* bias, void* out, int64_t n, int64_t r,
                   int64_t c, int64_t exact, int threads) {
-  // Which row stands at a stored place. Width by width: a histogram would wait on its own counts.
-  std::vector<int32_t> order(r);
-  int64_t counts[MAX_B + 1], rows = 0, bytes = 0, levels = 0, affine = 0;
-  for (int b = 1; b <= MAX_B; ++b) {
-    counts[b] = rows_of_width(b, widths, r, order.data() + rows);
-    rows += counts[b];
-    bytes += counts[b] * ((c * b + 7) / 8);
-    (b <= 5 ? levels : affine) += b <= 5 ? counts[b] << b : counts[b];
+  const Packed linear{packed, widths,      codebook,      row_scale, row_zero, in_scale,
+                      bias,   packed_size, codebook_size, zeros,     r,        c};
+  Stored stored;
+  if (!lay_out(linear, stored)) return 1;
+  const Product product{linear, stored, {out, x_bf16 != 0, r, bias}};
+  if (exact && n >= MANY && skimlm_has_vbmi()) {
+    multiply_many(product, x, x_bf16, n, threads);
+    return 0;
   }
-  if (rows != r || bytes != packed_size || levels != codebook_size || affine != zeros) return 1;
-
-  const bool vbmi = skimlm_has_vbmi();
-  const Input input = prepare(x, x_bf16, in_scale, n, c, exact, vbmi, !affine);
-  const Output output{out, x_bf16 != 0, r, bias};
-  struct Part {
-    Group group;
-    int64_t begin, end;
-  };
-  std::vector<Part> parts;
-  // A second thread for a few microseconds of work costs more than it brings.
-  threads = int(std::clamp<int64_t>(bytes / PER_THREAD, 1, threads));
-  const int64_t turn = std::max(WORK, bytes / (TURNS * threads));
-  int64_t first = 0;
-  for (int b = 1; b <= MAX_B; ++b) {
-    if (!counts[b]) continue;
-    const Group group{b, counts[b], first, packed, codebook, row_zero, (c * b + 7) / 8};
-    const int64_t step = std::max<int64_t>(4, turn / group.stride / 4 * 4);
-    for (int64_t i = 0; i < group.rows; i += step)
-      parts.push_back({group, i, std::min(i + step, group.rows)});
-    packed += group.rows * group.stride;
-    if (b <= 5)
-      codebook += group.rows << b;
-    else
-      row_zero += group.rows;
-    first += group.rows;
+  const std::vector<float> values = to_floats(x, x_bf16, in_scale, n, c);
+  if (exact) {
+    multiply(&product, 1, to_integers(values.data(), n, c), threads);
+    return 0;
   }
-  parallel_rows(int64_t(parts.size()), 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t at = from; at < to; ++at) {
-      const Part& p = parts[at];
+  const Rounded rounded = to_rounded(values.data(), n, c);
+  for_rows(&product, 1, threads,
+           [&](const Product& p, const Group& group, int64_t begin, int64_t end) {
+             const int32_t* order = p.stored.order.data();
 #if defined(__AVX512F__)
-      if (vbmi && !exact)
-        rows_rounded(p.group, p.begin, p.end, input, row_scale, order.data(), output);
-      else if (vbmi && p.group.width <= 5 && input.pieces == 1)
-        rows_exact<1>(p.group, p.begin, p.end, input, row_scale, order.data(), output);
-      else if (vbmi && p.group.width <= 5)
-        rows_exact<3>(p.group, p.begin, p.end, input, row_scale, order.data(), output);
-      else
+             if (skimlm_has_vbmi())
+               return (group.width <= 5 ? rounded_vbmi<true> : rounded_vbmi<false>)(
+                   group, begin, end, rounded, row_scale, order, p.out);
 #endif
-        rows_any(p.group, p.begin, p.end, input, exact, row_scale, order.data(), output);
-    }
-  });
+             rounded_any(group, begin, end, rounded, row_scale, order, p.out);
+           });
   return 0;
-}
-
-void skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int64_t bits,
-                         const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,
-                         int threads) {
-  // At 4 bits even columns are the low nibbles, odd ones the high: two halves of x, two dot products.
-  const int64_t bytes = bits == 8 ? c : (c + 1) / 2;
-  const int halves = bits == 8 ? 1 : 2;
-  std::vector<float> xs(n * halves * bytes), sums(n);
-  for (int64_t t = 0; t < n; ++t)
-    for (int64_t j = 0; j < c; ++j) {
-      const float value = x_bf16 ? from_bf16(static_cast<const uint16_t*>(x)[t * c + j])
-                                 : static_cast<const float*>(x)[t * c + j];
-      xs[(t * halves + j % halves) * bytes + j / halves] = value;
-      sums[t] += value;
-    }
-  const Output output{out, x_bf16 != 0, r, nullptr};
-  const int64_t block = std::max<int64_t>(1, std::max(WORK, r * bytes / (TURNS * threads)) / bytes);
-  parallel_rows(r, block, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const uint8_t* row = codes + i * bytes;
-      for (int64_t t = 0; t < n; ++t) {
-        const float* xt = &xs[t * halves * bytes];
-        float sum;
-        if (bits == 8) {
-          sum = dot([&](int64_t j) { return float(int8_t(row[j])); }, xt, bytes);
-        } else {
-          sum = dot([&](int64_t j) { return float(row[j] & 15); }, xt, bytes);
-          sum += dot([&](int64_t j) { return float(row[j] >> 4); }, xt + bytes, bytes);
-          sum -= 8 * sums[t];
-        }
-        output.put(t, i, from_bf16(scale[i]) * sum);
-      }
-    }
-  });
 }

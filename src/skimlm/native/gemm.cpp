@@ -1,0 +1,342 @@
+// out = x W^T for a packed W and more than one token, with VBMI and BF16: rows become bfloat16 in cache,
+// once for all tokens, and are multiplied there by `vdpbf16ps`.
+//
+//   up to 32 lines of x   four rows at a time, times six lines: sums over columns in every lane
+//   more                  32 rows at a time, pairs of columns side by side, times twelve lines: a lane
+//                         per row, no sums across lanes, but turning rows into columns takes longer
+//
+// Levels are integers of at most 8 bits and x is one bfloat16 piece, or three (their sum is x), so
+// products are exact in float: only the order of the additions differs from a float32 reference.
+#include <algorithm>
+#include <cstring>
+
+#include "lanes.h"
+#include "parallel.h"
+#include "product.h"
+
+#if defined(__AVX512F__)
+namespace {
+
+constexpr int ROWS = 32;             // of a panel: two registers hold two columns of it
+constexpr int64_t SPAN = 4096;       // columns of it: 256 KB, which stay in the second cache
+constexpr int LINES = 12;            // of x, times two registers: 24 sums
+constexpr int64_t FEW = 32;          // lines up to which four rows are taken
+constexpr int64_t FEW_SPAN = 1024;   // columns of them: 8 KB, and 12 KB of x, in the first cache
+constexpr int64_t FEW_ROW = FEW_SPAN + 32;
+constexpr int FEW_LINES = 6;         // times four rows: 24 sums
+
+// x as bfloat16, one line per token and piece. Lines are an odd number of cache lines apart: a
+// multiple of 4 KB would put all of them into the same few places of the first cache.
+struct Pieces {
+  int64_t n, pieces, stride;
+  Lines<uint16_t> x;        // [n, pieces, stride]
+  std::vector<float> sums;  // [n], where rows of 6 bits and more need them
+};
+
+Pieces to_pieces(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, int64_t c,
+                 bool sums, int threads) {
+  const int64_t padded = (c + CHUNK - 1) / CHUNK * CHUNK;
+  Pieces out{n, bf16 && !in_scale ? 1 : 3, padded + 32, {}, {}};
+  out.x = Lines<uint16_t>(n * out.pieces * out.stride);
+  out.sums.assign(sums ? n : 0, 0.f);
+  parallel_rows(n, 8, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const char* token = static_cast<const char*>(x) + t * c * (bf16 ? 2 : 4);
+      uint16_t* to = &out.x[t * out.pieces * out.stride];
+      for (int64_t p = 0; p < out.pieces; ++p)
+        std::fill(to + p * out.stride + c, to + p * out.stride + padded, uint16_t(0));
+      if (out.pieces == 1) std::memcpy(to, token, c * 2);
+      if (out.pieces == 1 && !sums) continue;
+      std::vector<float> rest = to_floats(token, bf16, in_scale, 1, c);
+      if (sums)
+        for (float v : rest) out.sums[t] += v;
+      for (int64_t p = 0; out.pieces > 1 && p < out.pieces; ++p, to += out.stride)
+        for (int64_t j = 0; j < c; ++j) {
+          to[j] = to_bf16(rest[j]);
+          rest[j] -= from_bf16(to[j]);
+        }
+    }
+  });
+  return out;
+}
+
+// Where the codes and levels of a row stand.
+struct Place {
+  const Group* group;
+  int64_t at;  // in the group
+};
+
+// A row being turned into bfloat16.
+struct Row {
+  const uint8_t* at;  // its next chunk
+  int64_t step;       // bytes of a chunk
+  const Controls* controls;
+  __mmask64 last;  // of the last chunk
+  int width;
+};
+
+// 64 codes of a row as bfloat16: levels, or codes minus half their range. 16-bit lane 4 i + q of the first register
+// holds column 8 i + q, of the second 8 i + 4 + q.
+VBMI inline void bf16_chunk(const Row& row, __mmask64 mask, __m512i table, __m512i* low,
+                            __m512i* high) {
+  const Controls& c = *row.controls;
+  const __m512i lanes = _mm512_permutexvar_epi8(c.spread, load_chunk(row.at, mask));
+  *low = _mm512_multishift_epi64_epi8(c.low, lanes);
+  *high = _mm512_multishift_epi64_epi8(c.high, lanes);
+  if (__builtin_expect(row.width <= 5, 1)) {
+    *low = _mm512_permutexvar_epi16(*low, table);
+    *high = _mm512_permutexvar_epi16(*high, table);
+    return;
+  }
+  for (__m512i* v : {low, high}) {
+    *v = _mm512_and_si512(*v, _mm512_set1_epi16((1 << row.width) - 1));
+    *v = _mm512_sub_epi16(*v, _mm512_set1_epi16(1 << (row.width - 1)));
+    const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_castsi512_si256(*v)));
+    const __m512 second =
+        _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(*v, 1)));
+    *v = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  }
+}
+
+// v[i] lane j becomes v[j] lane i, 32 bits each.
+VBMI inline void transpose(__m512i (&v)[16]) {
+  __m512i u[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    u[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    u[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(u[i], u[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(u[i], u[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(u[i + 1], u[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(u[i + 1], u[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    u[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
+    u[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+    u[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+    u[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_i32x4(u[i], u[8 + i], 0x88);
+    v[4 + i] = _mm512_shuffle_i32x4(u[4 + i], u[12 + i], 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(u[i], u[8 + i], 0xdd);
+    v[12 + i] = _mm512_shuffle_i32x4(u[4 + i], u[12 + i], 0xdd);
+  }
+}
+
+VBMI Row row_at(const Place& place, const Controls* controls, int64_t first, int64_t chunks) {
+  const auto& [g, at] = place;
+  const int64_t step = 8 * g->width;
+  return {g->packed + at * g->stride + first * step, step, controls + g->width,
+          last_mask(g->stride, chunks, g->width), g->width};
+}
+
+VBMI __m512i table_at(const Place& place, const Controls* controls) {
+  const auto& [g, at] = place;
+  return g->width <= 5 ? bf16_table(g->levels + (at << g->width), controls[g->width])
+                       : _mm512_setzero_si512();
+}
+
+// Chunks first..last of up to 16 rows as pairs of columns: panel [pair, 32, 2], half of the 32.
+VBMI void fill_pairs(const Place* places, int64_t count, const Controls* controls, int64_t first,
+                     int64_t last, int64_t chunks, uint16_t* panel) {
+  alignas(64) __m512i table[16];
+  Row row[16];
+  static const uint8_t nothing[64] = {};
+  for (int64_t r = 0; r < 16; ++r) {
+    const bool real = r < count;  // rows past the last one are zeros
+    row[r] = real ? row_at(places[r], controls, first, chunks) : Row{nothing, 0, controls, 0, 1};
+    table[r] = real ? table_at(places[r], controls) : _mm512_setzero_si512();
+  }
+  for (int64_t k = first; k < last; ++k, panel += CHUNK * ROWS) {
+    alignas(64) __m512i half[2][16];
+    const bool end = k + 1 == chunks;
+    for (int r = 0; r < 16; ++r) {
+      bf16_chunk(row[r], end ? row[r].last : row[r].controls->bytes, table[r], &half[0][r],
+                 &half[1][r]);
+      row[r].at += row[r].step;
+    }
+    for (int h = 0; h < 2; ++h) {
+      transpose(half[h]);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        _mm512_store_si512(panel + (i / 2 * 4 + h * 2 + i % 2) * 2 * ROWS, half[h][i]);
+    }
+  }
+}
+
+// Chunks first..last of a row, in order.
+VBMI void fill_row(const Place& place, const Controls* controls, int64_t first, int64_t last,
+                   int64_t chunks, uint16_t* to) {
+  Row row = row_at(place, controls, first, chunks);
+  const __m512i table = table_at(place, controls);
+  const __m512i begin = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i end = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  for (int64_t k = first; k < last; ++k, to += CHUNK, row.at += row.step) {
+    __m512i low, high;
+    bf16_chunk(row, k + 1 == chunks ? row.last : row.controls->bytes, table, &low, &high);
+    _mm512_store_si512(to, _mm512_permutex2var_epi64(low, begin, high));
+    _mm512_store_si512(to + 32, _mm512_permutex2var_epi64(low, end, high));
+  }
+}
+
+// sums [N, 32] of four rows [FEW_ROW] (+)= N lines of x times them.
+template <int N>
+VBMI void rows_times(const uint16_t* rows, int64_t columns, const uint16_t* x, int64_t stride,
+                     bool add, float* sums) {
+  __m512 acc[N][4];
+#pragma GCC unroll 6
+  for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = acc[t][2] = acc[t][3] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < columns; j += 32) {
+    const __m512bh w0 = (__m512bh)_mm512_load_si512(rows + j);
+    const __m512bh w1 = (__m512bh)_mm512_load_si512(rows + FEW_ROW + j);
+    const __m512bh w2 = (__m512bh)_mm512_load_si512(rows + 2 * FEW_ROW + j);
+    const __m512bh w3 = (__m512bh)_mm512_load_si512(rows + 3 * FEW_ROW + j);
+#pragma GCC unroll 6
+    for (int t = 0; t < N; ++t) {
+      const __m512bh xt = (__m512bh)_mm512_load_si512(x + t * stride + j);
+      acc[t][0] = _mm512_dpbf16_ps(acc[t][0], w0, xt);
+      acc[t][1] = _mm512_dpbf16_ps(acc[t][1], w1, xt);
+      acc[t][2] = _mm512_dpbf16_ps(acc[t][2], w2, xt);
+      acc[t][3] = _mm512_dpbf16_ps(acc[t][3], w3, xt);
+    }
+  }
+#pragma GCC unroll 6
+  for (int t = 0; t < N; ++t) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(acc[t][0], acc[t][1]),
+                                    _mm512_unpackhi_ps(acc[t][0], acc[t][1]));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(acc[t][2], acc[t][3]),
+                                    _mm512_unpackhi_ps(acc[t][2], acc[t][3]));
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+    const __m512 four = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+    const __m256 two =
+        _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+    const __m128 one = _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+    float* to = sums + t * ROWS;
+    _mm_store_ps(to, add ? _mm_add_ps(_mm_load_ps(to), one) : one);
+  }
+}
+
+// sums [N, 32] (+)= N lines of x times the panel.
+template <int N>
+VBMI void panel_times(const uint16_t* panel, int64_t pairs, const uint16_t* x, int64_t stride,
+                      bool add, float* sums) {
+  __m512 acc[N][2];
+#pragma GCC unroll 12
+  for (int t = 0; t < N; ++t) {
+    acc[t][0] = add ? _mm512_load_ps(sums + t * ROWS) : _mm512_setzero_ps();
+    acc[t][1] = add ? _mm512_load_ps(sums + t * ROWS + 16) : _mm512_setzero_ps();
+  }
+  for (int64_t p = 0; p < pairs; ++p, panel += 2 * ROWS, x += 2) {
+    const __m512bh w0 = (__m512bh)_mm512_load_si512(panel);
+    const __m512bh w1 = (__m512bh)_mm512_load_si512(panel + 32);
+#pragma GCC unroll 12
+    for (int t = 0; t < N; ++t) {
+      int32_t pair;
+      std::memcpy(&pair, x + t * stride, 4);
+      const __m512bh xt = (__m512bh)_mm512_set1_epi32(pair);
+      acc[t][0] = _mm512_dpbf16_ps(acc[t][0], w0, xt);
+      acc[t][1] = _mm512_dpbf16_ps(acc[t][1], w1, xt);
+    }
+  }
+#pragma GCC unroll 12
+  for (int t = 0; t < N; ++t) {
+    _mm512_store_ps(sums + t * ROWS, acc[t][0]);
+    _mm512_store_ps(sums + t * ROWS + 16, acc[t][1]);
+  }
+}
+
+using Times = void (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, bool, float*);
+const Times panel[LINES + 1] = {nullptr,        panel_times<1>,  panel_times<2>,  panel_times<3>,
+                                panel_times<4>, panel_times<5>,  panel_times<6>,  panel_times<7>,
+                                panel_times<8>, panel_times<9>,  panel_times<10>, panel_times<11>,
+                                panel_times<12>};
+const Times rows[FEW_LINES + 1] = {nullptr,       rows_times<1>, rows_times<2>, rows_times<3>,
+                                   rows_times<4>, rows_times<5>, rows_times<6>};
+
+// Up to `most` lines of x at a time, as evenly as that goes.
+void all_lines(const Times* times, int64_t most, const uint16_t* weights, int64_t length,
+               const Pieces& x, int64_t column, float* sums) {
+  const int64_t lines = x.n * x.pieces, turns = (lines + most - 1) / most;
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    const int64_t t = lines * turn / turns, next = lines * (turn + 1) / turns;
+    times[next - t](weights, length, &x.x[t * x.stride + column], x.stride, column > 0,
+                    sums + t * ROWS);
+  }
+}
+
+// Up to 32 rows from `begin`; `scratch` holds ROWS * SPAN, `sums` [lines, ROWS].
+void rows_many(const Product& p, const Place* places, int64_t begin, int64_t count,
+               const Controls* controls, const Pieces& x, uint16_t* scratch, float* sums) {
+  const int64_t c = p.linear.c, chunks = (c + CHUNK - 1) / CHUNK;
+  const bool few = x.n * x.pieces <= FEW;
+  const int64_t span = (few ? FEW_SPAN : SPAN) / CHUNK;
+  places += begin;
+  for (int64_t first = 0; first < chunks; first += span) {
+    const int64_t last = std::min(first + span, chunks), column = first * CHUNK;
+    const int64_t length = std::min(last * CHUNK, c) - column;
+    if (few) {
+      for (int64_t r = 0; r < count; r += 4) {
+        for (int64_t i = 0; i < 4; ++i)  // a row past the last one is the last one again
+          fill_row(places[std::min(r + i, count - 1)], controls, first, last, chunks,
+                   scratch + i * FEW_ROW);
+        all_lines(rows, FEW_LINES, scratch, length, x, column, sums + r);
+      }
+    } else {
+      for (int64_t r = 0; r < ROWS; r += 16)
+        fill_pairs(places + r, count - r, controls, first, last, chunks, scratch + 2 * r);
+      all_lines(panel, LINES, scratch, (length + 1) / 2, x, column, sums);
+    }
+  }
+  float scale[ROWS] = {}, zero[ROWS] = {};
+  for (int64_t r = 0; r < count; ++r) {
+    const auto& [group, at] = places[r];
+    scale[r] = from_bf16(p.linear.row_scale[group->first + at]);
+    zero[r] = group->width <= 5 ? 0.f : float(group->zeros[at] - (1 << (group->width - 1)));
+  }
+  for (int64_t t = 0; t < x.n; ++t) {
+    float* value = sums + t * x.pieces * ROWS;
+    for (int64_t piece = 1; piece < x.pieces; ++piece)
+      for (int r = 0; r < ROWS; ++r) value[r] += value[piece * ROWS + r];
+    if (!x.sums.empty())
+      for (int r = 0; r < ROWS; ++r) value[r] -= zero[r] * x.sums[t];
+    for (int r = 0; r < ROWS; ++r) value[r] *= scale[r];
+    p.out.put(t, begin, value, count);
+  }
+}
+
+}  // namespace
+#endif
+
+void multiply_many(const Product& product, const void* x, bool bf16, int64_t n, int threads) {
+#if defined(__AVX512F__)
+  const Packed& linear = product.linear;
+  const Pieces pieces =
+      to_pieces(x, bf16, linear.in_scale, n, linear.c, product.stored.affine > 0, threads);
+  std::vector<Place> places(linear.r);
+  Controls controls_of[MAX_B + 1] = {controls(1), controls(1)};
+  for (const Group& group : product.stored.groups) {
+    controls_of[group.width] = controls(group.width);
+    for (int64_t i = 0; i < group.rows; ++i)
+      places[product.stored.order[group.first + i]] = {&group, i};
+  }
+  // Rows in the model's order, so that threads write to places far from each other.
+  const int64_t panels = (linear.r + ROWS - 1) / ROWS;
+  const int64_t turn = std::max<int64_t>(1, panels / (8 * threads));
+  parallel_rows(panels, turn, threads, [&](int64_t from, int64_t to) {
+    const Lines<uint16_t> scratch(ROWS * std::min(SPAN, 64 + (linear.c + CHUNK - 1) / CHUNK * CHUNK));
+    const Lines<float> sums(n * pieces.pieces * ROWS);
+    for (int64_t at = from; at < to; ++at)
+      rows_many(product, places.data(), at * ROWS, std::min<int64_t>(ROWS, linear.r - at * ROWS),
+                controls_of, pieces, scratch.data(), sums.data());
+  });
+#else
+  (void)product, (void)x, (void)bf16, (void)n, (void)threads;
+#endif
+}

@@ -1,0 +1,109 @@
+// What the products with packed weights share: a linear as it is stored, and x as integers.
+//
+// x of one token becomes 24-bit integers in units of a power of two. A bfloat16 x is then exact but for
+// entries 2^14 below the largest, any x is within 2^-23 of its largest entry; codes and levels are
+// integers too, so sums are exact, and the same on every instruction set and for any split of the work.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "codes.h"
+
+constexpr int64_t MAX_B = 8;
+
+// Numbers that begin on a cache line, not initialised: a load of 64 bytes then touches one line.
+template <class T>
+struct Lines {
+  Lines() = default;
+  explicit Lines(int64_t size) {
+    at.reset(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64)));
+    if (!at) throw std::bad_alloc();
+  }
+  T* data() const { return at.get(); }
+  T& operator[](int64_t i) const { return at.get()[i]; }
+  explicit operator bool() const { return bool(at); }
+
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> at;
+};
+
+// A linear of r rows and c columns as FORMAT.md stores it; sizes in elements.
+struct Packed {
+  const uint8_t* codes;
+  const uint8_t* widths;
+  const int8_t* levels;
+  const uint16_t* row_scale;  // bfloat16
+  const int16_t* zeros;
+  const uint16_t* in_scale;  // float16, or null
+  const float* bias;         // or null
+  int64_t codes_size, levels_size, zeros_size, r, c;
+};
+
+// What the rows of one width share.
+struct Group {
+  int width;
+  int64_t rows, first;    // how many, and the stored index of the first
+  const uint8_t* packed;  // of the first row
+  const int8_t* levels;   // of the first row, widths up to 5
+  const int16_t* zeros;   // of the first row, widths from 6
+  int64_t stride;         // bytes of a row
+};
+
+struct Stored {
+  std::vector<int32_t> order;  // which row stands at a stored place
+  std::vector<Group> groups;
+  int64_t affine;  // rows of 6 bits and more
+};
+
+// False if the sizes are not those of the widths.
+bool lay_out(const Packed& p, Stored& out);
+
+// x of n tokens as integers. Columns are padded with zeros to whole chunks.
+struct Integers {
+  int64_t n, c, chunks;
+  Lines<int8_t> planes;         // with VBMI: [n, chunks, 3, 64], x = p0 + 2^8 p1 + 2^16 p2
+  std::vector<int16_t> digits;  // elsewhere: [n, 2, chunks, 64], x = d0 + 2^12 d1
+  std::vector<int64_t> sums;    // [n] of the integers
+  std::vector<double> steps;    // [n] their unit; NaN if x is not finite
+};
+
+// x [n, c] times in_scale [c] unless it is null, as floats.
+std::vector<float> to_floats(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, int64_t c);
+
+// x [n, c], each token cut into `parts` lines of equal length with one unit: n becomes n * parts.
+Integers to_integers(const float* x, int64_t n, int64_t c, int parts = 1);
+
+struct Output {
+  void* data;  // [n, r]
+  bool bf16;
+  int64_t r;
+  const float* bias;  // or null
+  void put(int64_t token, int64_t row, float value) const {
+    if (bias) value += bias[row];
+    if (bf16)
+      static_cast<uint16_t*>(data)[token * r + row] = to_bf16(value);
+    else
+      static_cast<float*>(data)[token * r + row] = value;
+  }
+  void put(int64_t token, int64_t row, const float* values, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) put(token, row + i, values[i]);
+  }
+};
+
+// One product of several that read the same x.
+struct Product {
+  const Packed& linear;
+  const Stored& stored;
+  Output out;
+};
+
+// Few tokens: every weight is read once and multiplied in registers.
+void multiply(const Product* products, int64_t count, const Integers& x, int threads);
+
+// Many tokens, with VBMI: a few rows at a time become bfloat16 in cache. x [n, c] float or bfloat16.
+void multiply_many(const Product& product, const void* x, bool bf16, int64_t n, int threads);
