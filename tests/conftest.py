@@ -21,6 +21,7 @@ CONFIGS = {
     "gemma3": ("Gemma3TextConfig", GATED | dict(head_dim=16, sliding_window=32)),
     "mistral": ("MistralConfig", GATED),
     "phi3": ("Phi3Config", GATED),
+    "qwen2": ("Qwen2Config", GATED),
     "opt": ("OPTConfig", SIZE | dict(ffn_dim=72, word_embed_proj_dim=64)),
     "gpt_neox": ("GPTNeoXConfig", SIZE | dict(intermediate_size=72)),
     "mixtral": ("MixtralConfig", GATED | dict(num_local_experts=4)),

@@ -79,7 +79,7 @@ def half_steps(x, q):
 def exact_product(x, q, limit=8355711):
     """One token in integers, as product.h says: x in units of a power of two, everything exact."""
     x = x.float() if q.in_scale is None else x.float() * q.in_scale.float()
-    unit = 2.0 ** -40
+    unit = 2.0**-40
     while (x.abs().max().double() / unit) > limit:
         unit *= 2
     scaled = x.double() / unit
@@ -117,7 +117,7 @@ def test_an_input_that_is_not_finite_gives_no_finite_output(isa, bad):
         assert not out[0].isfinite().any() and out[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 3e38])
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 1e36])
 def test_inputs_of_any_size(isa, size):
     q = random_quantized(6, 70, widths=[2, 3, 4])
     q.row_scale.fill_(2**-10)

@@ -39,6 +39,12 @@ def logits(model):
         return model(IDS).logits
 
 
+def assert_same_logits(got, want):
+    """The same numbers summed in another order; in bfloat16 dense weights are rounded besides."""
+    most = 4e-2 if got.dtype == torch.bfloat16 else 2e-5
+    assert float((got - want).float().norm() / want.float().norm()) < most
+
+
 def make_dense(model, quantized, loaded):
     """Put the numbers of a compressed model into the dense one it came from."""
     for name, q in quantized.items():
@@ -66,7 +72,7 @@ def test_logits_are_those_of_the_dense_model(tmp_path, family, tied, embed_bits)
     assert (head[1].weight is table[1].weight) == tied
     assert isinstance(table[1], CompressedEmbedding) == (embed_bits != 16)
     assert loaded.dtype == dtype
-    assert torch.equal(logits(loaded), logits(make_dense(model, quantized, loaded)))
+    assert_same_logits(logits(loaded), logits(make_dense(model, quantized, loaded)))
 
 
 @pytest.mark.parametrize("embed_bits", [8, 4, 16])
@@ -106,11 +112,10 @@ def test_generate_works(tmp_path, family):
 def test_dequantize_gives_an_ordinary_model(tmp_path, family, tied):
     compress(tmp_path / "out", tiny_model(family, tie_word_embeddings=tied))
     model = open_folder(tmp_path / "out")
+    assert_same_logits(logits(model.dequantize()), logits(open_folder(tmp_path / "out")))
     want = logits(model)
-    model = model.dequantize()
     kinds = {type(m) for m in model.modules()}
     assert not kinds & {CompressedLinear, CompressedEmbedding, CompressedHead}
-    assert torch.equal(logits(model), want)
     model.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
     assert torch.equal(logits(open_folder(tmp_path / "dense")), want)

@@ -20,6 +20,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from skimlm.checkpoint import FORMAT_VERSION, METHOD, embeddings, multiplier_of
+from skimlm.decode import fuse
 from skimlm.errors import FormatError
 from skimlm.linear import CompressedEmbedding, CompressedHead, CompressedLinear
 from skimlm.shards import DTYPES, read_header
@@ -91,6 +92,7 @@ class SkimlmQuantizer(HfQuantizer):
         table, head, tied = embeddings(model)
         if head and tied and isinstance(head[1], CompressedHead):
             head[1].tie(table[1])
+        fuse(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         return swap_out(model, dtype or model.dtype)

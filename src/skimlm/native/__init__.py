@@ -21,13 +21,13 @@ def _open(isa: str) -> ctypes.CDLL:
     if not path.exists():
         raise ImportError(f"{path.name} is missing: skimlm is not installed; run `pip install .`")
     loaded = ctypes.CDLL(str(path))
-    loaded.skimlm_use_openmp(_openmp())
+    loaded.skimlm_use_openmp(*_openmp())
     return loaded
 
 
 @functools.cache
-def _openmp() -> ctypes.c_void_p | None:
-    """GOMP_parallel of the OpenMP that torch runs on, if it is GNU's.
+def _openmp() -> tuple[ctypes.c_void_p | None, ctypes.c_void_p | None]:
+    """GOMP_parallel and omp_get_num_threads of the OpenMP that torch runs on, if it is GNU's.
 
     Two sets of threads on the same cores hinder each other: attention between two of our products
     took 150 us instead of 20.
@@ -36,9 +36,11 @@ def _openmp() -> ctypes.c_void_p | None:
         maps = Path("/proc/self/maps").read_text().splitlines()
         loaded = {line.split(maxsplit=5)[5] for line in maps if "/libgomp" in line}
         file = min(loaded, key=lambda name: "/torch" not in name)  # others bring their own
-        return ctypes.cast(ctypes.CDLL(file).GOMP_parallel, ctypes.c_void_p)
+        openmp = ctypes.CDLL(file)
+        fork, size = openmp.GOMP_parallel, openmp.omp_get_num_threads
+        return ctypes.cast(fork, ctypes.c_void_p), ctypes.cast(size, ctypes.c_void_p)
     except (OSError, ValueError, AttributeError):
-        return None
+        return None, None
 
 
 @functools.cache
@@ -63,7 +65,7 @@ def path() -> str:
 
 
 def many(dtype: torch.dtype) -> bool:
-    """Whether the products of many tokens are native: not where torch has the AMX units for them."""
+    """Whether products of many tokens are native: not where torch has AMX units for them."""
     amx = torch.cpu._is_amx_tile_supported() and dtype == torch.bfloat16
     return bool(library().skimlm_has_vbmi()) and not amx
 

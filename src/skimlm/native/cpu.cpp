@@ -2,8 +2,9 @@
 #include "kernels.h"
 #include "parallel.h"
 
-void skimlm_use_openmp(void* gomp_parallel) {
+void skimlm_use_openmp(void* gomp_parallel, void* omp_get_num_threads) {
   parallel::fork = reinterpret_cast<parallel::Fork>(gomp_parallel);
+  parallel::team_size = reinterpret_cast<int (*)()>(omp_get_num_threads);
   parallel::fork_owner = parallel::process();
 }
 

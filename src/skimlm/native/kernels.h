@@ -12,8 +12,8 @@
 
 SKIMLM_API int skimlm_best_isa();
 
-// Run threads through this GOMP_parallel from now on; null for the library's own.
-SKIMLM_API void skimlm_use_openmp(void* gomp_parallel);
+// Run threads through these two functions of an OpenMP from now on; null for the library's own threads.
+SKIMLM_API void skimlm_use_openmp(void* gomp_parallel, void* omp_get_num_threads);
 
 // Reads `bytes` (a multiple of 8) once, on all threads; *sum keeps the compiler from leaving it out.
 SKIMLM_API void skimlm_read(const uint64_t* data, int64_t bytes, uint64_t* sum, int threads);
@@ -72,3 +72,12 @@ SKIMLM_API int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packe
 SKIMLM_API void skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int64_t bits,
                                     const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,
                                     int threads);
+
+// One token through the blocks of a model (decode.cpp, decode.py): x and out [width], cos and sin [rotary],
+// all bfloat16 bits or float; past: the keys of every block, then the values, [kv_heads, capacity,
+// head_dim] each, this token's go to place `length`. Returns 1, what lies below `length` unchanged, if
+// sizes do not fit each other.
+struct SkimlmBody;
+SKIMLM_API int skimlm_decode(const SkimlmBody* body, const void* x, const void* cos, const void* sin,
+                             int64_t rotary, void* const* past, int64_t capacity, int64_t length,
+                             void* out, int threads);

@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int64_t WORK = 1 << 14;  // bytes of packed rows that one turn of a thread takes, at least
-constexpr int64_t PER_THREAD = 1 << 17;
+constexpr int64_t PER_THREAD = 1 << 16;
 constexpr int64_t TURNS = 4;        // of each thread, where there is more
 constexpr int64_t MANY = 2;         // tokens from which rows are turned into bfloat16 (gemm.cpp)
 constexpr int64_t LONGEST = 1 << 16;  // columns whose sums of bytes fit 32 bits
@@ -151,20 +151,6 @@ struct Bytes {
   }
 };
 
-// [sum of a, of b, of c, of d] in each of four lanes of 128 bits, whose sums are still to be taken.
-VBMI inline __m512i quarters(__m512i a, __m512i b, __m512i c, __m512i d) {
-  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-}
-
-VBMI inline void add_lanes(__m512i v, int32_t* to) {
-  const __m256i half =
-      _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                   _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
-}
-
 // R rows of one width, N tokens.
 template <bool T, int R, int N>
 VBMI void block_exact(const Group& g, int64_t i, const Controls& c, const Integers& x,
@@ -187,8 +173,8 @@ VBMI void block_exact(const Group& g, int64_t i, const Controls& c, const Intege
       for (int t = 0; t < N; ++t)
 #pragma GCC unroll 3
         for (int p = 0; p < PLANES; ++p)
-          sum[r * N + t][p] = _mm512_dpbusd_epi32(
-              sum[r * N + t][p], level, _mm512_loadu_si512(xs + t * per_token + p * CHUNK));
+          add_dot(sum[r * N + t][p], level,
+                  _mm512_loadu_si512(xs + t * per_token + p * CHUNK));
     }
   }
   int32_t total[PLANES][R * N];
@@ -343,19 +329,19 @@ Rounded to_rounded(const float* x, int64_t n, int64_t c) {
   return out;
 }
 
-// Calls run(product, group, begin, end) for all rows of all products, on all threads.
-template <class Run>
-void for_rows(const Product* products, int64_t count, int threads, const Run& run) {
-  struct Part {
-    const Product* product;
-    const Group* group;
-    int64_t begin, end;
-  };
+// Rows of one width of one product, as one turn of a thread takes them.
+struct Part {
+  const Product* product;
+  const Group* group;
+  int64_t begin, end;
+};
+
+std::vector<Part> split(const Product* products, int64_t count, int* threads) {
   int64_t bytes = 0;
   for (int64_t p = 0; p < count; ++p) bytes += products[p].linear.codes_size;
   // A second thread for a few microseconds of work costs more than it brings.
-  threads = int(std::clamp<int64_t>(bytes / PER_THREAD, 1, threads));
-  const int64_t turn = std::max(WORK, bytes / (TURNS * threads));
+  *threads = int(std::clamp<int64_t>(bytes / PER_THREAD, 1, *threads));
+  const int64_t turn = std::max(WORK, bytes / (TURNS * *threads));
   std::vector<Part> parts;
   for (int64_t p = 0; p < count; ++p)
     for (const Group& group : products[p].stored.groups) {
@@ -363,22 +349,21 @@ void for_rows(const Product* products, int64_t count, int threads, const Run& ru
       for (int64_t i = 0; i < group.rows; i += step)
         parts.push_back({products + p, &group, i, std::min(i + step, group.rows)});
     }
-  parallel_rows(int64_t(parts.size()), 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t at = from; at < to; ++at)
-      run(*parts[at].product, *parts[at].group, parts[at].begin, parts[at].end);
-  });
+  return parts;
 }
 
 }  // namespace
 
 bool lay_out(const Packed& p, Stored& out) {
-  out.order.resize(p.r);
+  if (!p.order) out.found.resize(p.r);
+  out.order = p.order ? p.order : out.found.data();
   out.groups.clear();
   out.affine = 0;
   int64_t rows = 0, bytes = 0, levels = 0;
   // Width by width: a histogram would wait on its own counts.
   for (int b = 1; b <= MAX_B; ++b) {
-    const int64_t count = rows_of_width(b, p.widths, p.r, out.order.data() + rows);
+    const int64_t count =
+        p.order ? p.counts[b] : rows_of_width(b, p.widths, p.r, out.found.data() + rows);
     const int64_t stride = (p.c * b + 7) / 8;
     if (count)
       out.groups.push_back({b, count, rows, p.codes + bytes, p.levels + levels,
@@ -450,18 +435,27 @@ Integers to_integers(const float* x, int64_t n, int64_t c, int parts) {
   return out;
 }
 
-void multiply(const Product* products, int64_t count, const Integers& x, int threads) {
-  for_rows(products, count, threads,
-           [&](const Product& p, const Group& group, int64_t begin, int64_t end) {
-             const uint16_t* scale = p.linear.row_scale;
-             const int32_t* order = p.stored.order.data();
+static void multiply(const Part& part, const Integers& x) {
+  const Product& p = *part.product;
 #if defined(__AVX512F__)
-             if (x.planes)
-               return (group.width <= 5 ? exact_vbmi<true> : exact_vbmi<false>)(
-                   group, begin, end, x, scale, order, p.out);
+  if (x.planes)
+    return (part.group->width <= 5 ? exact_vbmi<true> : exact_vbmi<false>)(
+        *part.group, part.begin, part.end, x, p.linear.row_scale, p.stored.order, p.out);
 #endif
-             exact_any(group, begin, end, x, scale, order, p.out);
-           });
+  exact_any(*part.group, part.begin, part.end, x, p.linear.row_scale, p.stored.order, p.out);
+}
+
+void multiply(const Product* products, int64_t count, const Integers& x, int threads,
+              std::atomic<int64_t>* next) {
+  const std::vector<Part> parts = split(products, count, &threads);
+  const int64_t all = int64_t(parts.size());
+  if (next) {
+    for (int64_t at; (at = next->fetch_add(1)) < all;) multiply(parts[at], x);
+    return;
+  }
+  parallel_rows(all, 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; ++at) multiply(parts[at], x);
+  });
 }
 
 int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t packed_size,
@@ -470,7 +464,8 @@ int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t 
                   const uint16_t* in_scale, const float* bias, void* out, int64_t n, int64_t r,
                   int64_t c, int64_t exact, int threads) {
   const Packed linear{packed, widths,      codebook,      row_scale, row_zero, in_scale,
-                      bias,   packed_size, codebook_size, zeros,     r,        c};
+                      bias,   packed_size, codebook_size, zeros,     r,        c,
+                      nullptr, nullptr};
   Stored stored;
   if (!lay_out(linear, stored)) return 1;
   const Product product{linear, stored, {out, x_bf16 != 0, r, bias}};
@@ -484,15 +479,19 @@ int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t 
     return 0;
   }
   const Rounded rounded = to_rounded(values.data(), n, c);
-  for_rows(&product, 1, threads,
-           [&](const Product& p, const Group& group, int64_t begin, int64_t end) {
-             const int32_t* order = p.stored.order.data();
+  const std::vector<Part> parts = split(&product, 1, &threads);
+  parallel_rows(int64_t(parts.size()), 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; ++at) {
+      const Part& part = parts[at];
 #if defined(__AVX512F__)
-             if (skimlm_has_vbmi())
-               return (group.width <= 5 ? rounded_vbmi<true> : rounded_vbmi<false>)(
-                   group, begin, end, rounded, row_scale, order, p.out);
+      if (skimlm_has_vbmi()) {
+        (part.group->width <= 5 ? rounded_vbmi<true> : rounded_vbmi<false>)(
+            *part.group, part.begin, part.end, rounded, row_scale, stored.order, product.out);
+        continue;
+      }
 #endif
-             rounded_any(group, begin, end, rounded, row_scale, order, p.out);
-           });
+      rounded_any(*part.group, part.begin, part.end, rounded, row_scale, stored.order, product.out);
+    }
+  });
   return 0;
 }

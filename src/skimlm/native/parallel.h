@@ -111,6 +111,7 @@ namespace parallel {
 // GOMP_parallel of the OpenMP that torch has loaded, or null: one set of threads for torch and for us.
 using Fork = void (*)(void (*)(void*), void*, unsigned, unsigned);
 inline std::atomic<Fork> fork{nullptr};
+inline std::atomic<int (*)()> team_size{nullptr};  // omp_get_num_threads of the same
 inline std::atomic<int> fork_owner{0};  // GNU's threads hang in a forked child: it takes the pool
 }  // namespace parallel
 
@@ -136,4 +137,50 @@ static void parallel_rows(int64_t rows, int64_t block, int threads, const Body& 
   if (extra < 1 || !mine.try_lock()) return work();
   pool.run({[](const void* w) { (*static_cast<decltype(work)*>(const_cast<void*>(w)))(); }, &work},
            extra);
+}
+
+// Threads that run the same code side by side and wait for each other between two steps of it: where
+// steps take some microseconds, starting threads for each would take as long again.
+class Team {
+ public:
+  int size = 1;
+
+  // All threads have come here: what they wrote before can be read after.
+  void wait() {
+    if (size == 1) return;
+    const int turn = turn_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+      arrived_.store(0, std::memory_order_relaxed);
+      turn_.store(turn + 1, std::memory_order_release);
+      return;
+    }
+    for (int i = 0; turn_.load(std::memory_order_acquire) == turn; ++i)
+      i < 4000 ? parallel::relax() : std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<int> arrived_{0}, turn_{0};
+};
+
+// Calls body(team, index of the thread) on up to `threads` threads: on torch's, where they can be had,
+// since those of the pool may come late; else on this one alone.
+template <class Body>
+static void run_team(int threads, const Body& body) {
+  const auto fork = parallel::fork.load(std::memory_order_relaxed);
+  const auto team_size = parallel::team_size.load(std::memory_order_relaxed);
+  Team team;
+  if (threads < 2 || !fork || !team_size || parallel::fork_owner != parallel::process())
+    return body(team, 0);
+  std::atomic<int> next{0};
+  std::atomic<int> ready{0};
+  auto work = [&] {
+    const int index = next.fetch_add(1);
+    if (index == 0) {
+      team.size = team_size();
+      ready.store(1, std::memory_order_release);
+    }
+    while (!ready.load(std::memory_order_acquire)) parallel::relax();
+    body(team, index);
+  };
+  fork([](void* w) { (*static_cast<decltype(work)*>(w))(); }, &work, unsigned(threads), 0);
 }

@@ -4,6 +4,7 @@
 // entries 2^14 below the largest, any x is within 2^-23 of its largest entry; codes and levels are
 // integers too, so sums are exact, and the same on every instruction set and for any split of the work.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -42,6 +43,10 @@ struct Packed {
   const uint16_t* in_scale;  // float16, or null
   const float* bias;         // or null
   int64_t codes_size, levels_size, zeros_size, r, c;
+  // What follows from `widths`, if it is known already: which row stands at a stored place, [r], and
+  // how many rows have each width, [9].
+  const int32_t* order;
+  const int64_t* counts;
 };
 
 // What the rows of one width share.
@@ -55,7 +60,8 @@ struct Group {
 };
 
 struct Stored {
-  std::vector<int32_t> order;  // which row stands at a stored place
+  const int32_t* order;  // which row stands at a stored place
+  std::vector<int32_t> found;
   std::vector<Group> groups;
   int64_t affine;  // rows of 6 bits and more
 };
@@ -102,8 +108,10 @@ struct Product {
   Output out;
 };
 
-// Few tokens: every weight is read once and multiplied in registers.
-void multiply(const Product* products, int64_t count, const Integers& x, int threads);
+// Few tokens: every weight is read once and multiplied in registers. With `next`, by all threads of a
+// team that call it with the same arguments and the same counter at 0; else on threads of its own.
+void multiply(const Product* products, int64_t count, const Integers& x, int threads,
+              std::atomic<int64_t>* next = nullptr);
 
 // Many tokens, with VBMI: a few rows at a time become bfloat16 in cache. x [n, c] float or bfloat16.
 void multiply_many(const Product& product, const void* x, bool bf16, int64_t n, int threads);

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t WORK = 1 << 14;  // bytes of the table that one turn of a thread takes, at least
 constexpr int64_t TURNS = 4;
+constexpr int64_t AHEAD = 8192;
 
 struct Table {
   const uint8_t* codes;
@@ -36,36 +37,44 @@ int64_t dot(const Table& table, const uint8_t* row, const int16_t* digit, int64_
 
 #if defined(__AVX512F__)
 // The sums of rows i.. of R, for one token: [plane][row].
-template <int R>
+template <int R, int BITS>
 VBMI void planes(const Table& table, int64_t i, const int8_t* x, int64_t half,
                  int32_t (&total)[3][R]) {
   __m512i sum[R][3];
-  for (auto& s : sum)
-    for (__m512i& v : s) v = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_si512();
   const uint8_t* at = table.codes + i * table.bytes;
   for (int64_t j = 0; j < table.bytes; j += CHUNK, x += 3 * CHUNK) {
     const int64_t left = table.bytes - j;
     const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      _mm_prefetch(reinterpret_cast<const char*>(at) + AHEAD + j * R + r * CHUNK, _MM_HINT_T0);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const __m512i bytes = _mm512_maskz_loadu_epi8(mask, at + r * table.bytes + j);
-      if (table.bits == 8) {
+      if constexpr (BITS == 8) {
         const __m512i code = _mm512_xor_si512(bytes, _mm512_set1_epi8(char(128)));
         for (int p = 0; p < 3; ++p)
-          sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], code, _mm512_loadu_si512(x + p * CHUNK));
+          add_dot(sum[r][p], code, _mm512_loadu_si512(x + p * CHUNK));
       } else {
         const __m512i nibble = _mm512_set1_epi8(15);
         const __m512i even = _mm512_and_si512(bytes, nibble);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
         for (int p = 0; p < 3; ++p) {
-          sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], even, _mm512_loadu_si512(x + p * CHUNK));
-          sum[r][p] =
-              _mm512_dpbusd_epi32(sum[r][p], odd, _mm512_loadu_si512(x + half + p * CHUNK));
+          add_dot(sum[r][p], even, _mm512_loadu_si512(x + p * CHUNK));
+          add_dot(sum[r][p], odd, _mm512_loadu_si512(x + half + p * CHUNK));
         }
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < 3; ++p) total[p][r] = _mm512_reduce_add_epi32(sum[r][p]);
+#pragma GCC unroll 3
+  for (int p = 0; p < 3; ++p) {
+    if constexpr (R == 4)
+      add_lanes(quarters(sum[0][p], sum[1][p], sum[2][p], sum[3][p]), total[p]);
+    else
+      total[p][0] = _mm512_reduce_add_epi32(sum[0][p]);
+  }
 }
 
 template <int R>
@@ -75,7 +84,8 @@ VBMI void rows_vbmi(const Table& table, int64_t i, const Integers& x, int halves
   const int64_t offset = table.bits == 8 ? 128 : 8;
   for (int64_t t = 0; t < x.n / halves; ++t) {
     int32_t total[3][R];
-    planes<R>(table, i, &x.planes[t * halves * half], half, total);
+    (table.bits == 8 ? planes<R, 8> : planes<R, 4>)(table, i, &x.planes[t * halves * half], half,
+                                                    total);
     int64_t sum = 0;
     for (int h = 0; h < halves; ++h) sum += x.sums[t * halves + h];
     for (int r = 0; r < R; ++r) {

@@ -1,0 +1,270 @@
+// One token through all decoder blocks of a model of the llama family (decode.py), in one call: on a
+// small model the way from one product to the next takes longer than the products.
+//
+//   norm -> q, k, v -> (norm of heads) -> rotation -> cache -> attention -> o -> + x
+//        -> norm -> silu(gate) * up -> down -> + x
+//
+// Numbers are rounded to bfloat16 where they are kept, in the cache, and at the end; all else is float.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "parallel.h"
+#include "product.h"
+#include "vector.h"
+
+// What does not change from token to token; decode.py has the same structures.
+struct SkimlmBlock {
+  int64_t in_count, mlp_count;
+  const void *norm, *q_norm, *k_norm, *mlp_norm;  // the middle two may be null
+  Packed in[3];  // q, k, v, or all in one
+  Packed o;
+  Packed mlp[2];  // gate, up, or both in one
+  Packed down;
+};
+
+struct SkimlmBody {
+  int64_t bf16, width, heads, kv_heads, head_dim, count;
+  double eps, scale;
+  const void* norm;  // the last one
+  SkimlmBlock* blocks;
+};
+
+namespace {
+
+inline float value(float x) { return x; }
+inline float value(uint16_t x) { return from_bf16(x); }
+
+void to_float(const void* x, bool bf16, int64_t n, float* out) {
+  if (bf16)
+    for (int64_t j = 0; j < n; ++j) out[j] = from_bf16(static_cast<const uint16_t*>(x)[j]);
+  else
+    std::memcpy(out, x, n * sizeof(float));
+}
+
+void from_float(const float* x, bool bf16, int64_t n, void* out) {
+  if (bf16)
+    for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = to_bf16(x[j]);
+  else
+    std::memcpy(out, x, n * sizeof(float));
+}
+
+// n is a multiple of Vector::N, or small: what is left over goes one by one.
+template <class T>
+inline float dot(const float* a, const T* b, int64_t n) {
+  Vector sum;
+  int64_t j = 0;
+  for (; j + Vector::N <= n; j += Vector::N) sum.add_product(Vector::load(a + j), Vector::load(b + j));
+  float total = sum.sum();
+  for (; j < n; ++j) total += a[j] * value(b[j]);
+  return total;
+}
+
+// e^x within 2 ulp for x <= 0, 0 below -87; in arithmetic that vectorises.
+inline float exp_negative(float x) {
+  x = std::max(x, -87.f);
+  const float n = float(int32_t(x * 1.44269504f - 0.5f));
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const int32_t bits = (int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+// Of this token: where a block's keys and values are, [kv_heads, capacity, head_dim], and how many.
+struct Past {
+  void *const *keys, *const *values;
+  int64_t capacity, length, rotary;
+};
+
+// What the threads of a team share: results of one step that the next step reads whole.
+struct Shared {
+  std::vector<float> qkv, mixed, attended, gate_up, out;
+  std::vector<std::atomic<int64_t>> next;  // per step: the part whose turn it is
+};
+
+// What each thread has for itself. The short way from one product to the next every thread goes alone.
+struct Own {
+  std::vector<float> state, normed, weight, turn;
+  std::vector<Stored> stored{3};
+  std::vector<Product> products;
+};
+
+// x / rms(x) * weight
+void rms_norm(const float* x, int64_t n, const void* weight, bool bf16, double eps,
+              std::vector<float>& scratch, float* out) {
+  scratch.resize(n);
+  to_float(weight, bf16, n, scratch.data());
+  const float inverse = 1 / std::sqrt(dot(x, x, n) / float(n) + float(eps));
+  for (int64_t j = 0; j < n; ++j) out[j] = x[j] * inverse * scratch[j];
+}
+
+// Products of several linears with the same x, their outputs one after the other; this thread's share.
+void times(const Packed* linears, int64_t count, const float* x, Own& own, float* out, int threads,
+           std::atomic<int64_t>& next) {
+  own.products.clear();
+  for (int64_t i = 0; i < count; ++i) {
+    lay_out(linears[i], own.stored[i]);
+    own.products.push_back({linears[i], own.stored[i], {out, false, linears[i].r, linears[i].bias}});
+    out += linears[i].r;
+  }
+  multiply(own.products.data(), count, to_integers(x, 1, linears[0].c), threads, &next);
+}
+
+void rotate(float* x, const float* cos, const float* sin, int64_t n) {
+  const int64_t half = n / 2;
+  for (int64_t j = 0; j < half; ++j) {
+    const float a = x[j], b = x[j + half];
+    x[j] = a * cos[j] - b * sin[j];
+    x[j + half] = b * cos[j + half] + a * sin[j + half];
+  }
+}
+
+// One head: softmax(scale q K^T) V; keys and values [length, d].
+template <class T>
+void attend(const float* q, const T* keys, const T* values, int64_t length, int64_t d, float scale,
+            float* out) {
+  std::vector<float> score(length);
+  float top = -INFINITY, total = 0;
+  for (int64_t t = 0; t < length; ++t) {
+    score[t] = scale * dot(q, keys + t * d, d);
+    top = std::max(top, score[t]);
+  }
+  for (int64_t t = 0; t < length; ++t) score[t] = exp_negative(score[t] - top);
+  for (int64_t t = 0; t < length; ++t) total += score[t];
+  const float inverse = 1 / total;
+  int64_t j = 0;
+  for (; j + 4 * Vector::N <= d; j += 4 * Vector::N) {
+    Vector sum[4];
+    for (int64_t t = 0; t < length; ++t)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        sum[i].add_product(score[t], Vector::load(values + t * d + j + i * Vector::N));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i].store(out + j + i * Vector::N);
+  }
+  for (; j < d; ++j) {
+    out[j] = 0;
+    for (int64_t t = 0; t < length; ++t) out[j] += score[t] * value(values[t * d + j]);
+  }
+  for (int64_t i = 0; i < d; ++i) out[i] *= inverse;
+}
+
+constexpr int64_t STEPS = 5;  // of a block
+
+void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, Own& own, Team& team,
+         int thread) {
+  const SkimlmBlock& b = m.blocks[index];
+  char *keys = static_cast<char*>(past.keys[index]), *values = static_cast<char*>(past.values[index]);
+  const int64_t d = m.head_dim, nq = m.heads * d, nk = m.kv_heads * d, length = past.length;
+  const int64_t size = m.bf16 ? 2 : 4, group = m.heads / m.kv_heads, inner = b.down.c;
+  const float *cos = own.turn.data(), *sin = cos + past.rotary;
+  std::atomic<int64_t>* next = &shared.next[index * STEPS];
+  float *state = own.state.data(), *normed = own.normed.data();
+
+  rms_norm(state, m.width, b.norm, m.bf16, m.eps, own.weight, normed);
+  times(b.in, b.in_count, normed, own, shared.qkv.data(), team.size, next[0]);
+  team.wait();
+  for (int64_t h = thread; h < m.kv_heads; h += team.size) {
+    float* head = &shared.qkv[nq + h * d];
+    if (b.k_norm) rms_norm(head, d, b.k_norm, m.bf16, m.eps, own.weight, head);
+    rotate(head, cos, sin, past.rotary);
+    const int64_t at = (h * past.capacity + length) * d * size;
+    from_float(head, m.bf16, d, keys + at);
+    from_float(head + nk, m.bf16, d, values + at);
+  }
+  team.wait();
+  for (int64_t h; (h = next[1].fetch_add(1)) < m.heads;) {
+    float* q = &shared.qkv[h * d];
+    if (b.q_norm) rms_norm(q, d, b.q_norm, m.bf16, m.eps, own.weight, q);
+    rotate(q, cos, sin, past.rotary);
+    const int64_t at = h / group * past.capacity * d * size;
+    const float scale = float(m.scale);
+    if (m.bf16)
+      attend(q, reinterpret_cast<const uint16_t*>(keys + at),
+             reinterpret_cast<const uint16_t*>(values + at), length + 1, d, scale,
+             &shared.mixed[h * d]);
+    else
+      attend(q, reinterpret_cast<const float*>(keys + at),
+             reinterpret_cast<const float*>(values + at), length + 1, d, scale, &shared.mixed[h * d]);
+  }
+  team.wait();
+  times(&b.o, 1, shared.mixed.data(), own, shared.attended.data(), team.size, next[2]);
+  team.wait();
+  for (int64_t j = 0; j < m.width; ++j) state[j] += shared.attended[j];
+  rms_norm(state, m.width, b.mlp_norm, m.bf16, m.eps, own.weight, normed);
+  times(b.mlp, b.mlp_count, normed, own, shared.gate_up.data(), team.size, next[3]);
+  team.wait();
+  own.normed.resize(std::max(inner, m.width));
+  normed = own.normed.data();
+  const float *gate = shared.gate_up.data(), *up = gate + inner;
+  for (int64_t j = 0; j < inner; ++j) {  // x / (1 + e^-x), with the exponential of what is negative
+    const float e = exp_negative(-std::fabs(gate[j]));
+    normed[j] = gate[j] * up[j] * (gate[j] >= 0 ? 1.f : e) / (1 + e);
+  }
+  times(&b.down, 1, normed, own, shared.out.data(), team.size, next[4]);
+  team.wait();
+  for (int64_t j = 0; j < m.width; ++j) state[j] += shared.out[j];
+}
+
+bool fits(const Packed& p, int64_t c) {
+  Stored stored;
+  return p.c == c && lay_out(p, stored);
+}
+
+bool fits(const SkimlmBody& m, const SkimlmBlock& b) {
+  const int64_t nq = m.heads * m.head_dim, inner = b.down.c;
+  int64_t in = 0, mlp = 0;
+  for (int64_t i = 0; i < b.in_count; ++i) {
+    if (!fits(b.in[i], m.width)) return false;
+    in += b.in[i].r;
+  }
+  for (int64_t i = 0; i < b.mlp_count; ++i) {
+    if (!fits(b.mlp[i], m.width)) return false;
+    mlp += b.mlp[i].r;
+  }
+  return in == nq + 2 * m.kv_heads * m.head_dim && mlp == 2 * inner && fits(b.o, nq) &&
+         b.o.r == m.width && fits(b.down, inner) && b.down.r == m.width;
+}
+
+}  // namespace
+
+int skimlm_decode(const SkimlmBody* m, const void* x, const void* cos, const void* sin,
+                  int64_t rotary, void* const* past, int64_t capacity, int64_t length, void* out,
+                  int threads) {
+  if (length < 0 || length >= capacity || rotary > m->head_dim || rotary % 2 ||
+      m->heads % m->kv_heads)
+    return 1;
+  int64_t inner = 0;
+  for (int64_t i = 0; i < m->count; ++i) {
+    if (!fits(*m, m->blocks[i])) return 1;
+    inner = std::max(inner, m->blocks[i].down.c);
+  }
+  const Past places{past, past + m->count, capacity, length, rotary};
+  const int64_t nq = m->heads * m->head_dim, nk = m->kv_heads * m->head_dim;
+  Shared shared{std::vector<float>(nq + 2 * nk), std::vector<float>(nq),
+                std::vector<float>(m->width),    std::vector<float>(2 * inner),
+                std::vector<float>(m->width),    std::vector<std::atomic<int64_t>>(STEPS * m->count)};
+  run_team(threads, [&](Team& team, int thread) {
+    Own own;
+    own.state.resize(m->width);
+    own.normed.resize(m->width);
+    own.turn.resize(2 * rotary);
+    to_float(x, m->bf16, m->width, own.state.data());
+    to_float(cos, m->bf16, rotary, own.turn.data());
+    to_float(sin, m->bf16, rotary, own.turn.data() + rotary);
+    for (int64_t i = 0; i < m->count; ++i) run(*m, i, places, shared, own, team, thread);
+    if (thread) return;
+    rms_norm(own.state.data(), m->width, m->norm, m->bf16, m->eps, own.weight, own.normed.data());
+    from_float(own.normed.data(), m->bf16, m->width, out);
+  });
+  return 0;
+}
