@@ -15,7 +15,7 @@ KEYS = {"rows", "cols", "bits", "batch", "seconds", "torch_bf16_seconds", "torch
 
 
 def small(**options):
-    return bench.run(**(SMALL | options), seconds=0.001, footprint=100_000)
+    return bench.run(**(SMALL | options), seconds=0.001, footprint=100_000, read=10**6)
 
 
 @pytest.mark.parametrize("width", [None, 1, 5, 6, 8])

@@ -2,7 +2,8 @@
 
 At batch 1 a product is bound by reading the weights, so every timing walks over copies of them that
 together exceed the caches (`FOOTPRINT`), as a model does that decodes one token after the other.
-Bandwidth is measured in the same process, with plain reads on as many threads. Times are medians.
+Bandwidth is the best of plain reads in the same process, on as many threads, between the timings.
+Times are medians.
 """
 
 import statistics
@@ -22,8 +23,9 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (
 # the widths of rows in a model of 3.2 bits all-in, as allocation gives them
 MIXED = {2: 0.16, 3: 0.54, 4: 0.28, 5: 0.02}
 WIDTHS: tuple[int | None, ...] = (None, 2, 3, 4)  # None: mixed
-BATCHES = (1, 4, 16)
+BATCHES = (1, 4, 16, 64, 512)
 FOOTPRINT = 200_000_000  # bytes
+READ = 1_000_000_000  # bytes
 Progress = Callable[[str, int, int], None]
 
 
@@ -35,12 +37,14 @@ def run(
     seconds: float = 0.3,
     exact: bool = True,
     footprint: int = FOOTPRINT,
+    read: int = READ,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Time every shape, width and batch for `seconds` each; plain values as DESIGN's `bench`."""
     found: list[dict[str, Any]] = []
     total, done = len(shapes) * len(batches) * (len(widths) + 2), 0
-    bandwidth = read_bandwidth(footprint)
+    memory = torch.ones(read // 8, dtype=torch.int64)
+    reads = [read_bandwidth(memory)]
 
     def walk(call: Callable[[Any], Any], stored: Sequence[Any]) -> float:
         nonlocal done
@@ -78,11 +82,15 @@ def run(
                         "seconds": took,
                         "torch_bf16_seconds": bf16[batch],
                         "torch_fp32_seconds": fp32[batch],
-                        "of_bandwidth": nbytes / took / bandwidth,
-                        # against dense bf16 if it ran at the full bandwidth, which it never does
-                        "of_bf16_bound": 2 * rows * cols / bandwidth / took,
                     }
                 )
+            reads.append(read_bandwidth(memory))
+    bandwidth = max(reads)
+    for row in found:
+        weights = row["rows"] * row["cols"]
+        row["of_bandwidth"] = weights * row["bits"] / 8 / row["seconds"] / bandwidth
+        # against dense bf16 if it ran at the full bandwidth, which it never does
+        row["of_bf16_bound"] = 2 * weights / bandwidth / row["seconds"]
     return {
         "bandwidth_bytes_per_second": bandwidth,
         "threads": torch.get_num_threads(),
@@ -112,9 +120,9 @@ def random_buffers(rows: int, cols: int, width: int | None) -> list[Tensor | Non
     return [stored.get(name) for name in names]
 
 
-def read_bandwidth(nbytes: int = FOOTPRINT, repeats: int = 9) -> float:
-    """Bytes per second that plain reads reach on torch's threads, the best of `repeats`."""
-    data, out = torch.ones(nbytes // 8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+def read_bandwidth(data: Tensor, repeats: int = 3) -> float:
+    """Bytes per second that plain reads of `data` reach on torch's threads, the best of some."""
+    out = torch.zeros(1, dtype=torch.int64)
 
     def seconds() -> float:
         start = time.perf_counter()
