@@ -37,11 +37,12 @@ def inputs(count, cols, dtype, seed=0):
 @pytest.fixture(params=["torch's threads", "own threads"])
 def pool(request, isa):
     """Both ways work is split, with two threads."""
-    native.library().skimlm_use_openmp(native._openmp() if "torch" in request.param else None)
+    own = (None, None)
+    native.library().skimlm_use_openmp(*(native._openmp() if "torch" in request.param else own))
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
-    native.library().skimlm_use_openmp(native._openmp())
+    native.library().skimlm_use_openmp(*native._openmp())
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -135,7 +136,7 @@ def test_rounded_products_stay_within_half_a_step_of_every_input(isa, widths):
         for count in (1, 5):
             x = inputs(count, cols, torch.float32)
             got = linear_packed(x, *buffers(q), None, exact=False).double()
-            padded = torch.nn.functional.pad(x, (0, -cols % 64)).view(count, -1, 64).double()
+            padded = torch.nn.functional.pad(x, (0, -cols % 128)).view(count, -1, 128).double()
             step = padded.abs().amax(2, keepdim=True).expand_as(padded).reshape(count, -1) / 127
             bound = step[:, :cols] / 2 @ weight.abs().T
             size = x.double().abs() @ weight.abs().T + step[:, :cols] * 128 @ weight.abs().T
@@ -145,7 +146,7 @@ def test_rounded_products_stay_within_half_a_step_of_every_input(isa, widths):
 def test_rounding_the_input_is_what_the_reference_does(isa):
     q = random_quantized(37, 200)
     x = inputs(3, 200, torch.float32)
-    chunks = torch.nn.functional.pad(x, (0, 56)).view(3, 4, 64)
+    chunks = torch.nn.functional.pad(x, (0, 56)).view(3, 2, 128)
     step = chunks.abs().amax(2, keepdim=True) / 127
     rounded = ((chunks / step).round() * step).view(3, 256)[:, :200]
     got = linear_packed(x, *buffers(q), None, exact=False)

@@ -75,7 +75,7 @@ def linear_packed(
 ) -> Tensor:
     """`x` [..., c] times the stored weight [r, c] transposed, plus `bias`: [..., r], dtype of `x`.
 
-    Sums are in float32, `exact` but for their order; else `x` is rounded to int8 per token and 64
+    Sums are in float32, `exact` but for their order; else `x` is rounded to int8 per token and 128
     columns (native only, few tokens). Raises FormatError if the buffers do not fit each other.
     """
     cols, rows = x.shape[-1], len(widths)

@@ -60,7 +60,7 @@ SKIMLM_API int skimlm_has_vbmi();
 
 // out [n, r] = x [n, c] times a packed linear transposed, plus bias [r] unless it is null (kernels.py,
 // FORMAT.md). x and out are float, or bfloat16 bits if x_bf16; the rest as in skimlm_unpack, sizes in
-// elements. exact = 0 rounds x to int8 per token and 64 columns. Returns 1, having done nothing, if the
+// elements. exact = 0 rounds x to int8 per token and 128 columns. Returns 1, having done nothing, if the
 // sizes are not those of the widths.
 SKIMLM_API int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t packed_size,
                              const uint8_t* widths, const int8_t* codebook, int64_t codebook_size,

@@ -58,7 +58,7 @@ VBMI inline Controls controls(int b) {
 // sum += unsigned bytes a times signed bytes b, four to a lane. As an instruction: around the intrinsic
 // GCC 12 copies every sum twice.
 VBMI inline void add_dot(__m512i& sum, __m512i a, __m512i b) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 }
 
 // Bytes of chunk k of a row: masked, for the file may end with them.

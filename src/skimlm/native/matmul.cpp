@@ -1,9 +1,9 @@
 // out = x W^T for a packed W (FORMAT.md) and few tokens: the weights are read once, as they are stored.
 //
-// With VBMI one routine serves all widths (lanes.h). Elsewhere a row becomes integers in L1 first.
+// With VBMI codes are cut and looked up in registers. Elsewhere a row becomes integers in L1 first.
 //
 //   exact   x as 24-bit integers (product.h): three planes of a byte each, multiplied one by one
-//   8 bit   x is rounded to int8 with one scale per token and 64 columns; sums are integers within
+//   8 bit   x is rounded to int8 with one scale per token and 128 columns; sums are integers within
 //           those columns
 #include <algorithm>
 #include <cmath>
@@ -21,12 +21,16 @@ constexpr int64_t TURNS = 4;        // of each thread, where there is more
 constexpr int64_t MANY = 2;         // tokens from which rows are turned into bfloat16 (gemm.cpp)
 constexpr int64_t LONGEST = 1 << 16;  // columns whose sums of bytes fit 32 bits
 constexpr int64_t PLANES = 3;
+constexpr int64_t PAIR = 2 * CHUNK;
 
-// x of n tokens rounded to int8, padded with zeros to whole chunks.
+// Of 128 columns, the one in a byte of the first or second half of x; see the AVX-512 part for why.
+inline int64_t column_of(int64_t half, int64_t byte) { return byte / 8 * 16 + half * 8 + byte % 8; }
+
+// x of n tokens rounded to int8, padded with zeros to whole pairs of chunks.
 struct Rounded {
-  int64_t n, c, chunks;
-  std::vector<int8_t> x;      // [n, padded c]
-  std::vector<float> scales;  // [n, chunks]
+  int64_t n, c, pairs;
+  std::vector<int8_t> x;      // [n, pairs, 2, 64] in the order of column_of
+  std::vector<float> scales;  // [n, pairs]
   std::vector<float> sums;    // [n]: sum of the rounded x
 };
 
@@ -63,12 +67,15 @@ int64_t dot(const int16_t* level, const int16_t* digit, int64_t c) {
   return sum;
 }
 
-float dot_rounded(const int16_t* level, const int8_t* x, const float* scale, int64_t chunks) {
+float dot_rounded(const int16_t* level, const Rounded& x, int64_t token) {
   float sum = 0;
-  for (int64_t k = 0; k < chunks; ++k, level += CHUNK, x += CHUNK) {
+  for (int64_t k = 0; k < x.pairs; ++k, level += PAIR) {
+    const int64_t at = token * x.pairs + k;
     int32_t part = 0;
-    for (int t = 0; t < CHUNK; ++t) part += int32_t(level[t]) * x[t];
-    sum += float(part) * scale[k];
+    for (int h = 0; h < 2; ++h)
+      for (int j = 0; j < CHUNK; ++j)
+        part += int32_t(level[column_of(h, j)]) * x.x[at * PAIR + h * CHUNK + j];
+    sum += float(part) * x.scales[at];
   }
   return sum;
 }
@@ -76,7 +83,7 @@ float dot_rounded(const int16_t* level, const int8_t* x, const float* scale, int
 // Calls each(stored row, its levels or codes [padded c], its zero point) for rows begin..end.
 template <class Each>
 void rows_any(const Group& g, int64_t begin, int64_t end, int64_t c, const Each& each) {
-  const int64_t padded = (c + CHUNK - 1) / CHUNK * CHUNK;
+  const int64_t padded = (c + PAIR - 1) / PAIR * PAIR;
   std::vector<uint8_t> code(padded + 8);
   std::vector<int16_t> level(padded);
   for (int64_t i = begin; i < end; ++i) {
@@ -106,8 +113,7 @@ void rounded_any(const Group& g, int64_t begin, int64_t end, const Rounded& x,
                  const uint16_t* row_scale, const int32_t* order, const Output& out) {
   rows_any(g, begin, end, x.c, [&](int64_t i, const int16_t* level, int64_t zero) {
     for (int64_t t = 0; t < x.n; ++t) {
-      const float sum =
-          dot_rounded(level, &x.x[t * x.chunks * CHUNK], &x.scales[t * x.chunks], x.chunks);
+      const float sum = dot_rounded(level, x, t);
       const float scale = from_bf16(row_scale[g.first + i]);
       out.put(t, order[g.first + i], scale * (sum - float(zero) * x.sums[t]));
     }
@@ -115,157 +121,207 @@ void rounded_any(const Group& g, int64_t begin, int64_t end, const Rounded& x,
 }
 
 // ---- AVX-512 with VBMI and VNNI
+//
+// 128 codes are 16 B whole bytes whatever their width B. A byte permutation gives each 64-bit lane the
+// bytes of sixteen codes (eight above 4 bits), two multishifts bring the codes to the bottom of bytes,
+// and a second permutation looks them up in the row's table, copies of which fill the register so that
+// what stands above a code does not matter. x stands in the order in which the codes come out.
 
 #if defined(__AVX512F__)
 // Rows follow each other in memory, but the processor's own prefetcher stops at every page.
 constexpr int64_t AHEAD = 8192;
 
-// Codes of R rows as unsigned bytes, a chunk of columns at a time: levels plus 128 up to 5 bits (T).
-// Everything that may differ inside a chunk's loop is a template parameter, or sums leave registers.
-template <int R, bool T>
-struct Bytes {
-  __m512i table[R];
-  const uint8_t* at;
-  const char* ahead;
-  int64_t stride, step;
-
-  VBMI Bytes(const Group& g, int64_t i, const Controls& c) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-      table[r] = T ? _mm512_xor_si512(byte_table(g.levels + ((i + r) << g.width), c),
-                                           _mm512_set1_epi8(char(128)))
-                        : _mm512_set1_epi8(char((1 << g.width) - 1));
-    at = g.packed + i * g.stride;
-    ahead = reinterpret_cast<const char*>(at) + AHEAD;
-    stride = g.stride, step = 8 * g.width;
-  }
-  VBMI void prefetch(int64_t k) const {
-    for (int64_t line = 0; line < R * step; line += 64)
-      _mm_prefetch(ahead + k * R * step + line, _MM_HINT_T0);
-  }
-  VBMI __m512i chunk(int r, int64_t k, __mmask64 mask, const Controls& c) const {
-    const __m512i lanes =
-        _mm512_permutexvar_epi8(c.spread, load_chunk(at + r * stride + k * step, mask));
-    const __m512i field = _mm512_multishift_epi64_epi8(c.fields, lanes);
-    return T ? _mm512_permutexvar_epi8(field, table[r]) : _mm512_and_si512(field, table[r]);
-  }
-};
-
-// R rows of one width, N tokens.
-template <bool T, int R, int N>
-VBMI void block_exact(const Group& g, int64_t i, const Controls& c, const Integers& x,
-                      int64_t token, const uint16_t* row_scale, const int32_t* order,
-                      const Output& out) {
-  const Bytes<R, T> rows(g, i, c);
-  __m512i sum[R * N][PLANES];
-#pragma GCC unroll 8
-  for (int s = 0; s < R * N; ++s) sum[s][0] = sum[s][1] = sum[s][2] = _mm512_setzero_si512();
-  const int64_t per_token = x.chunks * PLANES * CHUNK;
-  const int8_t* xs = x.planes.data() + token * per_token;
-  const __mmask64 last = last_mask(g.stride, x.chunks, g.width);
-  for (int64_t k = 0; k < x.chunks; ++k, xs += PLANES * CHUNK) {
-    const __mmask64 mask = k + 1 == x.chunks ? last : c.bytes;
-    rows.prefetch(k);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const __m512i level = rows.chunk(r, k, mask, c);
-#pragma GCC unroll 4
-      for (int t = 0; t < N; ++t)
-#pragma GCC unroll 3
-        for (int p = 0; p < PLANES; ++p)
-          add_dot(sum[r * N + t][p], level,
-                  _mm512_loadu_si512(xs + t * per_token + p * CHUNK));
-    }
-  }
-  int32_t total[PLANES][R * N];
-#pragma GCC unroll 3
-  for (int p = 0; p < PLANES; ++p) {
-    if constexpr (R * N % 4 == 0) {
-#pragma GCC unroll 2
-      for (int s = 0; s < R * N; s += 4)
-        add_lanes(quarters(sum[s][p], sum[s + 1][p], sum[s + 2][p], sum[s + 3][p]), &total[p][s]);
-    } else {
-      for (int s = 0; s < R * N; ++s) total[p][s] = _mm512_reduce_add_epi32(sum[s][p]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    const int64_t zero = T ? 128 : g.zeros[i + r];
-    const float scale = from_bf16(row_scale[g.first + i + r]);
-    for (int t = 0; t < N; ++t) {
-      const int s = r * N + t;
-      const int64_t all =
-          int64_t(total[2][s]) * 65536 + int64_t(total[1][s]) * 256 + int64_t(total[0][s]);
-      out.put(token + t, order[g.first + i + r],
-              to_value(all, zero, x.sums[token + t], scale, x.steps[token + t]));
-    }
-  }
+VBMI inline __mmask64 first_bytes(int64_t n) {
+  return n >= 64 ? ~__mmask64(0) : n <= 0 ? 0 : (__mmask64(1) << n) - 1;
 }
 
-template <bool T, int R, int N>
-VBMI void block_rounded(const Group& g, int64_t i, const Controls& c, const Rounded& x,
-                        int64_t token, const uint16_t* row_scale, const int32_t* order,
-                        const Output& out) {
-  const Bytes<R, T> rows(g, i, c);
-  __m512 sum[R][N];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int t = 0; t < N; ++t) sum[r][t] = _mm512_setzero_ps();
-  const int64_t padded = x.chunks * CHUNK;
-  const int8_t* xs = x.x.data() + token * padded;
-  const float* scales = x.scales.data() + token * x.chunks;
-  const __mmask64 last = last_mask(g.stride, x.chunks, g.width);
-  for (int64_t k = 0; k < x.chunks; ++k, xs += CHUNK, ++scales) {
-    const __mmask64 mask = k + 1 == x.chunks ? last : c.bytes;
-    rows.prefetch(k);
+// R rows of width B: their tables (levels plus 128 up to 5 bits) and how to cut codes out of bytes.
+template <int B, int R>
+struct Rows {
+  __m512i table[R], spread[2], fields[2];
+  const uint8_t* at;
+  int64_t stride;
+
+  VBMI Rows(const Group& g, int64_t i) : at(g.packed + i * g.stride), stride(g.stride) {
+    alignas(64) uint8_t bytes[2][64], bits[2][64], copies[64];
+    for (int h = 0; h < 2; ++h)
+      for (int j = 0; j < 64; ++j) {
+        bytes[h][j] = uint8_t(j / 8 * 2 * B + (B <= 4 ? 0 : h * B) + j % 8);
+        bits[h][j] = uint8_t((B <= 4 ? 8 * h + j % 8 : j % 8) * B);
+        copies[j] = uint8_t(j & ((1 << B) - 1));
+      }
+    for (int h = 0; h < 2; ++h)
+      spread[h] = _mm512_load_si512(bytes[h]), fields[h] = _mm512_load_si512(bits[h]);
+    const __m512i copy = _mm512_load_si512(copies), half = _mm512_set1_epi8(char(128));
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const __m512i level = rows.chunk(r, k, mask, c);
-#pragma GCC unroll 4
-      for (int t = 0; t < N; ++t) {
-        const __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), level,
-                                                _mm512_loadu_si512(xs + t * padded));
-        sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot),
-                                    _mm512_set1_ps(scales[t * x.chunks]), sum[r][t]);
+      if constexpr (B <= 5) {
+        const __mmask64 entries = (__mmask64(1) << (1 << B)) - 1;
+        const __m512i levels = _mm512_maskz_loadu_epi8(entries, g.levels + ((i + r) << B));
+        table[r] = _mm512_xor_si512(_mm512_permutexvar_epi8(copy, levels), half);
+      } else {
+        table[r] = _mm512_set1_epi8(char((1 << B) - 1));
       }
     }
   }
+
+  // The 128 unsigned bytes of pair k of row r in two halves. MASK: the row ends in this pair or the
+  // next; elsewhere loads may reach into what follows.
+  template <bool MASK>
+  VBMI void pair(int r, int64_t k, __m512i (&half)[2]) const {
+    const uint8_t* from = at + r * stride + k * 16 * B;
+    const int64_t left = stride - k * 16 * B;
+    if constexpr (B <= 4) {
+      __m512i bytes;
+      if constexpr (MASK)
+        bytes = _mm512_maskz_loadu_epi8(first_bytes(left), from);
+      else if constexpr (B == 1)
+        bytes = _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      else if constexpr (B == 2)
+        bytes = _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+      else
+        bytes = _mm512_loadu_si512(from);
+      if constexpr (B < 4) bytes = _mm512_permutexvar_epi8(spread[0], bytes);
+      half[0] = _mm512_multishift_epi64_epi8(fields[0], bytes);
+      half[1] = _mm512_multishift_epi64_epi8(fields[1], bytes);
+    } else {
+      const __mmask64 rest = first_bytes(MASK ? std::min<int64_t>(left, 16 * B) - 64 : 16 * B - 64);
+      const __m512i low = _mm512_maskz_loadu_epi8(MASK ? first_bytes(left) : ~__mmask64(0), from);
+      const __m512i high = _mm512_maskz_loadu_epi8(rest, from + 64);
+      for (int h = 0; h < 2; ++h)
+        half[h] = _mm512_multishift_epi64_epi8(fields[0],
+                                               _mm512_permutex2var_epi8(low, spread[h], high));
+    }
+    for (__m512i& v : half)
+      v = B <= 5 ? _mm512_permutexvar_epi8(v, table[r]) : _mm512_and_si512(v, table[r]);
+  }
+
+  VBMI void prefetch(int64_t k) const {
+    constexpr int64_t bytes = R * 16 * B;
+    const char* ahead = reinterpret_cast<const char*>(at) + AHEAD + k * bytes;
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < bytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+  }
+
+  // What is taken off the sum of codes times x: this times the sum of x.
+  int64_t zero(const Group& g, int64_t i) const { return B <= 5 ? 128 : g.zeros[i]; }
+};
+
+template <int B, int R, bool MASK>
+VBMI inline __attribute__((always_inline)) void exact_pairs(const Rows<B, R>& rows, int64_t begin,
+                                                            int64_t end, const int8_t* x,
+                                                            __m512i (&sum)[R][PLANES]) {
+  for (int64_t k = begin; k < end; ++k) {
+    const int8_t* xs = x + k * PLANES * PAIR;
+    rows.prefetch(k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __m512i half[2];
+      rows.template pair<MASK>(r, k, half);
+#pragma GCC unroll 3
+      for (int p = 0; p < PLANES; ++p) {
+        add_dot(sum[r][p], half[0], _mm512_load_si512(xs + p * PAIR));
+        add_dot(sum[r][p], half[1], _mm512_load_si512(xs + p * PAIR + CHUNK));
+      }
+    }
+  }
+}
+
+// R rows of one width times one token.
+template <int B, int R>
+VBMI void block_exact(const Group& g, int64_t i, const Integers& x, int64_t token,
+                      const uint16_t* row_scale, const int32_t* order, const Output& out) {
+  const Rows<B, R> rows(g, i);
+  __m512i sum[R][PLANES];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_si512();
+  const int64_t pairs = x.chunks / 2, full = std::max<int64_t>(pairs - 2, 0);
+  const int8_t* xs = &x.planes[token * pairs * PLANES * PAIR];
+  exact_pairs<B, R, false>(rows, 0, full, xs, sum);
+  exact_pairs<B, R, true>(rows, full, pairs, xs, sum);
+  int32_t total[PLANES][R];
+#pragma GCC unroll 3
+  for (int p = 0; p < PLANES; ++p) {
+    if constexpr (R == 4)
+      add_lanes(quarters(sum[0][p], sum[1][p], sum[2][p], sum[3][p]), total[p]);
+    else
+      total[p][0] = _mm512_reduce_add_epi32(sum[0][p]);
+  }
+  for (int r = 0; r < R; ++r) {
+    const int64_t all =
+        int64_t(total[2][r]) * 65536 + int64_t(total[1][r]) * 256 + int64_t(total[0][r]);
+    const float scale = from_bf16(row_scale[g.first + i + r]);
+    out.put(token, order[g.first + i + r],
+            to_value(all, rows.zero(g, i + r), x.sums[token], scale, x.steps[token]));
+  }
+}
+
+template <int B, int R, bool MASK>
+VBMI inline __attribute__((always_inline)) void rounded_pairs(const Rows<B, R>& rows, int64_t begin,
+                                                              int64_t end, const Rounded& x,
+                                                              int64_t token, __m512 (&sum)[R]) {
+  for (int64_t k = begin; k < end; ++k) {
+    const int64_t at = token * x.pairs + k;
+    const __m512i x0 = _mm512_loadu_si512(&x.x[at * PAIR]);
+    const __m512i x1 = _mm512_loadu_si512(&x.x[at * PAIR + CHUNK]);
+    const __m512 scale = _mm512_set1_ps(x.scales[at]);
+    rows.prefetch(k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      __m512i half[2], dot = _mm512_setzero_si512();
+      rows.template pair<MASK>(r, k, half);
+      add_dot(dot, half[0], x0);
+      add_dot(dot, half[1], x1);
+      sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, sum[r]);
+    }
+  }
+}
+
+template <int B, int R>
+VBMI void block_rounded(const Group& g, int64_t i, const Rounded& x, int64_t token,
+                        const uint16_t* row_scale, const int32_t* order, const Output& out) {
+  const Rows<B, R> rows(g, i);
+  __m512 sum[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
+  const int64_t full = std::max<int64_t>(x.pairs - 2, 0);
+  rounded_pairs<B, R, false>(rows, 0, full, x, token, sum);
+  rounded_pairs<B, R, true>(rows, full, x.pairs, x, token, sum);
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    const float zero = T ? 128.f : float(g.zeros[i + r]);
     const float scale = from_bf16(row_scale[g.first + i + r]);
-#pragma GCC unroll 4
-    for (int t = 0; t < N; ++t)
-      out.put(token + t, order[g.first + i + r],
-              scale * (_mm512_reduce_add_ps(sum[r][t]) - zero * x.sums[token + t]));
+    const float zero = float(rows.zero(g, i + r));
+    out.put(token, order[g.first + i + r],
+            scale * (_mm512_reduce_add_ps(sum[r]) - zero * x.sums[token]));
   }
 }
 
-template <bool T>
+template <int B>
 VBMI void exact_vbmi(const Group& g, int64_t begin, int64_t end, const Integers& x,
                      const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const Controls c = controls(g.width);
   int64_t i = begin;
-  for (; i + 4 <= end; i += 4) {
-    for (int64_t t = 0; t < x.n; ++t) block_exact<T, 4, 1>(g, i, c, x, t, row_scale, order, out);
-  }
+  for (; i + 4 <= end; i += 4)
+    for (int64_t t = 0; t < x.n; ++t) block_exact<B, 4>(g, i, x, t, row_scale, order, out);
   for (; i < end; ++i)
-    for (int64_t t = 0; t < x.n; ++t) block_exact<T, 1, 1>(g, i, c, x, t, row_scale, order, out);
+    for (int64_t t = 0; t < x.n; ++t) block_exact<B, 1>(g, i, x, t, row_scale, order, out);
 }
 
-template <bool T>
+template <int B>
 VBMI void rounded_vbmi(const Group& g, int64_t begin, int64_t end, const Rounded& x,
                        const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const Controls c = controls(g.width);
   int64_t i = begin;
-  for (; i + 4 <= end; i += 4) {
-    int64_t t = 0;
-    for (; t + 4 <= x.n; t += 4) block_rounded<T, 4, 4>(g, i, c, x, t, row_scale, order, out);
-    for (; t < x.n; ++t) block_rounded<T, 4, 1>(g, i, c, x, t, row_scale, order, out);
-  }
+  for (; i + 4 <= end; i += 4)
+    for (int64_t t = 0; t < x.n; ++t) block_rounded<B, 4>(g, i, x, t, row_scale, order, out);
   for (; i < end; ++i)
-    for (int64_t t = 0; t < x.n; ++t) block_rounded<T, 1, 1>(g, i, c, x, t, row_scale, order, out);
+    for (int64_t t = 0; t < x.n; ++t) block_rounded<B, 1>(g, i, x, t, row_scale, order, out);
 }
+
+constexpr decltype(&exact_vbmi<1>) exact_of_width[MAX_B + 1] = {
+    nullptr,       exact_vbmi<1>, exact_vbmi<2>, exact_vbmi<3>, exact_vbmi<4>,
+    exact_vbmi<5>, exact_vbmi<6>, exact_vbmi<7>, exact_vbmi<8>};
+constexpr decltype(&rounded_vbmi<1>) rounded_of_width[MAX_B + 1] = {
+    nullptr,         rounded_vbmi<1>, rounded_vbmi<2>, rounded_vbmi<3>, rounded_vbmi<4>,
+    rounded_vbmi<5>, rounded_vbmi<6>, rounded_vbmi<7>, rounded_vbmi<8>};
 #endif
 
 // ---- x
@@ -296,34 +352,26 @@ double integers(const float* x, int64_t c, int32_t* out) {
   return std::ldexp(1., exponent);
 }
 
-// Returns the sum of the rounded chunk, in units of `scale`.
-int32_t round_chunk(const float* from, int8_t* to, float* scale) {
-  float most[16] = {};
-  for (int j = 0; j < CHUNK; j += 16)
-    for (int t = 0; t < 16; ++t) most[t] = std::max(most[t], std::fabs(from[j + t]));
-  const float top = *std::max_element(most, most + 16);
-  const float inverse = top > 0 ? 127 / top : 0;
-  *scale = top / 127;
-  int32_t sum = 0;
-  for (int j = 0; j < CHUNK; ++j) {
-    const int32_t q = int32_t(std::rint(from[j] * inverse));
-    to[j] = int8_t(q);
-    sum += q;
-  }
-  return sum;
-}
-
 Rounded to_rounded(const float* x, int64_t n, int64_t c) {
-  Rounded out{n, c, (c + CHUNK - 1) / CHUNK, {}, {}, {}};
-  out.x.resize(n * out.chunks * CHUNK);
-  out.scales.resize(n * out.chunks);
+  Rounded out{n, c, (c + PAIR - 1) / PAIR, {}, {}, {}};
+  out.x.resize(n * out.pairs * PAIR);
+  out.scales.resize(n * out.pairs);
   out.sums.assign(n, 0.f);
   for (int64_t t = 0; t < n; ++t)
-    for (int64_t k = 0; k < out.chunks; ++k) {
-      float chunk[CHUNK] = {};
-      std::memcpy(chunk, x + t * c + k * CHUNK, std::min(CHUNK, c - k * CHUNK) * sizeof(float));
-      const int64_t at = t * out.chunks + k;
-      const int32_t sum = round_chunk(chunk, &out.x[at * CHUNK], &out.scales[at]);
+    for (int64_t k = 0; k < out.pairs; ++k) {
+      float part[PAIR] = {}, top = 0;
+      std::memcpy(part, x + t * c + k * PAIR, std::min(PAIR, c - k * PAIR) * sizeof(float));
+      for (float v : part) top = std::max(top, std::fabs(v));
+      const float inverse = top > 0 ? 127 / top : 0;
+      const int64_t at = t * out.pairs + k;
+      out.scales[at] = top / 127;
+      int32_t sum = 0;
+      for (int h = 0; h < 2; ++h)
+        for (int j = 0; j < CHUNK; ++j) {
+          const int32_t q = int32_t(std::rint(part[column_of(h, j)] * inverse));
+          out.x[at * PAIR + h * CHUNK + j] = int8_t(q);
+          sum += q;
+        }
       out.sums[t] += out.scales[at] * float(sum);
     }
   return out;
@@ -394,9 +442,11 @@ std::vector<float> to_floats(const void* x, bool bf16, const uint16_t* in_scale,
 }
 
 Integers to_integers(const float* x, int64_t n, int64_t c, int parts) {
-  const int64_t line = c / parts;
-  Integers out{n * parts, line, (line + CHUNK - 1) / CHUNK, {}, {}, {}, {}};
-  const int64_t padded = out.chunks * CHUNK;
+  const bool paired = parts == 0;
+  parts = std::max(parts, 1);
+  const int64_t line = c / parts, unit = paired ? PAIR : CHUNK;
+  const int64_t padded = (line + unit - 1) / unit * unit;
+  Integers out{n * parts, line, padded / CHUNK, {}, {}, {}, {}};
   const bool vbmi = skimlm_has_vbmi() && line <= LONGEST;
   std::vector<int32_t> token(c), whole(padded);
   out.sums.resize(out.n);
@@ -406,23 +456,31 @@ Integers to_integers(const float* x, int64_t n, int64_t c, int parts) {
   else
     out.digits.resize(out.n * 2 * padded);
   for (int64_t t = 0; t < out.n; ++t) {
-    if (t % parts == 0) out.steps[t] = integers(x + t * line, c, token.data());
-    else out.steps[t] = out.steps[t - 1];
-    std::copy_n(&token[t % parts * line], line, whole.data());
+    if (t % parts == 0)
+      out.steps[t] = integers(x + t * line, c, token.data());
+    else
+      out.steps[t] = out.steps[t - 1];
+    const int32_t* from = &token[t % parts * line];
     int64_t sum = 0;
-    for (int64_t j = 0; j < line; ++j) sum += whole[j];
+    for (int64_t j = 0; j < line; ++j) sum += from[j];
     out.sums[t] = sum;
+    std::copy_n(from, line, whole.data());
     if (vbmi) {
-      for (int64_t k = 0; k < out.chunks; ++k) {
-        int8_t* to = &out.planes[(t * out.chunks + k) * PLANES * CHUNK];
-        for (int j = 0; j < CHUNK; ++j) {
-          int32_t q = whole[k * CHUNK + j];
-          to[j] = int8_t(q);
-          q = (q - to[j]) >> 8;
-          to[CHUNK + j] = int8_t(q);
-          to[2 * CHUNK + j] = int8_t((q - to[CHUNK + j]) >> 8);
+      for (int64_t k = 0; k < padded; k += unit)
+        for (int64_t h = 0; h < unit / CHUNK; ++h) {
+          int32_t q[CHUNK];
+          for (int i = 0; i < 8; ++i)  // eight columns at a time, as column_of has them
+            std::memcpy(q + i * 8, &whole[k + (paired ? i * 16 + h * 8 : i * 8)], 32);
+          int8_t* to = &out.planes[(t * padded + k) * PLANES + h * CHUNK];
+          for (int j = 0; j < CHUNK; ++j) {
+            const int8_t p0 = int8_t(q[j]);
+            const int32_t rest = (q[j] - p0) >> 8;
+            const int8_t p1 = int8_t(rest);
+            to[j] = p0;
+            to[unit + j] = p1;
+            to[2 * unit + j] = int8_t((rest - p1) >> 8);
+          }
         }
-      }
     } else {
       int16_t* to = &out.digits[t * 2 * padded];
       for (int64_t j = 0; j < padded; ++j) {
@@ -439,8 +497,8 @@ static void multiply(const Part& part, const Integers& x) {
   const Product& p = *part.product;
 #if defined(__AVX512F__)
   if (x.planes)
-    return (part.group->width <= 5 ? exact_vbmi<true> : exact_vbmi<false>)(
-        *part.group, part.begin, part.end, x, p.linear.row_scale, p.stored.order, p.out);
+    return exact_of_width[part.group->width](*part.group, part.begin, part.end, x,
+                                             p.linear.row_scale, p.stored.order, p.out);
 #endif
   exact_any(*part.group, part.begin, part.end, x, p.linear.row_scale, p.stored.order, p.out);
 }
@@ -485,8 +543,8 @@ int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t 
       const Part& part = parts[at];
 #if defined(__AVX512F__)
       if (skimlm_has_vbmi()) {
-        (part.group->width <= 5 ? rounded_vbmi<true> : rounded_vbmi<false>)(
-            *part.group, part.begin, part.end, rounded, row_scale, stored.order, product.out);
+        rounded_of_width[part.group->width](*part.group, part.begin, part.end, rounded, row_scale,
+                                            stored.order, product.out);
         continue;
       }
 #endif

@@ -72,7 +72,8 @@ bool lay_out(const Packed& p, Stored& out);
 // x of n tokens as integers. Columns are padded with zeros to whole chunks.
 struct Integers {
   int64_t n, c, chunks;
-  Lines<int8_t> planes;         // with VBMI: [n, chunks, 3, 64], x = p0 + 2^8 p1 + 2^16 p2
+  Lines<int8_t> planes;  // with VBMI: [n, chunks / 2, 3, 128], x = p0 + 2^8 p1 + 2^16 p2, columns as the
+                         // codes of a packed row come out; in lines [n, chunks, 3, 64], as they are
   std::vector<int16_t> digits;  // elsewhere: [n, 2, chunks, 64], x = d0 + 2^12 d1
   std::vector<int64_t> sums;    // [n] of the integers
   std::vector<double> steps;    // [n] their unit; NaN if x is not finite
@@ -81,8 +82,9 @@ struct Integers {
 // x [n, c] times in_scale [c] unless it is null, as floats.
 std::vector<float> to_floats(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, int64_t c);
 
-// x [n, c], each token cut into `parts` lines of equal length with one unit: n becomes n * parts.
-Integers to_integers(const float* x, int64_t n, int64_t c, int parts = 1);
+// x [n, c] for packed rows; or, each token cut into `lines` lines of equal length with one unit (n
+// becomes n * lines), for tables.
+Integers to_integers(const float* x, int64_t n, int64_t c, int lines = 0);
 
 struct Output {
   void* data;  // [n, r]
