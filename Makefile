@@ -9,7 +9,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
 	$(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test format clean
+.PHONY: demo test format fuzz clean
 demo: .venv/demo
 	$(BIN)/skimlm demo
 
@@ -52,3 +52,11 @@ clean:
 	$(PIP) "$$(ls build/dist/*.whl)[test]"
 	$(PIP) --force-reinstall --no-deps build/dist/*.whl
 	touch $@
+
+# 10,000 malformed calls for each instruction set, under AddressSanitizer and UBSan; some minutes
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+fuzz: .venv/test
+	cmake -S . -B build/fuzz -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS="$(SANITIZE)"
+	cmake --build build/fuzz
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests $(BIN)/python tests/fuzz.py build/fuzz

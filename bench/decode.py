@@ -4,8 +4,8 @@
 
 Each model runs in a process of its own, through transformers' `generate`, greedy, the median of
 `--repeats` runs of 128 new tokens after a prompt of 32. "above imports": most memory held at once
-less what the imports took, over the bytes of the model's folder. Then where a token's time goes,
-and how long torch takes for the same products with bfloat16 weights.
+less what the imports and the tokenizer took, over the bytes of the model's safetensors. Then where
+a token's time goes, and how long torch takes for the same products with bfloat16 weights.
 """
 
 import argparse
@@ -35,11 +35,13 @@ def run(model, repeats, parts):
     import torch
     import transformers.generation  # noqa: F401  so that it counts as an import
     import transformers.models.llama.modeling_llama  # noqa: F401
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import skimlm  # noqa: F401
     from skimlm import checkpoint, decode, linear, native
 
+    if Path(model).is_dir():
+        AutoTokenizer.from_pretrained(model)
     before = rss()
     if Path(model).is_dir():
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
@@ -131,12 +133,13 @@ def main():
     args = parser.parse_args()
     if args.one:
         return run(args.one, args.repeats, args.parts)
-    from skimlm import checkpoint, demo
+    from skimlm import demo
 
     small = child(args.model, args.repeats, parts=True)
     dense = child(args.dense or demo.model_file(), args.repeats)
     print(f"kernels {small['kernels']}, {small['threads']} threads\n")
-    rate = line("compressed", small, checkpoint.folder_bytes(args.model))
+    nbytes = sum(f.stat().st_size for f in Path(args.model).glob("*.safetensors"))
+    rate = line("compressed", small, nbytes)
     base = line("bfloat16, transformers", dense)
     for file in args.gguf:
         command = [args.llama_bench, "-m", file, "-t", str(small["threads"]), "-o", "json"]

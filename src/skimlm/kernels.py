@@ -1,13 +1,14 @@
 """The operations of a compressed linear: a readable torch version, and the native one beside it.
 
     dequantize_packed   the stored buffers (see `weights/pack.py`) as a matrix
-    linear_packed       x W^T + bias straight from the stored buffers: the weights are read once, as
-                        they are stored. Few tokens at a time are bound by that reading; from
-                        `FEW_TOKENS` on de-quantizing once and the platform's product are faster.
+    linear_packed       x W^T + bias straight from the stored buffers: they are read once
 
-Native code does it on the CPU for float32 and bfloat16; elsewhere, and as its oracle, torch: for
-every width in use, cut the rows' bytes into codes, look the codes up, scale the rows, and put them
-back in the model's row order. `torch.ops.skimlm.linear` is the same for `torch.compile`.
+Native code does it on the CPU for float32 and bfloat16: one token in integers, exactly; several in
+bfloat16 pieces, weights being turned into bfloat16 in cache; many on torch's product, a tile of
+de-quantized rows at a time, where the processor has no instructions for that or has AMX units,
+which torch knows how to use. Elsewhere, and as its oracle, torch: for every width in use, cut the
+rows' bytes into codes, look the codes up, scale the rows, and put them back in the model's order.
+`torch.ops.skimlm.linear` is the same for `torch.compile`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from skimlm import native
 from skimlm.weights.pack import check_sizes, stored_groups, unpack_codes
 
 CHUNK = 2**22  # codes turned into float32 at a time: bounds the temporaries to about 60 MB
-FEW_TOKENS = 32
+FEW_TOKENS = 32  # from here on torch's product, unless `native.many`
 TILE = 2**21  # weights de-quantized at a time for many tokens
 NATIVE = (torch.float32, torch.bfloat16)
 # as they are stored: weight, widths, codebook, row_scale, row_zero, in_scale
@@ -44,14 +45,13 @@ def dequantize_packed(
     The sizes of the buffers are checked at every call, since native code would read past the end of
     one that is too short; their values are checked when a model is loaded. Raises FormatError.
     """
+    buffers = (weight, widths, codebook, row_scale, row_zero, in_scale)
+    _check_devices(*buffers)
+    check_sizes(_present(*buffers), len(widths), cols)
     if weight.device.type != "cpu" or dtype not in NATIVE:
-        return dequantize_reference(
-            weight, widths, codebook, row_scale, row_zero, in_scale, cols, dtype
-        )
-    stored = _present(weight, widths, codebook, row_scale, row_zero, in_scale)
-    check_sizes(stored, len(row_scale), cols)
+        return dequantize_reference(*buffers, cols, dtype)
     out = torch.empty(len(widths), cols, dtype=dtype)
-    _unpack(out, (weight, widths, codebook, row_scale, row_zero, in_scale), 0, None)
+    _unpack(out, buffers, 0, None)
     return out
 
 
@@ -75,16 +75,19 @@ def linear_packed(
 ) -> Tensor:
     """`x` [..., c] times the stored weight [r, c] transposed, plus `bias`: [..., r], dtype of `x`.
 
-    Sums are in float32, `exact` but for their order; else `x` is rounded to int8 per token and 128
-    columns (native only, few tokens). Raises FormatError if the buffers do not fit each other.
+    A single token is summed exactly, after rounding `x` to 2^-23 of its largest entry (not at all
+    for nearly all of a bfloat16 `x`); several in float32. Not `exact`: `x` is rounded to int8 per
+    token and 128 columns (native, few tokens). Raises FormatError if buffers do not fit each other.
     """
     cols, rows = x.shape[-1], len(widths)
     count = x.numel() // max(cols, 1)
     buffers = (weight, widths, codebook, row_scale, row_zero, in_scale)
     if x.device.type != "cpu" or x.dtype not in NATIVE or not count:
+        _check_devices(x, *buffers, bias)
         return F.linear(x, dequantize_packed(*buffers, cols, x.dtype), bias)
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
     if count >= FEW_TOKENS and not native.many(x.dtype):
+        _check_devices(x, *buffers, bias)
         check_sizes(_present(*buffers), rows, cols)
         _tiles(x.reshape(count, cols), buffers, bias, out.view(count, rows))
         return out
@@ -138,6 +141,8 @@ def table_packed(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
         raise ValueError(f"x must be float32 or bfloat16, got {x.dtype}")
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
     bf16, count = int(x.dtype == torch.bfloat16), x.numel() // max(cols, 1)
+    if not count:
+        return out
     native.call("table_matmul", x.contiguous(), bf16, codes, bits, scale, out, count, rows, cols)
     return out
 
@@ -187,6 +192,13 @@ def dequantize_reference(
             value = level * part["row_scale"][at].float().unsqueeze(1)
             out[index[at]] = (value if in_scale is None else value * in_scale.float()).to(dtype)
     return out
+
+
+def _check_devices(*tensors: Tensor | None) -> None:
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        found = ", ".join(f"{list(t.shape)} on {t.device}" for t in tensors if t is not None)
+        raise ValueError(f"all tensors must be on one device, got {found}")
 
 
 def _present(*buffers: Tensor | None) -> dict[str, Tensor]:

@@ -43,8 +43,9 @@ inline float to_value(int64_t total, int64_t zero, int64_t sum, float scale, dou
 void cut_any(int b, const uint8_t* row, uint8_t* code, int64_t c) {
 #if defined(__BMI2__)
   const uint64_t mask = 0x0101010101010101u * ((1u << b) - 1);
+  const uint8_t* end = row + (c * b + 7) / 8;
   int64_t j = 0;
-  for (; j + 16 <= c; j += 8, row += b) {  // reads 8 bytes: the last codes are left to cut_row
+  for (; j + 8 <= c && row + 8 <= end; j += 8, row += b) {  // reads 8 bytes, whatever b
     uint64_t word;
     std::memcpy(&word, row, 8);
     word = _pdep_u64(word, mask);

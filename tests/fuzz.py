@@ -1,0 +1,106 @@
+"""Random malformed calls into the native code, under a sanitizer: `make fuzz`.
+
+    python tests/fuzz.py FOLDER [CALLS]
+
+FOLDER holds native libraries built with -fsanitize=address,undefined. Each call takes the buffers
+of a valid linear or table and spoils something: a type, a length, a layout, a value of `widths`, a
+missing buffer. It must give a result of the right shape or a Python error that names a shape; the
+sanitizer ends the process at the first access out of bounds.
+"""
+
+import random
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from conftest import random_quantized
+from skimlm import native
+from skimlm.kernels import dequantize_packed, linear_packed, table_packed
+from skimlm.linear import quantize_table
+from skimlm.weights.pack import pack
+
+NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
+DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int64, torch.float32, torch.bfloat16)
+
+
+def spoil(tensor, choose):
+    """One way to make a tensor wrong, or right by luck."""
+    if tensor is None:
+        return torch.zeros(choose.randrange(3), dtype=choose.choice(DTYPES))
+    ways = [
+        lambda t: None,
+        lambda t: t[: choose.randrange(len(t) + 1)],
+        lambda t: torch.cat([t, t[: choose.randrange(1, len(t) + 1)]]) if len(t) else t,
+        lambda t: t.to(choose.choice(DTYPES)),
+        lambda t: t.repeat_interleave(2)[::2],
+        lambda t: t[None],
+        lambda t: t.new_empty(0),
+        lambda t: t.reshape(-1)[torch.randperm(t.numel())] if t.dim() == 1 else t.T,
+        lambda t: torch.randint(0, 256, t.shape).to(t.dtype),
+        lambda t: t.to("meta"),
+    ]
+    return choose.choice(ways)(tensor)
+
+
+def linear_call(choose):
+    rows, cols = choose.randint(1, 70), choose.choice([1, 7, 64, 65, 127, 128, 129, 300])
+    q = random_quantized(rows, cols, choose.randrange(9), in_scale=choose.random() < 0.3)
+    stored = [pack(q).get(name) for name in NAMES]
+    dtype = choose.choice([torch.float32, torch.bfloat16])
+    x = torch.randn(choose.choice([1, 2, 5, 33, 40]), cols).to(dtype)
+    bias = torch.randn(rows).to(dtype) if choose.random() < 0.3 else None
+    for _ in range(choose.choice([0, 1, 1, 2])):
+        at = choose.randrange(len(stored) + 2)
+        if at < len(stored):
+            stored[at] = spoil(stored[at], choose)
+        elif at == len(stored):
+            x = spoil(x, choose)
+        else:
+            bias = spoil(bias, choose)
+    if choose.random() < 0.2:
+        return dequantize_packed(*stored, cols, dtype).shape[-1] == cols
+    out = linear_packed(x, *stored, bias, exact=choose.random() < 0.7)
+    return out.shape[:-1] == x.shape[:-1]
+
+
+def table_call(choose):
+    rows, cols, bits = (
+        choose.randint(1, 50),
+        choose.choice([1, 7, 64, 65, 130]),
+        choose.choice([4, 8]),
+    )
+    codes, scale = quantize_table(torch.randn(rows, cols), bits)
+    x = torch.randn(choose.choice([1, 3]), cols).to(choose.choice([torch.float32, torch.bfloat16]))
+    spoiled = [x, codes, scale]
+    at = choose.randrange(4)
+    if at < 3:
+        spoiled[at] = spoil(spoiled[at], choose)
+    return table_packed(*spoiled, bits).shape[-1] == len(spoiled[2])
+
+
+def main():
+    folder, calls = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
+    native.__file__ = str(folder / "__init__.py")  # where the libraries are looked for
+    torch.set_num_threads(2)
+    done = {"right": 0, "refused": 0}
+    for isa in native.ISAS[: native._open("portable").skimlm_best_isa() + 1]:
+        library = native._open(isa)
+        native.library = lambda library=library: library
+        choose = random.Random(0)
+        torch.manual_seed(0)
+        for i in range(calls):
+            try:
+                right = (table_call if i % 5 == 0 else linear_call)(choose)
+                assert right, f"call {i} with {isa}: a result of the wrong shape"
+                done["right"] += 1
+            except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
+                text = str(error)
+                assert re.search(r"\d|missing|belong|NoneType|None", text), f"call {i}: {text}"
+                done["refused"] += 1
+    print(f"{calls} calls for each of {', '.join(native.ISAS)}: {done}")
+
+
+if __name__ == "__main__":
+    main()
