@@ -1,9 +1,9 @@
 // out = x W^T for a packed W and more than one token, with VBMI and BF16: rows become bfloat16 in cache,
 // once for all tokens, and are multiplied there by `vdpbf16ps`.
 //
-//   up to 32 lines of x   four rows at a time, times six lines: sums over columns in every lane
-//   more                  32 rows at a time, pairs of columns side by side, times twelve lines: a lane
-//                         per row, no sums across lanes, but turning rows into columns takes longer
+//   few lines of x   four rows at a time, times six lines: sums over columns in every lane
+//   more             32 rows at a time, pairs of columns side by side, times twelve lines: a lane per
+//                    row, no sums across lanes, but turning rows into columns takes longer
 //
 // Levels are integers of at most 8 bits and x is one bfloat16 piece, or three (their sum is x), so
 // products are exact in float: only the order of the additions differs from a float32 reference.
@@ -20,7 +20,9 @@ namespace {
 constexpr int ROWS = 32;             // of a panel: two registers hold two columns of it
 constexpr int64_t SPAN = 4096;       // columns of it: 256 KB, which stay in the second cache
 constexpr int LINES = 12;            // of x, times two registers: 24 sums
-constexpr int64_t FEW = 32;          // lines up to which four rows are taken
+constexpr int64_t FEW = 32;          // lines up to which four rows are taken,
+constexpr int64_t FEW_LONG = 96;     // if rows are long: what sums across lanes cost hardly counts
+constexpr int64_t LONG = 2048;       // columns
 constexpr int64_t FEW_SPAN = 1024;   // columns of them: 8 KB, and 12 KB of x, in the first cache
 constexpr int64_t FEW_ROW = FEW_SPAN + 32;
 constexpr int FEW_LINES = 6;         // times four rows: 24 sums
@@ -29,20 +31,28 @@ constexpr int FEW_LINES = 6;         // times four rows: 24 sums
 // multiple of 4 KB would put all of them into the same few places of the first cache.
 struct Pieces {
   int64_t n, pieces, stride;
-  Lines<uint16_t> x;        // [n, pieces, stride]
+  const uint16_t* x;        // [n, pieces, stride]
+  Lines<uint16_t> own;      // unless the caller's x will do
   std::vector<float> sums;  // [n], where rows of 6 bits and more need them
 };
 
 Pieces to_pieces(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, int64_t c,
                  bool sums, int threads) {
   const int64_t padded = (c + CHUNK - 1) / CHUNK * CHUNK;
-  Pieces out{n, bf16 && !in_scale ? 1 : 3, padded + 32, {}, {}};
-  out.x = Lines<uint16_t>(n * out.pieces * out.stride);
+  Pieces out{n, bf16 && !in_scale ? 1 : 3, padded + 32, nullptr, {}, {}};
+  const bool aligned = reinterpret_cast<uintptr_t>(x) % 64 == 0;
+  if (out.pieces == 1 && !sums && c == padded && c % 2048 && aligned) {
+    out.x = static_cast<const uint16_t*>(x);
+    out.stride = c;
+    return out;
+  }
+  out.own = Lines<uint16_t>(n * out.pieces * out.stride);
+  out.x = out.own.data();
   out.sums.assign(sums ? n : 0, 0.f);
   parallel_rows(n, 8, threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const char* token = static_cast<const char*>(x) + t * c * (bf16 ? 2 : 4);
-      uint16_t* to = &out.x[t * out.pieces * out.stride];
+      uint16_t* to = &out.own[t * out.pieces * out.stride];
       for (int64_t p = 0; p < out.pieces; ++p)
         std::fill(to + p * out.stride + c, to + p * out.stride + padded, uint16_t(0));
       if (out.pieces == 1) std::memcpy(to, token, c * 2);
@@ -275,7 +285,7 @@ void all_lines(const Times* times, int64_t most, const uint16_t* weights, int64_
 void rows_many(const Product& p, const Place* places, int64_t begin, int64_t count,
                const Controls* controls, const Pieces& x, uint16_t* scratch, float* sums) {
   const int64_t c = p.linear.c, chunks = (c + CHUNK - 1) / CHUNK;
-  const bool few = x.n * x.pieces <= FEW;
+  const bool few = x.n * x.pieces <= (c > LONG ? FEW_LONG : FEW);
   const int64_t span = (few ? FEW_SPAN : SPAN) / CHUNK;
   places += begin;
   for (int64_t first = 0; first < chunks; first += span) {
