@@ -192,6 +192,8 @@ def compress(model: str, out: Path, as_json: bool, **options: Any) -> None:
 @click.option("--text", type=FILE, help="Text, its characters as they are; default: built in.")
 @click.option("--seq-len", type=POSITIVE, default=2048, show_default=True)
 @click.option("--limit", type=POSITIVE, metavar="WINDOWS", help="Only the first windows.")
+@click.option("--tasks", help="Multiple-choice tasks, comma separated; without --text only these.")
+@click.option("--task-dir", type=click.Path(file_okay=False), help="Folder of TASK.jsonl files.")
 @REVISION
 @DEVICE
 @THREADS
@@ -201,20 +203,30 @@ def evaluate(
     text: str | None,
     seq_len: int,
     limit: int | None,
+    tasks: str | None,
+    task_dir: str | None,
     revision: str | None,
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure the perplexity of MODEL on a text."""
+    """Measure the perplexity of MODEL on a text, or its accuracy on tasks."""
+    if (tasks is None) != (task_dir is None):
+        raise click.UsageError("give --tasks and --task-dir together")
     from skimlm.evaluate import held_out_text, perplexity, read_text
-    from skimlm.report import peak_rss_bytes, perplexity_text, progress_bars
+    from skimlm.integrations.lm_eval import accuracy, read_task
+    from skimlm.report import evaluation_text, peak_rss_bytes, progress_bars
 
+    rows = {name: read_task(task_dir or "", name) for name in (tasks or "").split(",") if name}
     words, name = held_out_text() if text is None else (read_text(text), text)
     loaded, tokenizer = _load(model, device, revision)
-    with progress_bars() as progress:
-        result = perplexity(loaded, tokenizer, words, seq_len, limit, progress)
-    facts = {"model": model, "text": name, **result.to_json(), "peak_rss_bytes": peak_rss_bytes()}
-    _print(facts, perplexity_text, as_json)
+    facts: dict[str, Any] = {"model": model}
+    if text is not None or not rows:
+        with progress_bars() as progress:
+            result = perplexity(loaded, tokenizer, words, seq_len, limit, progress)
+        facts |= {"text": name, **result.to_json()}
+    if rows:
+        facts["tasks"] = accuracy(loaded, tokenizer, rows)
+    _print(facts | {"peak_rss_bytes": peak_rss_bytes()}, evaluation_text, as_json)
 
 
 @main.command()

@@ -146,19 +146,22 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else json.dumps(value)
 
 
-def perplexity_text(facts: Mapping[str, Any]) -> str:
+def evaluation_text(facts: Mapping[str, Any]) -> str:
     """Lay out what `eval` measured."""
-    return "\n".join(
-        [
+    lines = []
+    if "perplexity" in facts:
+        lines = [
             f"perplexity         {with_error(facts['perplexity'], facts['perplexity_stderr'])}",
             f"text               {facts['text']}, {facts['tokens']:,} tokens",
             f"windows            {facts['windows']} of {facts['seq_len']} tokens, not overlapping;"
             f" {facts['predicted_tokens']:,} tokens predicted",
             f"BOS                {facts['bos']}",
             f"tokens per second  {facts['tokens_per_second']:.0f}",
-            f"peak RSS           {facts['peak_rss_bytes'] / 1e6:,.0f} MB",
         ]
-    )
+    for name, task in facts.get("tasks", {}).items():
+        score = with_error(task["acc"], task["stderr"])
+        lines.append(f"{name:<18} accuracy {score}, {task['n']:,} rows")
+    return "\n".join([*lines, f"peak RSS           {facts['peak_rss_bytes'] / 1e6:,.0f} MB"])
 
 
 def with_error(value: float, stderr: float | None) -> str:
