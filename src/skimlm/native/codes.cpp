@@ -118,7 +118,6 @@ void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* c
       const int64_t nth = i - group[b].first, target = (stored ? i - begin : order[i]) * c;
       const uint8_t* row = packed + group[b].bytes + nth * ((c * b + 7) / 8);
       const int64_t level = group[b].levels + (b <= 5 ? nth << b : nth);
-      cut_row[b](row, code.data(), c);
       const float scale = from_bf16(row_scale[i]);
 #if defined(__AVX512F__)
       if (vbmi && b <= 5) {
@@ -127,6 +126,7 @@ void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* c
         continue;
       }
 #endif
+      cut_row[b](row, code.data(), c);
       float entry[32];
       if (b <= 5) {
         for (int m = 0; m < 1 << b; ++m) entry[m] = float(codebook[level + m]) * scale;

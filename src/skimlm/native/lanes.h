@@ -34,23 +34,22 @@ namespace {
 
 #define VBMI __attribute__((target("avx512vbmi,avx512vnni,avx512bf16")))
 
-// Byte k of lane i takes byte i * b + k of the chunk; field f of a lane starts at bit f * b.
+// Byte k of lane i takes byte i * b + k of the chunk; 16-bit fields begin at multiples of b bits.
 struct Controls {
-  __m512i spread, low, high, fields, copies;
+  __m512i spread, low, high, copies;
   __mmask64 bytes, entries;  // of a chunk, of a table
 };
 
 VBMI inline Controls controls(int b) {
-  alignas(64) uint8_t spread[64], fields[64], low[64], high[64], copies[64];
+  alignas(64) uint8_t spread[64], low[64], high[64], copies[64];
   for (int i = 0; i < 64; ++i) {
     spread[i] = uint8_t(i / 8 * b + i % 8);
-    fields[i] = uint8_t(i % 8 * b);
     low[i] = uint8_t(i % 8 / 2 * b);         // 16-bit fields: codes 0..3 of the lane,
     high[i] = uint8_t((4 + i % 8 / 2) * b);  // and 4..7
     copies[i] = uint8_t(i & ((1 << b) - 1));
   }
   return {_mm512_load_si512(spread), _mm512_load_si512(low), _mm512_load_si512(high),
-          _mm512_load_si512(fields), _mm512_load_si512(copies),
+          _mm512_load_si512(copies),
           b == 8 ? ~__mmask64(0) : (__mmask64(1) << 8 * b) - 1,
           b > 5 ? 0 : (__mmask64(1) << (1 << b)) - 1};
 }
