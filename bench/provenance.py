@@ -6,11 +6,11 @@ import platform
 import subprocess
 from pathlib import Path
 
+from skimlm import native
+
 
 def provenance():
     """One line for under a table; a commit with changes on top of it is marked so."""
-    from skimlm import native
-
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

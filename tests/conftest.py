@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import transformers
@@ -43,6 +45,15 @@ def isa(request, monkeypatch):
     library = native._open(request.param)
     monkeypatch.setattr(native, "library", lambda: library)
     return request.param
+
+
+def at_once(count, call):
+    """Run `call` on so many threads at the same time."""
+    workers = [threading.Thread(target=call) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
 
 
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **changes):

@@ -2,13 +2,12 @@
 
 import copy
 import gc
-import threading
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from conftest import quantized_linears, tiny_model
+from conftest import at_once, quantized_linears, tiny_model
 from skimlm import decode, native
 from skimlm.checkpoint import save
 from skimlm.weights.pack import dequantize
@@ -117,11 +116,7 @@ def test_several_threads_decode_at_once(pair):
             if not torch.equal(follow(model, 20)[0], want):
                 wrong.append(1)
 
-    workers = [threading.Thread(target=call) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(3, call)
     assert not wrong
 
 

@@ -4,12 +4,11 @@ import dataclasses
 import random
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
 
-from conftest import random_quantized
+from conftest import at_once, random_quantized
 from skimlm import kernels, native
 from skimlm.errors import FormatError
 from skimlm.kernels import linear_packed, linear_reference, table_packed
@@ -193,11 +192,7 @@ def test_calls_from_several_threads_at_once(pool):
             if not torch.equal(linear_packed(x, *stored, None), want):
                 wrong.append(1)
 
-    workers = [threading.Thread(target=call) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(4, call)
     assert not wrong
 
 

@@ -217,10 +217,12 @@ def evaluate(
     from skimlm.report import evaluation_text, peak_rss_bytes, progress_bars
 
     rows = {name: read_task(task_dir or "", name) for name in (tasks or "").split(",") if name}
-    words, name = held_out_text() if text is None else (read_text(text), text)
+    scored = text is not None or not rows
+    if scored:
+        words, name = held_out_text() if text is None else (read_text(text), text)
     loaded, tokenizer = _load(model, device, revision)
     facts: dict[str, Any] = {"model": model}
-    if text is not None or not rows:
+    if scored:
         with progress_bars() as progress:
             result = perplexity(loaded, tokenizer, words, seq_len, limit, progress)
         facts |= {"text": name, **result.to_json()}

@@ -32,6 +32,8 @@ from skimlm.linear import CompressedLinear
 # Bodies that do nothing but: blocks of norm, attention with rotation, norm and gated mlp, then a
 # norm. They differ in biases (qwen2), norms of heads (qwen3), q/k/v and gate/up in one (phi3).
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
+RECORDED = ("output_attentions", "output_hidden_states")
+SIZED = ("weight", "codebook", "row_zero")
 ROOM = 256  # tokens a cache is given ahead, at least
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 
@@ -168,9 +170,6 @@ class _OneToken:
             position_ids = torch.tensor([[length]])
         hidden = _one_token(body, plan, x, position_ids, past_key_values, length)
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
-
-
-RECORDED = ("output_attentions", "output_hidden_states")
 
 
 def _length(cache: Any) -> int:
@@ -342,6 +341,3 @@ def _make(model: Any) -> _Plan | None:
     )
     hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
     return _Plan(weights, [w.data_ptr() for w in weights], hooks, body, kept)
-
-
-SIZED = ("weight", "codebook", "row_zero")

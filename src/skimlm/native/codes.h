@@ -28,6 +28,14 @@ inline float from_fp16(uint16_t x) {
   return x & 0x8000 ? -magnitude : magnitude;
 }
 
+// n numbers as floats.
+inline void to_float(const void* x, bool bf16, int64_t n, float* out) {
+  if (bf16)
+    for (int64_t j = 0; j < n; ++j) out[j] = from_bf16(static_cast<const uint16_t*>(x)[j]);
+  else
+    std::memcpy(out, x, n * sizeof(float));
+}
+
 // Codes of one row: eight of them are B whole bytes, read as one little-endian word.
 template <int B>
 void cut(const uint8_t* row, uint8_t* code, int64_t c) {

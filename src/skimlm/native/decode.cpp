@@ -36,13 +36,6 @@ namespace {
 inline float value(float x) { return x; }
 inline float value(uint16_t x) { return from_bf16(x); }
 
-void to_float(const void* x, bool bf16, int64_t n, float* out) {
-  if (bf16)
-    for (int64_t j = 0; j < n; ++j) out[j] = from_bf16(static_cast<const uint16_t*>(x)[j]);
-  else
-    std::memcpy(out, x, n * sizeof(float));
-}
-
 void from_float(const float* x, bool bf16, int64_t n, void* out) {
   if (bf16)
     for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = to_bf16(x[j]);
@@ -203,8 +196,6 @@ void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, O
   rms_norm(state, m.width, b.mlp_norm, m.bf16, m.eps, own.weight, normed);
   times(b.mlp, b.mlp_count, normed, own, shared.gate_up.data(), team.size, next[3]);
   team.wait();
-  own.normed.resize(std::max(inner, m.width));
-  normed = own.normed.data();
   const float *gate = shared.gate_up.data(), *up = gate + inner;
   for (int64_t j = 0; j < inner; ++j) {  // x / (1 + e^-x), with the exponential of what is negative
     const float e = exp_negative(-std::fabs(gate[j]));
@@ -256,7 +247,7 @@ int skimlm_decode(const SkimlmBody* m, const void* x, const void* cos, const voi
   run_team(threads, [&](Team& team, int thread) {
     Own own;
     own.state.resize(m->width);
-    own.normed.resize(m->width);
+    own.normed.resize(std::max(inner, m->width));
     own.turn.resize(2 * rotary);
     to_float(x, m->bf16, m->width, own.state.data());
     to_float(cos, m->bf16, rotary, own.turn.data());

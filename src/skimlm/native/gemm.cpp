@@ -27,8 +27,8 @@ constexpr int64_t FEW_SPAN = 1024;   // columns of them: 8 KB, and 12 KB of x, i
 constexpr int64_t FEW_ROW = FEW_SPAN + 32;
 constexpr int FEW_LINES = 6;         // times four rows: 24 sums
 
-// x as bfloat16, one line per token and piece. Lines are an odd number of cache lines apart: a
-// multiple of 4 KB would put all of them into the same few places of the first cache.
+// x as bfloat16, one line per token and piece. Lines are not a multiple of 4 KB apart, which would put
+// all of them into the same few places of the first cache.
 struct Pieces {
   int64_t n, pieces, stride;
   const uint16_t* x;        // [n, pieces, stride]
@@ -85,8 +85,8 @@ struct Row {
   int width;
 };
 
-// 64 codes of a row as bfloat16: levels, or codes minus half their range. 16-bit lane 4 i + q of the first register
-// holds column 8 i + q, of the second 8 i + 4 + q.
+// 64 codes of a row as bfloat16: levels, or codes minus half their range. 16-bit lane 4 i + q of the
+// first register holds column 8 i + q, of the second 8 i + 4 + q.
 VBMI inline void bf16_chunk(const Row& row, __mmask64 mask, __m512i table, __m512i* low,
                             __m512i* high) {
   const Controls& c = *row.controls;

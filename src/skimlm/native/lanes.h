@@ -11,6 +11,9 @@
 #endif
 
 constexpr int64_t CHUNK = 64;  // codes
+constexpr int PLANES = 3;      // of x as integers, a byte each (product.h)
+// Rows follow each other in memory, but the processor's own prefetcher stops at every page.
+constexpr int64_t AHEAD = 8192;
 
 namespace {
 
@@ -65,10 +68,13 @@ VBMI inline __m512i load_chunk(const uint8_t* at, __mmask64 mask) {
   return _mm512_maskz_loadu_epi8(mask, at);
 }
 
+inline __mmask64 first_bytes(int64_t n) {
+  return n >= 64 ? ~__mmask64(0) : n <= 0 ? 0 : (__mmask64(1) << n) - 1;
+}
+
 // Of the last chunk of a row of `stride` bytes.
 inline __mmask64 last_mask(int64_t stride, int64_t chunks, int b) {
-  const int64_t left = stride - (chunks - 1) * 8 * b;
-  return left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+  return first_bytes(stride - (chunks - 1) * 8 * b);
 }
 
 // A table of 2^b bytes, copied until it fills the register.
@@ -96,6 +102,22 @@ VBMI inline void add_lanes(__m512i v, int32_t* to) {
       _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                    _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+
+// The sums of R rows over their lanes and planes.
+template <int R>
+VBMI inline __attribute__((always_inline)) void add_planes(const __m512i (&sum)[R][PLANES],
+                                                           int64_t (&total)[R]) {
+  int32_t plane[PLANES][R];
+#pragma GCC unroll 3
+  for (int p = 0; p < PLANES; ++p) {
+    if constexpr (R == 4)
+      add_lanes(quarters(sum[0][p], sum[1][p], sum[2][p], sum[3][p]), plane[p]);
+    else
+      plane[p][0] = _mm512_reduce_add_epi32(sum[0][p]);
+  }
+  for (int r = 0; r < R; ++r)
+    total[r] = int64_t(plane[2][r]) * 65536 + int64_t(plane[1][r]) * 256 + int64_t(plane[0][r]);
 }
 
 }  // namespace

@@ -15,12 +15,9 @@
 
 namespace {
 
-constexpr int64_t WORK = 1 << 14;  // bytes of packed rows that one turn of a thread takes, at least
-constexpr int64_t PER_THREAD = 1 << 16;
-constexpr int64_t TURNS = 4;        // of each thread, where there is more
-constexpr int64_t MANY = 2;         // tokens from which rows are turned into bfloat16 (gemm.cpp)
+constexpr int64_t PER_THREAD = 1 << 16;  // bytes
+constexpr int64_t MANY = 2;              // tokens from which rows are turned into bfloat16 (gemm.cpp)
 constexpr int64_t LONGEST = 1 << 16;  // columns whose sums of bytes fit 32 bits
-constexpr int64_t PLANES = 3;
 constexpr int64_t PAIR = 2 * CHUNK;
 
 // Of 128 columns, the one in a byte of the first or second half of x; see the AVX-512 part for why.
@@ -33,10 +30,6 @@ struct Rounded {
   std::vector<float> scales;  // [n, pairs]
   std::vector<float> sums;    // [n]: sum of the rounded x
 };
-
-inline float to_value(int64_t total, int64_t zero, int64_t sum, float scale, double step) {
-  return float(double(total - zero * sum) * (double(scale) * step));
-}
 
 // ---- any processor: a row becomes integers, then one dot product per token
 
@@ -129,13 +122,6 @@ void rounded_any(const Group& g, int64_t begin, int64_t end, const Rounded& x,
 // what stands above a code does not matter. x stands in the order in which the codes come out.
 
 #if defined(__AVX512F__)
-// Rows follow each other in memory, but the processor's own prefetcher stops at every page.
-constexpr int64_t AHEAD = 8192;
-
-VBMI inline __mmask64 first_bytes(int64_t n) {
-  return n >= 64 ? ~__mmask64(0) : n <= 0 ? 0 : (__mmask64(1) << n) - 1;
-}
-
 // R rows of width B: their tables (levels plus 128 up to 5 bits) and how to cut codes out of bytes.
 template <int B, int R>
 struct Rows {
@@ -240,20 +226,12 @@ VBMI void block_exact(const Group& g, int64_t i, const Integers& x, int64_t toke
   const int8_t* xs = &x.planes[token * pairs * PLANES * PAIR];
   exact_pairs<B, R, false>(rows, 0, full, xs, sum);
   exact_pairs<B, R, true>(rows, full, pairs, xs, sum);
-  int32_t total[PLANES][R];
-#pragma GCC unroll 3
-  for (int p = 0; p < PLANES; ++p) {
-    if constexpr (R == 4)
-      add_lanes(quarters(sum[0][p], sum[1][p], sum[2][p], sum[3][p]), total[p]);
-    else
-      total[p][0] = _mm512_reduce_add_epi32(sum[0][p]);
-  }
+  int64_t total[R];
+  add_planes<R>(sum, total);
   for (int r = 0; r < R; ++r) {
-    const int64_t all =
-        int64_t(total[2][r]) * 65536 + int64_t(total[1][r]) * 256 + int64_t(total[0][r]);
     const float scale = from_bf16(row_scale[g.first + i + r]);
     out.put(token, order[g.first + i + r],
-            to_value(all, rows.zero(g, i + r), x.sums[token], scale, x.steps[token]));
+            to_value(total[r], rows.zero(g, i + r), x.sums[token], scale, x.steps[token]));
   }
 }
 
@@ -428,12 +406,7 @@ bool lay_out(const Packed& p, Stored& out) {
 std::vector<float> to_floats(const void* x, bool bf16, const uint16_t* in_scale, int64_t n,
                              int64_t c) {
   std::vector<float> out(n * c);
-  if (bf16) {
-    const uint16_t* from = static_cast<const uint16_t*>(x);
-    for (int64_t j = 0; j < n * c; ++j) out[j] = from_bf16(from[j]);
-  } else {
-    std::memcpy(out.data(), x, n * c * sizeof(float));
-  }
+  to_float(x, bf16, n * c, out.data());
   if (in_scale)
     for (int64_t j = 0; j < c; ++j) {
       const float scale = from_fp16(in_scale[j]);

@@ -14,6 +14,8 @@
 #include "codes.h"
 
 constexpr int64_t MAX_B = 8;
+constexpr int64_t WORK = 1 << 14;  // bytes of weights that one turn of a thread takes, at least
+constexpr int64_t TURNS = 4;       // of each thread, where there is more
 
 // Numbers that begin on a cache line, not initialised: a load of 64 bytes then touches one line.
 template <class T>
@@ -85,6 +87,11 @@ std::vector<float> to_floats(const void* x, bool bf16, const uint16_t* in_scale,
 // x [n, c] for packed rows; or, each token cut into `lines` lines of equal length with one unit (n
 // becomes n * lines), for tables.
 Integers to_integers(const float* x, int64_t n, int64_t c, int lines = 0);
+
+// What a sum of integers is worth: less the zero point times the sum of x, in units.
+inline float to_value(int64_t total, int64_t zero, int64_t sum, float scale, double step) {
+  return float(double(total - zero * sum) * (double(scale) * step));
+}
 
 struct Output {
   void* data;  // [n, r]

@@ -10,10 +10,6 @@
 
 namespace {
 
-constexpr int64_t WORK = 1 << 14;  // bytes of the table that one turn of a thread takes, at least
-constexpr int64_t TURNS = 4;
-constexpr int64_t AHEAD = 8192;
-
 struct Table {
   const uint8_t* codes;
   int64_t bits, bytes, r;  // bytes of a row
@@ -36,17 +32,16 @@ int64_t dot(const Table& table, const uint8_t* row, const int16_t* digit, int64_
 }
 
 #if defined(__AVX512F__)
-// The sums of rows i.. of R, for one token: [plane][row].
+// The sums of rows i.. of R, for one token.
 template <int R, int BITS>
 VBMI void planes(const Table& table, int64_t i, const int8_t* x, int64_t half,
-                 int32_t (&total)[3][R]) {
-  __m512i sum[R][3];
+                 int64_t (&total)[R]) {
+  __m512i sum[R][PLANES];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_si512();
   const uint8_t* at = table.codes + i * table.bytes;
-  for (int64_t j = 0; j < table.bytes; j += CHUNK, x += 3 * CHUNK) {
-    const int64_t left = table.bytes - j;
-    const __mmask64 mask = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+  for (int64_t j = 0; j < table.bytes; j += CHUNK, x += PLANES * CHUNK) {
+    const __mmask64 mask = first_bytes(table.bytes - j);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
       _mm_prefetch(reinterpret_cast<const char*>(at) + AHEAD + j * R + r * CHUNK, _MM_HINT_T0);
@@ -55,44 +50,36 @@ VBMI void planes(const Table& table, int64_t i, const int8_t* x, int64_t half,
       const __m512i bytes = _mm512_maskz_loadu_epi8(mask, at + r * table.bytes + j);
       if constexpr (BITS == 8) {
         const __m512i code = _mm512_xor_si512(bytes, _mm512_set1_epi8(char(128)));
-        for (int p = 0; p < 3; ++p)
+        for (int p = 0; p < PLANES; ++p)
           add_dot(sum[r][p], code, _mm512_loadu_si512(x + p * CHUNK));
       } else {
         const __m512i nibble = _mm512_set1_epi8(15);
         const __m512i even = _mm512_and_si512(bytes, nibble);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-        for (int p = 0; p < 3; ++p) {
+        for (int p = 0; p < PLANES; ++p) {
           add_dot(sum[r][p], even, _mm512_loadu_si512(x + p * CHUNK));
           add_dot(sum[r][p], odd, _mm512_loadu_si512(x + half + p * CHUNK));
         }
       }
     }
   }
-#pragma GCC unroll 3
-  for (int p = 0; p < 3; ++p) {
-    if constexpr (R == 4)
-      add_lanes(quarters(sum[0][p], sum[1][p], sum[2][p], sum[3][p]), total[p]);
-    else
-      total[p][0] = _mm512_reduce_add_epi32(sum[0][p]);
-  }
+  add_planes<R>(sum, total);
 }
 
 template <int R>
 VBMI void rows_vbmi(const Table& table, int64_t i, const Integers& x, int halves,
                     const Output& out) {
-  const int64_t half = x.chunks * 3 * CHUNK;  // x of a token is `halves` lines of this length
+  const int64_t half = x.chunks * PLANES * CHUNK;  // x of a token is `halves` lines of this length
   const int64_t offset = table.bits == 8 ? 128 : 8;
   for (int64_t t = 0; t < x.n / halves; ++t) {
-    int32_t total[3][R];
+    int64_t total[R];
     (table.bits == 8 ? planes<R, 8> : planes<R, 4>)(table, i, &x.planes[t * halves * half], half,
                                                     total);
     int64_t sum = 0;
     for (int h = 0; h < halves; ++h) sum += x.sums[t * halves + h];
-    for (int r = 0; r < R; ++r) {
-      const int64_t all = int64_t(total[2][r]) * 65536 + int64_t(total[1][r]) * 256 + total[0][r];
-      out.put(t, i + r, float(double(all - offset * sum) *
-                              (double(from_bf16(table.scale[i + r])) * x.steps[t * halves])));
-    }
+    for (int r = 0; r < R; ++r)
+      out.put(t, i + r, to_value(total[r], offset, sum, from_bf16(table.scale[i + r]),
+                                 x.steps[t * halves]));
   }
 }
 #endif
@@ -128,11 +115,12 @@ void skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, in
       for (int64_t t = 0; t < n; ++t) {
         const int16_t* digit = &integers.digits[t * halves * 2 * padded];
         const uint8_t* row = codes + i * table.bytes;
-        int64_t all = dot(table, row, digit, 2 * padded) +
-                      dot(table, row, digit + padded, 2 * padded) * 4096;
-        for (int h = 0; h < halves; ++h) all -= (bits == 8 ? 0 : 8) * integers.sums[t * halves + h];
-        output.put(t, i, float(double(all) *
-                               (double(from_bf16(scale[i])) * integers.steps[t * halves])));
+        const int64_t total = dot(table, row, digit, 2 * padded) +
+                              dot(table, row, digit + padded, 2 * padded) * 4096;
+        int64_t sum = 0;
+        for (int h = 0; h < halves; ++h) sum += integers.sums[t * halves + h];
+        output.put(t, i, to_value(total, bits == 8 ? 0 : 8, sum, from_bf16(scale[i]),
+                                  integers.steps[t * halves]));
       }
   });
 }
