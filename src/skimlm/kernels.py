@@ -9,10 +9,13 @@ de-quantized rows at a time, where the processor has no instructions for that or
 which torch knows how to use. Elsewhere, and as its oracle, torch: for every width in use, cut the
 rows' bytes into codes, look the codes up, scale the rows, and put them back in the model's order.
 `torch.ops.skimlm.linear` is the same for `torch.compile`.
+
+Sparse rows and grids (`Parts`) run on torch, in `linear_parts`; an adapter is a product of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import torch
@@ -20,7 +23,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skimlm import native
-from skimlm.weights.pack import check_sizes, stored_groups, unpack_codes
+from skimlm.weights.pack import (
+    PLAIN,
+    Parts,
+    check_sizes,
+    factor_values,
+    spread,
+    stored_groups,
+    unpack_codes,
+    unpack_nibbles,
+    unpack_positions,
+)
 
 CHUNK = 2**22  # codes turned into float32 at a time: bounds the temporaries to about 60 MB
 FEW_TOKENS = 32  # from here on torch's product, unless `native.many`
@@ -125,10 +138,8 @@ def linear_reference(
     bias: Tensor | None,
 ) -> Tensor:
     """The same in torch: de-quantized to float32, multiplied in float32, rounded at the end."""
-    buffers = (weight, widths, codebook, row_scale, row_zero, in_scale)
-    dense = dequantize_reference(*buffers, x.shape[-1], torch.float32)
-    out = F.linear(x.float(), dense).to(x.dtype)
-    return out if bias is None else out + bias
+    stored = _present(weight, widths, codebook, row_scale, row_zero, in_scale)
+    return parts_reference(x, stored, PLAIN, bias)
 
 
 def table_packed(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -180,18 +191,69 @@ def dequantize_reference(
 ) -> Tensor:
     """The same in torch, on any device."""
     stored = _present(weight, widths, codebook, row_scale, row_zero, in_scale)
-    out = torch.empty(len(widths), cols, dtype=dtype, device=weight.device)
+    return dequantize_stored(stored, cols, PLAIN, dtype)
+
+
+def dequantize_stored(
+    stored: Mapping[str, Tensor], cols: int, parts: Parts, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weight [r, c] in stored tensors of any kind, without its adapter; 0 where pruned."""
+    out = torch.empty(len(stored["widths"]), cols, dtype=dtype, device=stored["weight"].device)
+    in_scale = stored.get("in_scale")
     step = max(1, CHUNK // cols)
-    for width, index, part in stored_groups(stored, cols):
+    for width, index, part in stored_groups(stored, cols, parts):
         for at in (slice(i, i + step) for i in range(0, len(index), step)):
-            codes = unpack_codes(part["weight"][at], width, cols)
+            codes = unpack_codes(part["weight"][at], width, parts.codes(cols))
             if "codebook" in part:
                 level = part["codebook"][at].float().gather(1, codes.long())
-            else:
+            elif "row_zero" in part:
                 level = codes.float() - part["row_zero"][at].float().unsqueeze(1)
-            value = level * part["row_scale"][at].float().unsqueeze(1)
+            else:
+                level = codes.float() - 2 ** (width - 1)
+            if parts.sparsity is not None:
+                mask = unpack_positions(part["positions"][at], parts.sparsity, cols)
+                level = level.new_zeros(mask.shape).masked_scatter_(mask, level)
+            if parts.group is None:
+                scale = part["row_scale"][at].float().unsqueeze(1)
+            else:
+                scale = spread(part["row_scale"][at], parts.group, cols)
+            value = level * scale
             out[index[at]] = (value if in_scale is None else value * in_scale.float()).to(dtype)
     return out
+
+
+def adapter_stored(stored: Mapping[str, Tensor], rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """A [rank, c] and B [rank, r] of a stored adapter of 4 or 16 bits, float32."""
+    a, b = stored["lora_a"], stored["lora_b"]
+    if a.dtype == torch.uint8:
+        a, b = unpack_nibbles(a, cols), unpack_nibbles(b, rows)
+    return (
+        factor_values(a, stored.get("lora_a_scale")),
+        factor_values(b, stored.get("lora_b_scale")),
+    )
+
+
+def linear_parts(
+    x: Tensor, stored: Mapping[str, Tensor], parts: Parts, bias: Tensor | None
+) -> Tensor:
+    """`x` [..., c] times a stored sparse or grid weight transposed, plus `bias`; no adapter.
+
+    The place for native code for few tokens: this is torch's product with a de-quantized weight.
+    """
+    return F.linear(x, dequantize_stored(stored, x.shape[-1], parts, x.dtype), bias)
+
+
+def parts_reference(
+    x: Tensor, stored: Mapping[str, Tensor], parts: Parts, bias: Tensor | None
+) -> Tensor:
+    """x W^T + (x A^T) B + bias from stored tensors of any kind, in float32, rounded at the end."""
+    cols, rows = x.shape[-1], len(stored["widths"])
+    out = F.linear(x.float(), dequantize_stored(stored, cols, parts))
+    if parts.rank:
+        a, b = adapter_stored(stored, rows, cols)
+        out = out + F.linear(x.float(), a) @ b
+    out = out.to(x.dtype)
+    return out if bias is None else out + bias
 
 
 def _check_devices(*tensors: Tensor | None) -> None:

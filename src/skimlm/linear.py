@@ -20,8 +20,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from skimlm.kernels import FEW_TOKENS, NATIVE, dequantize_packed, linear_packed, table_packed
-from skimlm.weights.pack import QuantizedWeight, histogram, layout, pack
+from skimlm.kernels import (
+    FEW_TOKENS,
+    NATIVE,
+    adapter_stored,
+    dequantize_packed,
+    dequantize_stored,
+    linear_packed,
+    linear_parts,
+    table_packed,
+)
+from skimlm.weights.pack import (
+    PLAIN,
+    Parts,
+    QuantizedWeight,
+    histogram,
+    layout,
+    pack,
+    pack_nibbles,
+    unpack_nibbles,
+)
 
 ROWS = 4096  # table rows quantized at a time
 
@@ -48,9 +66,16 @@ class _Stored(nn.Module):
 
 
 class CompressedLinear(_Stored):
-    """A linear layer `[out_features, in_features]` kept in its packed form."""
+    """A linear layer `[out_features, in_features]` kept in its packed form.
 
-    stored = ("widths", "codebook", "row_scale", "row_zero", "in_scale")
+    y = x W^T + bias + (x A^T) B, the last term only with an adapter. To train it, set `adapter` to
+    float A [rank, in_features] and B [rank, out_features]: they replace the stored ones.
+    """
+
+    stored = (
+        *("widths", "codebook", "row_scale", "row_zero", "in_scale"),
+        *("positions", "lora_a", "lora_b", "lora_a_scale", "lora_b_scale"),
+    )
     weight: Tensor
     widths: Tensor
     codebook: Tensor | None
@@ -64,6 +89,7 @@ class CompressedLinear(_Stored):
         counts: Mapping[int, int],
         *,
         in_scale: bool = False,
+        parts: Parts = PLAIN,
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -71,10 +97,12 @@ class CompressedLinear(_Stored):
         """Make room for `counts[b]` rows of each width b; `dtype` is the bias's."""
         super().__init__()
         self.in_features, self.out_features = in_features, sum(counts.values())
-        self.counts = dict(counts)
+        self.counts, self.parts = dict(counts), parts
+        self.coded = parts.sparsity is not None or parts.group is not None  # unlike version 1
+        self.adapter: tuple[Tensor, Tensor] | None = None
         for name in self.stored:
             self.register_buffer(name, None)
-        for name, (kind, shape) in layout(counts, in_features, in_scale).items():
+        for name, (kind, shape) in layout(counts, in_features, in_scale, parts).items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
         room = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if room is None else nn.Parameter(room, requires_grad=False)
@@ -82,10 +110,9 @@ class CompressedLinear(_Stored):
     @classmethod
     def from_quantized(cls, q: QuantizedWeight, bias: Tensor | None = None) -> CompressedLinear:
         """Pack `q` into a layer; `bias` is kept as it is."""
-        cols = q.codes.shape[1]
-        layer = cls(
-            cols, histogram(q.widths), in_scale=q.in_scale is not None, bias=False, device="meta"
-        )
+        scaled, parts = q.in_scale is not None, Parts.of(q)
+        counts = histogram(q.widths)
+        layer = cls(q.shape[1], counts, in_scale=scaled, parts=parts, device="meta")
         for name, tensor in pack(q).items():
             layer.register_buffer(name, tensor)
         if bias is not None:
@@ -93,7 +120,16 @@ class CompressedLinear(_Stored):
         return layer
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight as an ordinary matrix `[out_features, in_features]`."""
+        """W + B^T A as an ordinary matrix `[out_features, in_features]`, rounded once."""
+        if not self.parts.rank:
+            return self._sparse_weight(dtype)
+        a, b = self.adapter_values()
+        return torch.addmm(self._sparse_weight(torch.float32), b.float().T, a.float()).to(dtype)
+
+    def _sparse_weight(self, dtype: torch.dtype) -> Tensor:
+        """W, the weight without its adapter."""
+        if self.coded:
+            return dequantize_stored(self._tensors(), self.in_features, self.parts, dtype)
         return dequantize_packed(
             self.weight,
             self.widths,
@@ -105,12 +141,34 @@ class CompressedLinear(_Stored):
             dtype,
         )
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """The stored tensors the layer has, by their last name."""
+        return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def adapter_values(self) -> tuple[Tensor, Tensor]:
+        """A `[rank, in_features]` and B `[rank, out_features]` as floats: `adapter`, or stored."""
+        if self.adapter is not None:
+            return self.adapter
+        return adapter_stored(self._tensors(), self.out_features, self.in_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [..., {self.in_features}], got {list(x.shape)}")
+        out = self.sparse_part(x)
+        return out + self.adapter_part(x) if self.parts.rank else out
+
+    def adapter_part(self, x: Tensor) -> Tensor:
+        """(x A^T) B, never merged into the weight."""
+        a, b = self.adapter_values()
+        return F.linear(x, a.to(x.dtype)) @ b.to(x.dtype)
+
+    def sparse_part(self, x: Tensor) -> Tensor:
+        """x W^T + bias."""
         if torch.is_grad_enabled() and x.requires_grad:
-            return F.linear(x, self.dequantize(x.dtype), self.bias)
+            return F.linear(x, self._sparse_weight(x.dtype), self.bias)
+        if self.coded:
+            return linear_parts(x, self._tensors(), self.parts, self.bias)
         # the operator costs some microseconds more than the function, and only a compiler needs it;
         # so does looking six buffers up through the module
         linear = torch.ops.skimlm.linear if torch.compiler.is_compiling() else linear_packed
@@ -132,7 +190,8 @@ class CompressedLinear(_Stored):
         return _dense_linear(self.dequantize(dtype), self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rows by width {self.counts}"
+        text = f"{self.in_features}, {self.out_features}, rows by width {self.counts}"
+        return ", ".join([text, *(f"{key}={value}" for key, value in self.parts.entry().items())])
 
 
 class _Table(_Stored):
@@ -257,7 +316,7 @@ def table_layout(rows: int, cols: int, bits: int) -> tuple[tuple[int, int], torc
 def table_values(codes: Tensor, scale: Tensor, cols: int, dtype: torch.dtype) -> Tensor:
     """De-quantize rows `[..., n]` with scales `[...]`: in float32, rounded once to `dtype`."""
     if codes.dtype == torch.uint8:
-        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :cols].to(torch.int8) - 8
+        codes = unpack_nibbles(codes, cols)
     return (codes.float() * scale.float().unsqueeze(-1)).to(dtype)
 
 
@@ -269,10 +328,7 @@ def quantize_table(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     parts = [_quantize_rows(rows.float(), bits) for rows in table.detach().split(ROWS)]
     codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
-    if bits == 8:
-        return codes, scale
-    nibbles = F.pad((codes + 8).to(torch.uint8), (0, codes.shape[1] % 2))
-    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scale
+    return codes if bits == 8 else pack_nibbles(codes), scale
 
 
 def _quantize_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -224,6 +224,9 @@ def pack_codes(codes: Tensor, width: int) -> Tensor:
 
 def unpack_codes(packed: Tensor, width: int, cols: int) -> Tensor:
     """Invert `pack_codes`: uint8 [n, row_bytes] to codes uint8 [n, cols]."""
+    if width in (1, 2, 4, 8):  # no code spans two bytes
+        shift = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+        return ((packed.unsqueeze(-1) >> shift) & (2**width - 1)).flatten(1)[:, :cols]
     start = torch.arange(cols, device=packed.device) * width
     # a code spans two bytes at most; the byte behind the last one is never used, only indexed
     wide = torch.nn.functional.pad(packed, (0, 1)).to(torch.int16)
@@ -257,8 +260,9 @@ def unpack_positions(packed: Tensor, sparsity: str, cols: int) -> Tensor:
     """Invert `pack_positions`: bool [n, cols]; the patterns 6 and 7 are read as 5."""
     if sparsity == "bitmap":
         return unpack_codes(packed, 1, cols).bool()
-    pattern = unpack_codes(packed, 3, cols // 4)
-    return PATTERNS.to(packed.device)[pattern.int()].flatten(1)
+    pattern = unpack_codes(packed, 3, cols // 4).int()
+    whole = PATTERNS.to(packed.device).view(torch.int32).flatten()  # four bools looked up at once
+    return whole[pattern].view(torch.bool)
 
 
 def spread(scale: Tensor, group: int, cols: int) -> Tensor:
