@@ -1,5 +1,7 @@
-"""FORMAT.md and the golden file: what version 1 wrote is read for ever, and written the same."""
+"""FORMAT.md and the golden files: what a version wrote is read for ever, and written the same."""
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -9,11 +11,22 @@ from safetensors.torch import load_file
 
 from conftest import random_quantized
 from skimlm.linear import CompressedLinear, quantize_table, table_values
-from skimlm.weights.pack import dequantize, histogram, pack, unpack
-from test_pack import equal, oracle_pack, raw
+from skimlm.weights.pack import (
+    Parts,
+    dequantize,
+    effective,
+    histogram,
+    layout,
+    pack,
+    row_bits,
+    shared_bits,
+    unpack,
+)
+from test_pack import equal, oracle_pack, oracle_read, raw, with_parts
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "data" / "golden-v1.safetensors"
+GOLDEN_2 = GOLDEN.with_name("golden-v2.safetensors")
 DTYPES = {
     "weight": torch.uint8,
     "widths": torch.uint8,
@@ -31,6 +44,13 @@ GOLDEN_VALUES = [
     -0.15693403780460358,
     -0.43421292304992676,
 ]
+# the linears of version 2's golden file, all [9, 12], and the sums of their weights
+GOLDEN_PARTS = {
+    "half": Parts("2:4", 6, 5, 2, 4),
+    "few": Parts("bitmap", 3, None, 1, 16),
+    "grid": Parts(group=12),
+}
+GOLDEN_SUMS = {"half": 244.91020441055298, "few": 4.403397656977177, "grid": -349.36803150177}
 GOLDEN_TABLE = torch.tensor([[1.0, -0.5, 0.25], [0.0, 0.0, 0.0], [-3.0, 2.0, 0.1]])
 
 
@@ -42,6 +62,16 @@ def golden_tensors() -> dict[str, torch.Tensor]:
         weight, scale = quantize_table(GOLDEN_TABLE, bits)
         tensors |= {f"table{bits}.weight": weight, f"table{bits}.scale": scale}
     return tensors
+
+
+def golden_linears() -> dict[str, torch.Tensor]:
+    """The same for version 2."""
+    q = random_quantized(9, 12, seed=7, in_scale=True)
+    return {
+        f"{name}.{tensor}": stored
+        for name, parts in GOLDEN_PARTS.items()
+        for tensor, stored in pack(with_parts(q, parts, seed=7)).items()
+    }
 
 
 def part(tensors, prefix):
@@ -61,6 +91,17 @@ def test_writing_again_gives_the_golden_bytes():
     stored = part(load_file(GOLDEN), "proj.")
     again = pack(unpack(stored, 9, 11))
     assert {k: raw(v) for k, v in again.items()} == {k: raw(v) for k, v in stored.items()}
+
+
+@pytest.mark.parametrize("name", GOLDEN_PARTS)
+def test_the_golden_file_of_version_2_reads_as_it_was_written(name):
+    stored, parts = part(load_file(GOLDEN_2), f"{name}."), GOLDEN_PARTS[name]
+    q = unpack(stored, 9, 12, parts)
+    weight, *factors = oracle_read(stored, 9, 12, parts.entry())
+    assert torch.equal(dequantize(q), weight)
+    assert not factors or all(map(torch.equal, factors, q.adapter.values()))
+    assert float(weight.double().sum()) == GOLDEN_SUMS[name]
+    assert {k: raw(v) for k, v in pack(q).items()} == {k: raw(v) for k, v in stored.items()}
 
 
 @pytest.mark.parametrize("bits, step", [(8, 1 / 127), (4, 1 / 7)])
@@ -88,17 +129,57 @@ def test_the_worked_example_of_format_md_is_true():
     assert equal(unpack(pack(q), 3, 3), q)
 
 
-def test_format_md_states_the_cost_of_a_row_as_the_code_counts_it():
-    from skimlm.weights.pack import row_bits
+def test_the_second_worked_example_of_format_md_is_true():
+    text = (ROOT / "FORMAT.md").read_text(encoding="utf-8").split("## A second worked")[1]
+    entry, stored_text, *matrices = re.findall(r"```\n(.*?)```", text, re.S)
+    entry = json.loads(f"{{{entry}}}")["proj"]
+    parts = Parts.read(entry, 8)
+    shapes = layout({int(b): n for b, n in entry["widths"].items()}, 8, False, parts)
+    stored = {}
+    for line in stored_text.splitlines():
+        name, *data = line.removeprefix("proj.").split()
+        raw_bytes = torch.tensor([int(byte, 16) for byte in data], dtype=torch.uint8)
+        dtype, shape = shapes[name]
+        stored[name] = raw_bytes.view(dtype).view(shape)
+    weight, whole = (
+        torch.tensor([[float(v) for v in line.split()] for line in matrix.splitlines()])
+        for matrix in matrices
+    )
+    q = unpack(stored, 2, 8, parts)
+    assert torch.equal(dequantize(q), weight) and torch.equal(effective(q), whole)
+    layer = CompressedLinear.from_quantized(q)
+    assert torch.equal(layer.dequantize(), whole)
+    assert torch.equal(layer(torch.eye(8)), whole.T)
+    assert {k: raw(v) for k, v in pack(q).items()} == {k: raw(v) for k, v in stored.items()}
 
-    text = (ROOT / "FORMAT.md").read_text(encoding="utf-8")
-    formula = re.search(r"One row costs (.*?) bits;", text)[1]
-    python = formula.replace("^", "**").replace("8*ceil(c*b/8)", "8 * -(-c * b // 8)")
+
+def formula(before: str, after: str, **values: int) -> int:
+    """What a formula of FORMAT.md between these words comes to."""
+    text = " ".join((ROOT / "FORMAT.md").read_text(encoding="utf-8").split())
+    python = text.split(before)[1].split(after)[0].replace("^", "**")
+    return eval(python, {"ceil": math.ceil, **values})
+
+
+def test_format_md_states_the_cost_of_a_row_as_the_code_counts_it():
     for b in range(1, 9):
-        assert eval(python, {"b": b, "c": 577}) == row_bits(b, 577)
+        assert formula("One row costs ", " bits;", b=b, c=577) == row_bits(b, 577)
+        parts = Parts("bitmap", 99, 128)
+        cost = formula("One row then costs ", " bits on a grid", b=b, c=577, n=99, p=73, g=128)
+        assert cost == row_bits(b, 577, parts)
+        sparse = formula("One row costs ", " bits;", b=b, c=99) + 8 * 73
+        assert sparse == row_bits(b, 577, Parts("bitmap", 99))
+
+
+def test_format_md_states_the_cost_of_an_adapter_as_the_code_counts_it():
+    sizes = dict(k=7, c=577, r=129)
+    cost = formula("The adapter adds ", " bits at 16", **sizes)
+    assert cost == shared_bits(129, 577, Parts(rank=7, adapter_bits=16))
+    cost = formula(" bits at 16, or ", " at 4.", **sizes)
+    assert cost == shared_bits(129, 577, Parts(rank=7, adapter_bits=4))
 
 
 if __name__ == "__main__":
     from safetensors.torch import save_file
 
     save_file(golden_tensors(), GOLDEN)
+    save_file(golden_linears(), GOLDEN_2)

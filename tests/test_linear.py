@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from conftest import random_quantized
+from skimlm.kernels import parts_reference
 from skimlm.linear import (
     CompressedEmbedding,
     CompressedHead,
@@ -14,7 +15,8 @@ from skimlm.linear import (
     quantize_table,
     table_values,
 )
-from skimlm.weights.pack import dequantize, pack, row_bits
+from skimlm.weights.pack import Parts, dequantize, effective, pack, row_bits
+from test_pack import PARTS, equal, parts_id, with_parts
 
 
 def table_layers(rows=50, cols=9, bits=8, dtype=torch.float32, **options):
@@ -33,6 +35,7 @@ def table_layers(rows=50, cols=9, bits=8, dtype=torch.float32, **options):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_forward_is_the_dense_layers(dtype, scaled, biased):
+    torch.manual_seed(0)
     q = random_quantized(31, 17, in_scale=scaled)
     bias = torch.randn(31, dtype=dtype) if biased else None
     x = torch.randn(2, 3, 17, dtype=dtype)
@@ -53,6 +56,70 @@ def test_gradients_flow_through_to_the_input():
     x = torch.randn(3, 17, requires_grad=True)
     CompressedLinear.from_quantized(q)(x).sum().backward()
     torch.testing.assert_close(x.grad, dequantize(q).sum(0).expand(3, 17))
+
+
+SOME_PARTS = [*PARTS[::7], PARTS[-1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parts", SOME_PARTS, ids=parts_id)
+def test_forward_with_parts_is_the_dense_layers(parts, dtype):
+    torch.manual_seed(0)
+    q = with_parts(random_quantized(9, 140, in_scale=True), parts)
+    bias, x = torch.randn(9, dtype=dtype), torch.randn(2, 3, 140, dtype=dtype)
+    layer = CompressedLinear.from_quantized(q, bias)
+    assert not parts.rank or layer.adapter_part(x).shape == (2, 3, 9)
+    want = x.double() @ effective(q).double().T + bias.double()
+    size = x.double().abs() @ effective(q).double().abs().T
+    for got in (layer(x), parts_reference(x, pack(q), parts, bias), layer.dense(dtype)(x)):
+        assert got.dtype == dtype and got.shape == (2, 3, 9)
+        error = (got.double() - want).abs() / (size.mean() + want.abs())
+        assert error.max() < 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer.dequantize(), effective(q))
+    assert (layer.in_features, layer.out_features) == (140, 9)
+
+
+def test_gradients_flow_through_every_part():
+    q = with_parts(random_quantized(9, 140, in_scale=True), Parts("2:4", 70, 33, 3, 4))
+    x = torch.randn(3, 140, requires_grad=True)
+    CompressedLinear.from_quantized(q)(x).sum().backward()
+    torch.testing.assert_close(x.grad, effective(q).sum(0).expand(3, 140), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sparse", [{}, dict(sparsity="2:4", kept=70), dict(group=33)])
+def test_an_adapter_can_be_trained_in_place_of_the_stored_one(sparse):
+    q = with_parts(random_quantized(9, 140), Parts(**sparse, rank=3, adapter_bits=4))
+    layer, x = CompressedLinear.from_quantized(q), torch.randn(5, 140)
+    a, b = torch.randn(3, 140, requires_grad=True), torch.randn(3, 9, requires_grad=True)
+    layer.adapter = a, b
+    out = layer(x)
+    torch.testing.assert_close(out, x @ (dequantize(q) + b.T @ a).T, rtol=1e-4, atol=1e-4)
+    (out * out.detach()).sum().backward()
+    torch.testing.assert_close(b.grad, (x @ a.T).T @ out.detach())
+    torch.testing.assert_close(a.grad, (out.detach() @ b.T).T @ x, rtol=1e-4, atol=1e-3)
+    assert not [p for p in layer.parameters() if p.requires_grad]
+    assert set(layer.state_dict()) == set(pack(q))
+
+
+@pytest.mark.parametrize("parts", SOME_PARTS, ids=parts_id)
+def test_parts_are_counted_kept_unrounded_and_come_back(parts):
+    q = with_parts(random_quantized(9, 140, in_scale=True), parts)
+    full = CompressedLinear.from_quantized(q).to(torch.float16)
+    stored = pack(q)
+    assert full.nbytes == sum(tensor.nbytes for tensor in stored.values())
+    assert all(torch.equal(full.get_buffer(name), t) for name, t in stored.items())
+    assert set(full.state_dict()) == set(stored)
+    empty = CompressedLinear(140, full.counts, in_scale=True, parts=parts)
+    empty.load_state_dict(full.state_dict())
+    assert equal(empty.dequantize(), full.dequantize())
+
+
+def test_a_layer_says_what_it_is_made_of():
+    q = with_parts(random_quantized(9, 140, widths=[4]), Parts("2:4", 70, 33, 3, 4))
+    assert repr(CompressedLinear.from_quantized(q)) == (
+        "CompressedLinear(140, 9, rows by width {4: 9}, sparsity=2:4, kept=70, group=33, rank=3, "
+        "adapter_bits=4)"
+    )
 
 
 @pytest.mark.parametrize("widths", [[1], [8], [2, 7]])

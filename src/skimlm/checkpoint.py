@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from skimlm import shards
 from skimlm.errors import FormatError, SkimError
 from skimlm.linear import quantize_table, table_layout
-from skimlm.weights.pack import QuantizedWeight, histogram, layout, pack
+from skimlm.weights.pack import PLAIN, Parts, QuantizedWeight, histogram, layout, pack
 
 METHOD = "skimlm"  # quant_method in config.json
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest; a folder without any of its parts says 1
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -340,10 +340,7 @@ def save(
     check_out(out, force)
     tensors = _tensors(model, quantized, embed_bits)
     entries = {
-        name: {
-            "widths": {str(b): n for b, n in histogram(q.widths).items()},
-            "in_scale": q.in_scale is not None,
-        }
+        name: _entry(histogram(q.widths), q.in_scale is not None, Parts.of(q))
         for name, q in quantized.items()
     }
     with shards.whole_folder(out) as folder:
@@ -376,16 +373,19 @@ def plan_bytes(
     *,
     names: Sequence[str] | None = None,
     in_scale: bool = True,
+    parts: Mapping[str, Parts] | None = None,
     bits: float = 1 / 3,
     provenance: Mapping[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> int:
     """Bytes OUT will have besides the tensors of the compressed linears.
 
-    Exact when `counts` gives every linear's width histogram and `in_scale`, `bits`, `provenance`
-    are what `save` will get; without `counts` an upper bound, at most some 300 bytes per linear
-    too high. `names` says which linears that is for, all by default.
+    Exact when `counts` gives every linear's width histogram and `in_scale`, `parts` (of the linears
+    that have any), `bits`, `provenance` are what `save` will get; without `counts` an upper bound,
+    at most some 300 bytes per linear too high. `names` says which linears that is for, all by
+    default.
     """
+    parts = parts or {}
     layers = linears(model)
     bound = counts is None
     if counts is None:
@@ -394,7 +394,9 @@ def plan_bytes(
     packed = {
         f"{name}.{part}": torch.empty(shape, dtype=dtype, device="meta")
         for name, count in counts.items()
-        for part, (dtype, shape) in layout(count, layers[name].in_features, in_scale).items()
+        for part, (dtype, shape) in layout(
+            count, layers[name].in_features, in_scale, parts.get(name, PLAIN)
+        ).items()
     }
     if bound:  # linears of narrow rows have a codebook too
         packed |= {
@@ -402,24 +404,30 @@ def plan_bytes(
                 32 * layers[name].out_features, dtype=torch.int8, device="meta"
             )
             for name in counts
+            if parts.get(name, PLAIN).group is None
         }
     entries = {
-        name: {
-            "widths": {str(b): layers[name].out_features for b in (range(1, 9) if bound else count)}
-            if bound
-            else {str(b): n for b, n in count.items()},
-            "in_scale": in_scale,
-        }
+        name: _entry(
+            dict.fromkeys(range(1, 9), layers[name].out_features) if bound else count,
+            in_scale,
+            parts.get(name, PLAIN),
+        )
         for name, count in counts.items()
     }
     tensors = _other_tensors(model, counts, embed_bits, _table_plan) | packed
     with tempfile.TemporaryDirectory() as folder:
         _write_texts(Path(folder), model, tokenizer, entries, embed_bits, bits, provenance)
         total = folder_bytes(folder)
-    parts = shards.split(tensors, max_shard_size)
-    total += sum(shards.file_bytes(part) for part in parts.values())
-    total += len((shards.index_text(parts) or "").encode())
+    files = shards.split(tensors, max_shard_size)
+    total += sum(shards.file_bytes(file) for file in files.values())
+    total += len((shards.index_text(files) or "").encode())
     return total - sum(tensor.nbytes for tensor in packed.values())
+
+
+def _entry(counts: Mapping[int, int], in_scale: bool, parts: Parts) -> dict[str, Any]:
+    """What config.json says of a linear; read back by `SkimlmConfig`."""
+    widths = {str(b): n for b, n in counts.items()}
+    return {"widths": widths, "in_scale": in_scale, **parts.entry()}
 
 
 def _tensors(
@@ -429,9 +437,9 @@ def _tensors(
     tensors = _other_tensors(model, quantized, embed_bits, quantize_table)
     for name, q in quantized.items():
         module = model.get_submodule(name)
-        if q.codes.shape != module.weight.shape:
+        if q.shape != module.weight.shape:
             raise SkimError(
-                f"{name}: quantized as {list(q.codes.shape)}, not {list(module.weight.shape)}"
+                f"{name}: quantized as {list(q.shape)}, not {list(module.weight.shape)}"
             )
         with _naming(name):
             tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).items()}
@@ -485,7 +493,9 @@ def _write_texts(
     config.architectures = [type(model).__name__]
     config.quantization_config = {
         "quant_method": METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": 2
+        if any(e.keys() - {"widths", "in_scale"} for e in linears.values())
+        else 1,
         "bits": bits,
         "embed_bits": embed_bits,
         "linears": dict(linears),

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skimlm import native
 from skimlm.linear import CompressedLinear
+from skimlm.weights.pack import PLAIN
 
 # Bodies that do nothing but: blocks of norm, attention with rotation, norm and gated mlp, then a
 # norm. They differ in biases (qwen2), norms of heads (qwen3), q/k/v and gate/up in one (phi3).
@@ -241,7 +242,8 @@ def _room(cache: DynamicCache, length: int) -> _Grown:
 def _parts(block: Any) -> tuple[list[Any], list[Any]] | None:
     """(q/k/v, o, gate/up, down) and (norm, q_norm, k_norm, mlp_norm), None where there is none.
 
-    None for a block that does not qualify: a linear left dense or scaled, another activation.
+    None for a block that does not qualify: a linear left dense, scaled, sparse, on a grid or with
+    an adapter, another activation.
     """
     attention, mlp = block.self_attn, block.mlp
     if hasattr(attention, "qkv_proj"):
@@ -252,7 +254,9 @@ def _parts(block: Any) -> tuple[list[Any], list[Any]] | None:
     linears = [*into, attention.o_proj, *gate_up, mlp.down_proj]
     if not isinstance(act, (nn.SiLU, SiLUActivation)):
         return None
-    if not all(type(m) is CompressedLinear and m.in_scale is None for m in linears):
+    if not all(type(m) is CompressedLinear for m in linears):
+        return None
+    if any(m.in_scale is not None or m.parts != PLAIN for m in linears):
         return None
     norms = [block.input_layernorm, getattr(attention, "q_norm", None)]
     norms += [getattr(attention, "k_norm", None), block.post_attention_layernorm]

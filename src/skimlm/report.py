@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def _describe(name: str, layer: CompressedLinear) -> dict[str, Any]:
         "nbytes": layer.nbytes,
         "widths": {str(width): count for width, count in layer.counts.items()},
         "in_scale": layer.in_scale is not None,
+        **asdict(layer.parts),
     }
 
 
@@ -119,11 +121,26 @@ def inspect_text(facts: Mapping[str, Any]) -> str:
             f"{layer['bits_per_weight']:.3f}",
             f"{layer['nbytes']:,}",
             " ".join(f"{b}:{n}" for b, n in layer["widths"].items())
-            + (" scaled" if layer["in_scale"] else ""),
+            + (" scaled" if layer["in_scale"] else "")
+            + _parts_text(layer),
         ]
         for layer in facts["linears"]
     ]
     return "\n".join(lines) + "\n" + table([header, *rows])
+
+
+def _parts_text(layer: Mapping[str, Any]) -> str:
+    """Sparsity, grid and adapter of a linear, such as ` 2:4 group 128 rank 64 of 4 bit`."""
+    text = ""
+    if layer["sparsity"]:
+        text += f" {layer['sparsity']}"
+    if layer["sparsity"] == "bitmap":
+        text += f" {layer['kept'] / layer['cols']:.0%}"
+    if layer["group"]:
+        text += f" group {layer['group']}"
+    if layer["rank"]:
+        text += f" rank {layer['rank']} of {layer['adapter_bits']} bit"
+    return text
 
 
 def facts_text(facts: Mapping[str, Any]) -> str:

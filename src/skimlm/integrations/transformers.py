@@ -1,8 +1,8 @@
 """The transformers plug-in: with `skimlm` imported, `from_pretrained` reads compressed folders.
 
-config.json's `quantization_config` names the method and gives every linear's width histogram, which
-fixes the size of every buffer. So the skeleton gets its compressed layers before a byte is loaded,
-transformers loads by name as usual, and `save_pretrained` writes the same buffers back.
+config.json's `quantization_config` names the method and gives every linear's width histogram and
+parts, which fix the size of every buffer. So the skeleton gets its compressed layers before a byte
+is loaded, transformers loads by name as usual, and `save_pretrained` writes the same buffers back.
 
 The files are checked before that: a tampered folder raises a FormatError naming file and tensor.
 """
@@ -24,7 +24,7 @@ from skimlm.decode import fuse
 from skimlm.errors import FormatError
 from skimlm.linear import CompressedEmbedding, CompressedHead, CompressedLinear
 from skimlm.shards import DTYPES, read_header
-from skimlm.weights.pack import MAX_WIDTH, check_stored, histogram
+from skimlm.weights.pack import MAX_WIDTH, PLAIN, Parts, check_stored, histogram
 
 CONFIG = "config.json"
 
@@ -35,7 +35,7 @@ class SkimlmConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = 1,
         bits: float = 0.0,
         embed_bits: int = 16,
         linears: dict[str, dict[str, Any]] | None = None,
@@ -47,9 +47,9 @@ class SkimlmConfig(QuantizationConfigMixin):
         self.linears, self.provenance = linears or {}, provenance or {}
         if not isinstance(self.linears, dict):
             raise FormatError("linears must be a map of names", file=CONFIG)
-        if format_version != FORMAT_VERSION:
+        if format_version not in range(1, FORMAT_VERSION + 1):
             raise FormatError(
-                f"format_version {format_version!r}, this skimlm reads only {FORMAT_VERSION}",
+                f"format_version {format_version!r}, this skimlm reads 1 to {FORMAT_VERSION}",
                 file=CONFIG,
             )
         if embed_bits not in (4, 8, 16):
@@ -69,6 +69,16 @@ class SkimlmConfig(QuantizationConfigMixin):
     def scaled(self, name: str) -> bool:
         """Whether a linear has an input scale."""
         return bool(self.linears[name].get("in_scale"))
+
+    def parts(self, name: str, cols: int) -> Parts:
+        """What a linear of `cols` columns has beyond version 1."""
+        try:
+            parts = Parts.read(self.linears[name], cols)
+            if parts != PLAIN and self.format_version == 1:
+                raise FormatError(f"format_version 1 has no {', '.join(parts.entry())}")
+        except FormatError as error:
+            raise FormatError(error.reason, file=CONFIG, tensor=name) from None
+        return parts
 
 
 @register_quantizer(METHOD)
@@ -124,6 +134,7 @@ def swap_in(model: Any, config: SkimlmConfig, dtype: torch.dtype) -> None:
             old.in_features,
             counts,
             in_scale=config.scaled(name),
+            parts=config.parts(name, old.in_features),
             bias=old.bias is not None,
             dtype=dtype,
             device="meta",
@@ -202,7 +213,7 @@ def check_files(model: Any, config: SkimlmConfig, files: Sequence[Path]) -> None
 
 
 def _check_linear(name: str, layer: CompressedLinear, tensors: dict[str, torch.Tensor]) -> None:
-    check_stored(tensors, layer.out_features, layer.in_features, name=name)
+    check_stored(tensors, layer.out_features, layer.in_features, layer.parts, name=name)
     if (counts := histogram(tensors["widths"])) != layer.counts:
         raise FormatError(
             f"rows by width {counts} are not config.json's {layer.counts}", tensor=f"{name}.widths"
