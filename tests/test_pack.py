@@ -66,13 +66,14 @@ def with_parts(q, parts: P.Parts, seed: int = 0) -> P.QuantizedWeight:
         codes = codes[mask].view(rows, -1)
     on_grid = parts.group is not None
     if on_grid:
-        row_scale = torch.randn(rows, -(-cols // parts.group), generator=g).bfloat16()
+        spread = torch.randn(rows, -(-cols // parts.group), generator=g) / cols**0.5
+        row_scale = (spread / 2 ** q.widths.float().unsqueeze(1)).bfloat16()
 
     def factor(n):
         if parts.adapter_bits == 16:
-            return torch.randn(parts.rank, n, generator=g).bfloat16(), None
+            return (torch.randn(parts.rank, n, generator=g) / 8).bfloat16(), None
         codes = torch.randint(-8, 8, (parts.rank, n), dtype=torch.int8, generator=g)
-        return codes, torch.randn(parts.rank, -(-n // 128), generator=g).bfloat16()
+        return codes, (torch.randn(parts.rank, -(-n // 128), generator=g) / 64).bfloat16()
 
     if parts.rank:
         (a, a_scale), (b, b_scale) = factor(cols), factor(rows)

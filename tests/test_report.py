@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,6 +12,17 @@ from safetensors.torch import load_file, save_file
 from conftest import quantized_linears, tiny_model
 from skimlm import checkpoint, report
 from skimlm.errors import FormatError, SkimError
+from skimlm.weights.pack import Parts
+from test_transformers import mixed_parts
+
+
+@pytest.fixture(scope="module")
+def with_every_part(tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "parts"
+    model = tiny_model(dtype=torch.bfloat16)
+    quantized = mixed_parts(quantized_linears(model, in_scale=True))
+    checkpoint.save(out, model, None, quantized, embed_bits=8, bits=4.5)
+    return out, quantized
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
@@ -43,6 +55,26 @@ def test_bits_count_every_stored_byte_of_the_linears(compressed):
     assert facts["weights"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 72 * 64)
     assert facts["bits_per_weight"] == 8 * total / facts["weights"]
     assert sum(facts["widths"].values()) == sum(layer["rows"] for layer in facts["linears"])
+
+
+def test_every_part_of_a_linear_is_shown_and_counted(with_every_part):
+    out, quantized = with_every_part
+    facts, tensors = report.inspect(out), stored(out)
+    assert facts["format_version"] == 2 and json.loads(json.dumps(facts)) == facts
+    total = 0
+    for layer in facts["linears"]:
+        name = layer["name"]
+        assert {key: layer[key] for key in asdict(Parts())} == asdict(Parts.of(quantized[name]))
+        mine = {n: t for n, t in tensors.items() if n.startswith(name + ".")}
+        total += sum(t.nbytes for t in mine.values())
+        assert layer["nbytes"] == sum(t.nbytes for t in mine.values())
+    assert facts["bits_per_weight"] == 8 * total / facts["weights"]
+    assert sum(facts["bytes_by_part"].values()) == facts["bytes"] == checkpoint.folder_bytes(out)
+    lines = {line.split()[0]: line for line in report.inspect_text(facts).splitlines() if line}
+    name = "model.layers.1.mlp."
+    assert lines[name + "down_proj"].endswith(" scaled 2:4 group 32 rank 16 of 4 bit")
+    assert lines[name + "gate_proj"].endswith(" scaled bitmap 33% rank 5 of 16 bit")
+    assert lines[name + "up_proj"].endswith(" scaled")
 
 
 def test_parts_add_up_to_the_folder(compressed):

@@ -1,6 +1,7 @@
 """A compressed folder in plain transformers: every family, tied and untied, and tampered with."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from conftest import FAMILIES, quantized_linears, tiny_model
-from skimlm.checkpoint import embeddings, load, save
+from skimlm.checkpoint import embeddings, folder_bytes, load, plan_bytes, save
 from skimlm.errors import FormatError
 from skimlm.integrations.transformers import SkimlmConfig
 from skimlm.linear import CompressedEmbedding, CompressedHead, CompressedLinear
-from skimlm.weights.pack import dequantize
+from skimlm.weights.pack import Parts, effective, histogram, pack
+from test_pack import with_parts
 
 IDS = torch.arange(40).view(2, 20)
 
@@ -24,6 +26,25 @@ def compress(out, model, tokenizer=None, embed_bits=8, **kwargs):
     """Save a model with random compressed linears; returns them by name."""
     quantized = quantized_linears(model, **kwargs)
     save(out, model, tokenizer, quantized, embed_bits=embed_bits, bits=3.2)
+    return quantized
+
+
+def mixed_parts(quantized):
+    """Every third linear as it is, one 2:4 on a grid with an adapter, one a bitmap of codebooks."""
+    kinds = [None, ("2:4", 2, 32, 16, 4), ("bitmap", 3, None, 5, 16)]
+    made = {}
+    for i, (name, q) in enumerate(quantized.items()):
+        if (kind := kinds[i % 3]) is not None:
+            sparsity, part, *rest = kind
+            q = with_parts(q, Parts(sparsity, q.shape[1] // part, *rest), seed=i)
+        made[name] = q
+    return made
+
+
+def compress_parts(out, model, tokenizer=None, **kwargs):
+    """`compress` with parts of format version 2."""
+    quantized = mixed_parts(quantized_linears(model, **kwargs))
+    save(out, model, tokenizer, quantized, embed_bits=8, bits=3.2)
     return quantized
 
 
@@ -49,7 +70,7 @@ def make_dense(model, quantized, loaded):
     """Put the numbers of a compressed model into the dense one it came from."""
     for name, q in quantized.items():
         weight = model.get_submodule(name).weight
-        weight.data = dequantize(q).to(weight.dtype)
+        weight.data = effective(q).to(weight.dtype)
     (table, compressed), head, tied = embeddings(loaded)
     if isinstance(compressed, CompressedEmbedding):
         model.get_submodule(table).weight.data = compressed.dequantize(model.dtype)
@@ -89,6 +110,61 @@ def test_save_pretrained_round_trip_is_bit_equal(tmp_path, family, embed_bits):
         for d in ("out", "again")
     )
     assert old == new
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_with_parts_load_run_and_come_back(tmp_path, family):
+    model = tiny_model(family)
+    quantized = compress_parts(tmp_path / "out", model, in_scale=True)
+    loaded = open_folder(tmp_path / "out")
+    want = logits(loaded)
+    assert_same_logits(want, logits(make_dense(model, quantized, loaded)))
+    loaded.save_pretrained(tmp_path / "again")
+    assert stored(tmp_path / "again") == stored(tmp_path / "out")
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "out")
+    assert config_of(tmp_path / "out")["format_version"] == 2
+    assert torch.equal(logits(open_folder(tmp_path / "again")), want)
+    assert_same_logits(logits(loaded.dequantize()), want)
+
+
+def test_a_linear_without_parts_keeps_a_folder_at_version_1(tmp_path):
+    compress(tmp_path / "out", tiny_model("llama"))
+    config = config_of(tmp_path / "out")
+    assert config["format_version"] == 1
+    assert all(entry.keys() == {"widths", "in_scale"} for entry in config["linears"].values())
+
+
+def test_blocks_with_parts_decode_linear_by_linear(tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    compress_parts(tmp_path / "out", model)
+    loaded = open_folder(tmp_path / "out")
+    assert type(loaded.model) is type(model.model)
+    with torch.no_grad():
+        cache = loaded(IDS[:1, :-1], use_cache=True).past_key_values
+        step = loaded(IDS[:1, -1:], past_key_values=cache).logits
+    assert_same_logits(step[0, 0], logits(loaded)[0, -1])
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_plan_of_linears_with_parts_is_exact_to_the_byte(
+    tmp_path, tokenizer, family, max_shard_size
+):
+    model = tiny_model(family, torch.bfloat16)
+    quantized = mixed_parts(quantized_linears(model, in_scale=True, widths=[2, 3, 7]))
+    counts = {name: histogram(q.widths) for name, q in quantized.items()}
+    parts = {name: Parts.of(q) for name, q in quantized.items()}
+    options = dict(bits=3.21, provenance={"seed": 1}, max_shard_size=max_shard_size)
+    rest = plan_bytes(model, tokenizer, 8, counts, parts=parts, **options)
+    bound = plan_bytes(model, tokenizer, 8, parts=parts, **options)
+    out = save(tmp_path / "out", model, tokenizer, quantized, embed_bits=8, **options)
+    packed = sum(tensor.nbytes for q in quantized.values() for tensor in pack(q).values())
+    assert folder_bytes(out) == rest + packed
+    assert rest <= bound <= rest + 400 * len(quantized)
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 def stored(folder):
@@ -205,7 +281,15 @@ def sound(tmp_path_factory, tokenizer):
     return out
 
 
-UP = "model.layers.1.mlp.up_proj"
+@pytest.fixture(scope="module")
+def sound_parts(tmp_path_factory, tokenizer):
+    """The same with parts: DOWN is 2:4 on a grid, GATE a bitmap of codebooks, UP has none."""
+    out = tmp_path_factory.mktemp("parts") / "out"
+    compress_parts(out, tiny_model("llama", tie_word_embeddings=False), tokenizer)
+    return out
+
+
+UP, DOWN, GATE = (f"model.layers.1.mlp.{name}_proj" for name in ("up", "down", "gate"))
 TENSORS = {
     "short codes": (f"{UP}.weight", lambda t: t[:-1], "must be uint8"),
     "long codes": (f"{UP}.weight", lambda t: torch.cat((t, t)), "must be uint8"),
@@ -230,13 +314,33 @@ TENSORS = {
 }
 
 
-@pytest.mark.parametrize("case", TENSORS)
-def test_tampered_tensors_are_refused(sound, tmp_path, case):
-    name, change, message = TENSORS[case]
+PART_TENSORS = {
+    "no positions": (f"{DOWN}.positions", None, "is missing"),
+    "short positions": (f"{DOWN}.positions", lambda t: t[1:], "must be uint8"),
+    "all codes": (f"{DOWN}.weight", lambda t: torch.cat((t, t)), "must be uint8"),
+    "a full bitmap": (
+        f"{GATE}.positions",
+        lambda t: t | 255,
+        "every row must keep 21 columns, got",
+    ),
+    "a NaN on the grid": (f"{DOWN}.row_scale", lambda t: t * float("nan"), "holds NaN or Inf"),
+    "a scale per row": (f"{DOWN}.row_scale", lambda t: t[:, 0], "must be bfloat16"),
+    "no A": (f"{GATE}.lora_a", None, "is missing"),
+    "Inf in B": (f"{GATE}.lora_b", lambda t: t / 0, "holds NaN or Inf"),
+    "another rank": (f"{DOWN}.lora_b", lambda t: t[1:], "must be uint8"),
+    "no scales of B": (f"{DOWN}.lora_b_scale", None, "is missing"),
+    "a codebook on a grid": (f"{DOWN}.codebook", lambda _: torch.zeros(3).char(), "not belong"),
+    "an adapter nobody asked for": (f"{UP}.lora_a", lambda _: torch.zeros(3, 64), "not belong"),
+}
+
+
+@pytest.mark.parametrize("case", [*TENSORS, *PART_TENSORS])
+def test_tampered_tensors_are_refused(sound, sound_parts, tmp_path, case):
+    name, change, message = (TENSORS | PART_TENSORS)[case]
     folder = tmp_path / "out"
-    shutil.copytree(sound, folder)
+    shutil.copytree(sound if case in TENSORS else sound_parts, folder)
     tensors = load_file(folder / "model.safetensors")
-    old = tensors.pop(name)
+    old = tensors.pop(name, None)
     if change:
         tensors[name] = change(old).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -270,7 +374,8 @@ def setter(*path):
 
 LINEAR = ("linears", UP)
 CONFIGS = {
-    "newer version": (setter("format_version"), 2, "format_version 2, this skimlm reads only 1"),
+    "newer version": (setter("format_version"), 3, "format_version 3, this skimlm reads 1 to 2"),
+    "parts in version 1": (setter(*LINEAR, "group"), 64, f"{UP}: format_version 1 has no group"),
     "odd embed bits": (setter("embed_bits"), 5, "embed_bits must be 4, 8 or 16, got 5"),
     "width 9": (setter(*LINEAR, "widths"), {"9": 72}, f"{UP}: has no valid width histogram"),
     "negative rows": (setter(*LINEAR, "widths"), {"2": 73, "3": -1}, "no valid width histogram"),
@@ -290,17 +395,41 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-def test_tampered_configs_are_refused(sound, tmp_path, case):
-    change, value, message = CONFIGS[case]
+HALF = ("linears", DOWN)
+PART_CONFIGS = {
+    "version 1 with parts": (setter("format_version"), 1, "format_version 1 has no sparsity, kept"),
+    "another sparsity": (setter(*HALF, "sparsity"), "1:4", f"{DOWN}: sparsity must be '2:4' or"),
+    "2:4 as a bitmap": (setter(*HALF, "sparsity"), "bitmap", f"{DOWN}.positions: must be uint8"),
+    "kept as text": (setter(*HALF, "kept"), "36", f"{DOWN}: kept must be a positive integer"),
+    "more kept": (setter(*HALF, "kept"), 37, f"{DOWN}: 2:4 keeps half .* not 37 of 72"),
+    "kept of another bitmap": (setter("linears", GATE, "kept"), 20, f"{GATE}.weight: must be"),
+    "group 0": (setter(*HALF, "group"), 0, f"{DOWN}: group must be a positive integer, got 0"),
+    "wider groups": (setter(*HALF, "group"), 36, f"{DOWN}.row_scale: must be bfloat16"),
+    "rank 17": (setter(*HALF, "rank"), 17, f"{DOWN}.lora_a: must be uint8"),
+    "an endless rank": (setter(*HALF, "rank"), 2**70, f"{DOWN}: rank must be 1..65536"),
+    "8 bits": (setter(*HALF, "adapter_bits"), 8, f"{DOWN}: adapter_bits must be 4 or 16"),
+    "16 bits": (setter(*HALF, "adapter_bits"), 16, f"{DOWN}.lora_a: must be bfloat16"),
+    "no bits": (setter(*HALF, "adapter_bits"), None, f"{DOWN}: adapter_bits must be a positive"),
+    "an adapter too many": (
+        setter("linears", UP),
+        {"widths": {"4": 72}, "rank": 2, "adapter_bits": 4},
+        f"{UP}.* is missing|{UP}.* must be",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", [*CONFIGS, *PART_CONFIGS])
+def test_tampered_configs_are_refused(sound, sound_parts, tmp_path, case):
+    change, value, message = (CONFIGS | PART_CONFIGS)[case]
     folder = tmp_path / "out"
-    shutil.copytree(sound, folder)
+    shutil.copytree(sound if case in CONFIGS else sound_parts, folder)
     config = json.loads((folder / "config.json").read_text())
     change(config["quantization_config"], value)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=message) as caught:
         AutoModelForCausalLM.from_pretrained(folder)
-    assert "config.json" in str(caught.value) and "\n" not in str(caught.value)
+    assert re.search(r"config\.json|\.safetensors", str(caught.value))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_truncated_compressed_file_is_named_with_the_tensor_it_cuts(sound, tmp_path):

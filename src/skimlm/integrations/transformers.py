@@ -104,8 +104,10 @@ class SkimlmQuantizer(HfQuantizer):
             head[1].tie(table[1])
         fuse(model)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        return swap_out(model, dtype or model.dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # config.dtype, which comes here, is a string after a `save_pretrained`
+        given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return swap_out(model, given or model.dtype)
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved again."""

@@ -39,6 +39,7 @@ PATTERNS = torch.tensor(
     + 2 * [[0, 0, 1, 1]],
     dtype=torch.bool,
 )
+ONES = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 Specs: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of tensors, by name
 
 
@@ -328,7 +329,9 @@ def pack(q: QuantizedWeight) -> dict[str, Tensor]:
         tensors[name] = codes.clone() if scale is None else pack_nibbles(codes)
         if scale is not None:
             tensors[f"{name}_scale"] = scale.clone()
-    return tensors
+    # which file of several a tensor goes to depends on the order: that of `layout` can be planned
+    specs = layout(histogram(q.widths), q.shape[1], q.in_scale is not None, Parts.of(q))
+    return {name: tensors[name] for name in specs}
 
 
 def unpack(
@@ -438,8 +441,7 @@ def check_stored(
     packed = tensors["positions"].view(rows, -1)
     _check_padding(packed, 3 * (cols // 4) if parts.sparsity == "2:4" else cols, where)
     if parts.sparsity == "bitmap":
-        ones = unpack_codes(torch.arange(256, dtype=torch.uint8).view(256, 1), 1, 8).sum(1)
-        found = ones.to(torch.uint8)[packed.int()].sum(1)
+        found = ONES.to(packed.device)[packed.int()].sum(1)
         if (found != parts.kept).any():
             got = int(found[found != parts.kept][0])
             raise FormatError(f"every row must keep {parts.kept} columns, got {got}", tensor=where)
