@@ -11,9 +11,17 @@ import torch
 from conftest import at_once, random_quantized
 from skimlm import kernels, native
 from skimlm.errors import FormatError
-from skimlm.kernels import linear_packed, linear_reference, table_packed
+from skimlm.kernels import (
+    dequantize_stored,
+    linear_packed,
+    linear_parts,
+    linear_reference,
+    parts_reference,
+    table_packed,
+)
 from skimlm.linear import quantize_table, table_values
-from skimlm.weights.pack import dequantize, pack
+from skimlm.weights.pack import dequantize, effective, pack
+from test_pack import PARTS, parts_id, with_parts
 
 NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
 SHAPES = [(1, 1), (3, 7), (5, 64), (9, 65), (37, 100), (66, 131), (12, 576)]
@@ -42,6 +50,25 @@ def pool(request, isa):
     yield
     torch.set_num_threads(1)
     native.library().skimlm_use_openmp(*native._openmp())
+
+
+@pytest.mark.parametrize("parts", PARTS[::5], ids=parts_id)
+def test_the_reference_multiplies_by_every_part(parts):
+    q = with_parts(random_quantized(9, 140, in_scale=True), parts)
+    x, bias = inputs(5, 140, torch.float32), torch.linspace(-1, 1, 9)
+    weight = effective(q).double()
+    got = parts_reference(x, pack(q), parts, bias).double()
+    size = x.double().abs() @ weight.abs().T + 1
+    assert ((got - x.double() @ weight.T - bias).abs() <= 1e-6 * size).all()
+    got = linear_parts(x, pack(q), parts, bias).double()  # leaves the adapter out
+    assert ((got - x.double() @ dequantize(q).double().T - bias).abs() <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("parts", PARTS[::5], ids=parts_id)
+def test_rows_with_parts_cut_into_chunks_give_the_same_weight(monkeypatch, parts):
+    q = with_parts(random_quantized(33, 140, in_scale=True), parts)
+    monkeypatch.setattr(kernels, "CHUNK", 300)
+    assert torch.equal(dequantize_stored(pack(q), 140, parts), dequantize(q))
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -412,7 +412,10 @@ def test_two_four_needs_a_multiple_of_four_columns():
 
 def test_a_group_beyond_every_number_of_columns_is_one_scale_per_row():
     q = with_parts(random_quantized(3, 28), P.Parts(group=10**30))
-    assert q.row_scale.shape == (3, 1) and equal(P.unpack(P.pack(q), 3, 28, P.Parts.of(q)), q)
+    stored, parts = P.pack(q), P.Parts.of(q)
+    assert stored["row_scale"].shape == (3, 1) and equal(P.unpack(stored, 3, 28, parts), q)
+    assert torch.equal(dequantize_stored(stored, 28, parts), P.dequantize(q))
+    assert torch.equal(P.dequantize(q), oracle_read(stored, 3, 28, parts.entry())[0])
 
 
 INVALID_PARTS = {

@@ -404,7 +404,6 @@ def plan_bytes(
                 32 * layers[name].out_features, dtype=torch.int8, device="meta"
             )
             for name in counts
-            if parts.get(name, PLAIN).group is None
         }
     entries = {
         name: _entry(
@@ -491,11 +490,10 @@ def _write_texts(
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
+    newer = any(entry.keys() - {"widths", "in_scale"} for entry in linears.values())
     config.quantization_config = {
         "quant_method": METHOD,
-        "format_version": 2
-        if any(e.keys() - {"widths", "in_scale"} for e in linears.values())
-        else 1,
+        "format_version": FORMAT_VERSION if newer else 1,
         "bits": bits,
         "embed_bits": embed_bits,
         "linears": dict(linears),
