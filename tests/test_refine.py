@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from skimlm.weights.refine import (
+    PRUNED,
     codebook_step,
     codebook_step_reference,
     coordinate_descent,
@@ -15,6 +16,9 @@ from skimlm.weights.refine import (
     dense,
     refine,
     row_errors,
+    sparse_dense,
+    sparse_descent,
+    sparse_descent_reference,
 )
 
 
@@ -318,3 +322,120 @@ def test_a_ridge_of_zero_may_be_an_integer():
     problem = realistic(0, k=2)
     zero, number = codebook_step(*problem, ridge=0), codebook_step(*problem, ridge=0.0)
     assert torch.equal(zero[0], number[0]) and torch.equal(zero[1], number[1])
+
+
+# ---- sparse rows
+
+
+def sparse_case(r, c, kind, seed=0, dead=False):
+    """w, h, codebook, sizes, scale, group, codes of a row with every second weight pruned."""
+
+    def random(shape, seed):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    x = random((3 * c, c), seed + 1) @ (random((c, c), seed + 7) * 0.2 + torch.eye(c))
+    w, h = random((r, c), seed), x.T @ x
+    if dead:
+        h[2], h[:, 2] = 0, 0
+    if kind == "codebook":
+        sizes = torch.tensor([(4, 16, 9)[i % 3] for i in range(r)], dtype=torch.int32)
+        codebook = random((r, 16), seed + 2).sort(dim=1).values.contiguous()
+        scale, group = torch.ones(r, 1), c
+    else:
+        sizes = torch.full((r,), 16, dtype=torch.int32)
+        codebook = (torch.arange(16.0) - 8).repeat(r, 1)
+        group = 8
+        scale = random((r, -(-c // 8)), seed + 3).abs() * 0.2 + 0.05
+    g = torch.Generator().manual_seed(seed)
+    codes = (torch.rand(r, c, generator=g) * sizes[:, None]).to(torch.uint8)
+    keep = torch.rand(r, c // 4, 4, generator=g).argsort(-1) < 2
+    return w, h, codebook, sizes, scale, group, codes.masked_fill(~keep.view(r, c), PRUNED)
+
+
+def loss(w, h, codebook, scale, group, codes):
+    d = (sparse_dense(codes, codebook, scale, group) - w).double()
+    return ((d @ h.double()) * d).sum(1)
+
+
+@pytest.mark.parametrize("kind", ["codebook", "grid"])
+@pytest.mark.parametrize("pairs", [True, False], ids=["pairs", "fixed mask"])
+def test_sparse_descent_is_its_readable_version(kind, pairs):
+    w, h, codebook, sizes, scale, group, codes = sparse_case(6, 20, kind)
+    for sweeps in (1, 3):
+        args = (w, h, codebook, sizes, scale, group, codes, pairs, sweeps)
+        assert torch.equal(sparse_descent(*args), sparse_descent_reference(*args))
+
+
+@pytest.mark.parametrize("kind", ["codebook", "grid"])
+def test_pairs_keep_two_of_four_and_never_raise_the_error(kind):
+    w, h, codebook, sizes, scale, group, codes = sparse_case(33, 64, kind, seed=4)
+    before = loss(w, h, codebook, scale, group, codes)
+    for _ in range(4):
+        codes = sparse_descent(w, h, codebook, sizes, scale, group, codes, True, 1)
+        kept = (codes != PRUNED).view(33, 16, 4).sum(-1)
+        assert (kept == 2).all()
+        after = loss(w, h, codebook, scale, group, codes)
+        assert (after <= before * (1 + 1e-5)).all()
+        before = after
+
+
+def test_where_h_is_diagonal_the_best_pair_of_every_four_is_found():
+    w, _, codebook, sizes, scale, group, codes = sparse_case(8, 16, "codebook", seed=2)
+    h = torch.diag(torch.rand(16, generator=torch.Generator().manual_seed(0)) + 0.1)
+    codes = sparse_descent(w, h, codebook, sizes, scale, group, codes, True, 3)
+    got = loss(w, h, codebook, scale, group, codes)
+    for i in range(8):
+        entries = codebook[i, : int(sizes[i])]
+        total = 0.0
+        for j in range(0, 16, 4):
+            # what keeping a column saves, at its nearest entry
+            nearest = [float((entries - w[i, j + p]).square().min()) for p in range(4)]
+            costs = [float(h[j + p, j + p]) * float(w[i, j + p]) ** 2 for p in range(4)]
+            left = [float(h[j + p, j + p]) * nearest[p] for p in range(4)]
+            pairs = itertools.combinations(range(4), 2)
+            total += min(sum(left[p] if p in s else costs[p] for p in range(4)) for s in pairs)
+        assert float(got[i]) == pytest.approx(total, rel=1e-4)
+
+
+def test_a_fixed_mask_stays_and_no_thread_count_changes_a_code():
+    w, h, codebook, sizes, scale, group, codes = sparse_case(40, 64, "codebook", seed=6)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(sparse_descent(w, h, codebook, sizes, scale, group, codes, False, 2))
+    assert torch.equal(*results)
+    assert torch.equal(results[0] == PRUNED, codes == PRUNED)
+    assert not torch.equal(results[0], codes)
+
+
+def test_a_dead_input_is_left_alone_by_sparse_descent():
+    w, h, codebook, sizes, scale, group, codes = sparse_case(5, 16, "codebook", dead=True)
+    after = sparse_descent(w, h, codebook, sizes, scale, group, codes, True, 2)
+    assert ((after != PRUNED).view(5, 4, 4).sum(-1) == 2).all()
+    assert torch.equal(after[:, 2], codes[:, 2]) or (after != codes).any()
+
+
+def test_the_codebook_step_of_sparse_rows_solves_for_the_kept_weights_only():
+    w, h, codebook, sizes, _, _, codes = sparse_case(6, 24, "codebook", seed=9)
+    book, renamed = codebook_step(w, h, codebook, sizes, codes)
+    assert torch.equal(renamed == PRUNED, codes == PRUNED)
+    ones = torch.ones(6, 1)
+    got = loss(w, h, book, ones, 24, renamed)
+    for i in range(6):
+        n = int(sizes[i])
+        one_hot = torch.zeros(24, n, dtype=torch.float64)
+        kept = (codes[i] != PRUNED).nonzero().flatten()
+        one_hot[kept, codes[i, kept].long()] = 1
+        used = one_hot.sum(0) > 0
+        p = one_hot[:, used]
+        hd, wd = h.double(), w[i].double()
+        best = torch.linalg.lstsq(p.T @ hd @ p, (p.T @ hd @ wd)[:, None]).solution[:, 0]
+        d = p @ best - wd
+        assert float(got[i]) == pytest.approx(float(d @ hd @ d), rel=1e-3)
+
+
+def test_sparse_descent_refuses_pairs_of_a_width_that_four_does_not_divide():
+    w, h, codebook, sizes, scale, group, codes = sparse_case(2, 20, "codebook")
+    part = (w[:, :18].contiguous(), h[:18, :18].contiguous(), codebook, sizes, scale, 18)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sparse_descent(*part, codes[:, :18].contiguous(), True, 1)

@@ -33,7 +33,15 @@ SKIMLM_API void skimlm_coordinate_descent(const float* h, float* gradient, const
                                           const int32_t* sizes, uint8_t* codes, int64_t r, int64_t c,
                                           int64_t k, int64_t sweeps, int threads);
 
-// Least-squares codebooks under h, codes fixed up to sorting (weights/refine.py).
+// The same for sparse rows: code 255 is a weight of 0, others are worth codebook[code] times the scale of
+// the row's group of `group` columns, scale [r, ceil(c / group)] (weights/refine.py). With `pairs`, c is a
+// multiple of 4 and each aligned four columns of a row keep two: which two is chosen anew.
+SKIMLM_API void skimlm_sparse_descent(const float* h, float* gradient, const float* codebook,
+                                      const int32_t* sizes, const float* scale, int64_t group,
+                                      uint8_t* codes, int64_t r, int64_t c, int64_t k, int64_t pairs,
+                                      int64_t sweeps, int threads);
+
+// Least-squares codebooks under h, codes fixed up to sorting, code 255 a weight of 0 (weights/refine.py).
 SKIMLM_API void skimlm_codebook_step(const float* h, const float* w, const int32_t* sizes,
                                      uint8_t* codes, float* codebook, int64_t r, int64_t c, int64_t k,
                                      double ridge, int threads);

@@ -1,12 +1,16 @@
-"""Refinement that keeps the format: codes and codebooks of every row under a full matrix H.
+"""Refinement that keeps the format: codes, masks and codebooks of every row under a full matrix H.
 
-Two steps that never raise the error (w_hat - w) H (w_hat - w)^T of any row (LNQ, 2505.07004):
+Steps that never raise the error (w_hat - w) H (w_hat - w)^T of any row (LNQ, 2505.07004):
     codebook_step         codes fixed: c = (P^T H P)^-1 P^T H w, unused entries held in place
     coordinate_descent    codebook fixed: column by column, the entry nearest to
                           w_j - sum_{k != j} H_jk (w_hat_k - w_k) / H_jj; ties keep the code
+    sparse_descent        the same where some weights are 0; with `pairs` every four columns choose
+                          anew which two of them stay, both at the best codes for the pair
 The native versions keep the gradient G = (w_hat - w) H up to date, touched only when a code
 changes, which after the first sweep is rare. The readable versions below are their oracles.
 """
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -14,6 +18,8 @@ from torch import Tensor
 from skimlm import native
 
 RIDGE = 1e-7
+PRUNED = 255  # the code of a weight that is 0
+DOUBLE = torch.float64
 
 
 def damped(h: Tensor, shrink: float = 0.3, damp: float = 0.01) -> Tensor:
@@ -52,13 +58,55 @@ def coordinate_descent(
     return codes
 
 
+def sparse_dense(codes: Tensor, codebook: Tensor, scale: Tensor, group: int) -> Tensor:
+    """Rows [r, c] of sparse codes: codebook[i, codes[i, j]] * scale[i, j // group], or 0."""
+    pruned = codes == PRUNED
+    level = dense(codes.masked_fill(pruned, 0), codebook)
+    steps = scale.repeat_interleave(group, dim=1)[:, : codes.shape[1]]
+    return (level * steps).masked_fill_(pruned, 0)
+
+
+def sparse_descent(
+    w: Tensor,
+    h: Tensor,
+    codebook: Tensor,
+    sizes: Tensor,
+    scale: Tensor,
+    group: int,
+    codes: Tensor,
+    pairs: bool,
+    sweeps: int,
+) -> Tensor:
+    """Codes after `sweeps` passes over a sparse weight, 255 being a weight of 0.
+
+    `scale` float32 [r, ceil(c / group)]. With `pairs` every aligned four columns keep two, which
+    are chosen anew; without, the mask stays.
+    """
+    r, c = w.shape
+    _check(w, h, codebook, sizes, codes, sparse=True)
+    native.require("scale", scale, torch.float32, (r, -(-c // group)))
+    if pairs and c % 4:
+        raise ValueError(f"pairs need a multiple of 4 columns, got {c}")
+    gradient = ((sparse_dense(codes, codebook, scale, group) - w) @ h).contiguous()
+    codes = codes.clone()
+    native.call(
+        "sparse_descent",
+        *(h, gradient, codebook, sizes, scale, group, codes),
+        *(r, c, codebook.shape[1], int(pairs), sweeps),
+    )
+    return codes
+
+
 def codebook_step(
     w: Tensor, h: Tensor, codebook: Tensor, sizes: Tensor, codes: Tensor, ridge: float = RIDGE
 ) -> tuple[Tensor, Tensor]:
-    """Least-squares codebooks for fixed codes: (codebook ascending, codes renamed to match)."""
+    """Least-squares codebooks for fixed codes: (codebook ascending, codes renamed to match).
+
+    Code 255 is a weight of 0 and stays one.
+    """
     r, c = w.shape
     k = codebook.shape[1]
-    _check(w, h, codebook, sizes, codes)
+    _check(w, h, codebook, sizes, codes, sparse=True)
     codes, codebook = codes.clone(), codebook.clone()
     native.call("codebook_step", h, w, sizes, codes, codebook, r, c, k, float(ridge))
     return codebook, codes
@@ -74,7 +122,9 @@ def refine(
     return codebook, coordinate_descent(w, h, codebook, sizes, codes, sweeps)
 
 
-def _check(w: Tensor, h: Tensor, codebook: Tensor, sizes: Tensor, codes: Tensor) -> None:
+def _check(
+    w: Tensor, h: Tensor, codebook: Tensor, sizes: Tensor, codes: Tensor, sparse: bool = False
+) -> None:
     r, c = w.shape
     k = codebook.shape[1]
     native.require("w", w, torch.float32, (r, c))
@@ -86,7 +136,8 @@ def _check(w: Tensor, h: Tensor, codebook: Tensor, sizes: Tensor, codes: Tensor)
         raise ValueError(
             f"codebooks have 1..{min(k, 32)} entries, got sizes up to {int(sizes.max())}"
         )
-    if r and bool((codes.amax(1).int() >= sizes).any()):
+    used = codes.masked_fill(codes == PRUNED, 0) if sparse else codes
+    if r and bool((used.amax(1).int() >= sizes).any()):
         raise ValueError("a code points past the end of its row's codebook")
 
 
@@ -127,3 +178,75 @@ def codebook_step_reference(
             a + pull.diag(), p.T @ h.double() @ w[i].double() + pull * out[i, :n]
         )
     return out
+
+
+def sparse_descent_reference(
+    w: Tensor,
+    h: Tensor,
+    codebook: Tensor,
+    sizes: Tensor,
+    scale: Tensor,
+    group: int,
+    codes: Tensor,
+    pairs: bool,
+    sweeps: int,
+) -> Tensor:
+    """The same passes in float64, row by row, one group of four and one coordinate at a time."""
+    steps = scale.repeat_interleave(group, dim=1)[:, : w.shape[1]].double()
+    rows = [
+        _sparse_row(
+            w[i].double(), h.double(), codebook[i, :n].double(), steps[i], row, pairs, sweeps
+        )
+        for i, (n, row) in enumerate(zip(sizes.tolist(), codes.tolist(), strict=True))
+    ]
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+def _sparse_row(
+    target: Tensor,
+    matrix: Tensor,
+    entries: Tensor,
+    step: Tensor,
+    codes: list[int],
+    pairs: bool,
+    sweeps: int,
+) -> list[int]:
+    """One row of `sparse_descent_reference`."""
+    columns = range(len(codes))
+
+    def value(code: int, j: int) -> Tensor:
+        return torch.zeros((), dtype=DOUBLE) if code == PRUNED else entries[code] * step[j]
+
+    def nearest(want: Tensor, j: int) -> int:
+        return int((entries * step[j] - want).abs().argmin())
+
+    def row() -> Tensor:
+        return torch.stack([value(codes[j], j) for j in columns])
+
+    for _ in range(sweeps):
+        for j in columns[::4] if pairs else ():
+            four = matrix[j : j + 4, j : j + 4]
+            v = row()
+            b = ((v - target) @ matrix)[j : j + 4] - four @ v[j : j + 4]  # gradient at 0
+            best = float(v[j : j + 4] @ (b + four @ v[j : j + 4] / 2))
+            for p, q in itertools.combinations(range(4), 2):
+                both = torch.tensor([p, q])
+                free = torch.linalg.solve(four[both][:, both], -b[both])
+                for s, t, want in ((p, q, free[0]), (q, p, free[1])):
+                    new, u = [PRUNED] * 4, torch.zeros(4, dtype=DOUBLE)
+                    new[s] = nearest(want, j + s)
+                    u[s] = value(new[s], j + s)
+                    new[t] = nearest(-(b[t] + four[s, t] * u[s]) / four[t, t], j + t)
+                    u[t] = value(new[t], j + t)
+                    f = float(u @ (b + four @ u / 2))
+                    if f < best - 1e-6 * abs(best):
+                        best, codes[j : j + 4] = f, new
+        for j in columns:
+            if codes[j] == PRUNED or matrix[j, j] <= 0:
+                continue
+            old = value(codes[j], j)
+            want = old - ((row() - target) @ matrix[:, j]) / matrix[j, j]
+            m = nearest(want, j)
+            if (value(m, j) - want).abs() < (old - want).abs():
+                codes[j] = m
+    return codes
