@@ -122,11 +122,11 @@ class CompressedLinear(_Stored):
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + B^T A as an ordinary matrix `[out_features, in_features]`, rounded once."""
         if not self.parts.rank:
-            return self._sparse_weight(dtype)
+            return self.sparse_weight(dtype)
         a, b = self.adapter_values()
-        return torch.addmm(self._sparse_weight(torch.float32), b.float().T, a.float()).to(dtype)
+        return torch.addmm(self.sparse_weight(torch.float32), b.float().T, a.float()).to(dtype)
 
-    def _sparse_weight(self, dtype: torch.dtype) -> Tensor:
+    def sparse_weight(self, dtype: torch.dtype) -> Tensor:
         """W, the weight without its adapter."""
         if self.coded:
             return dequantize_stored(self._tensors(), self.in_features, self.parts, dtype)
@@ -166,7 +166,7 @@ class CompressedLinear(_Stored):
     def sparse_part(self, x: Tensor) -> Tensor:
         """x W^T + bias."""
         if torch.is_grad_enabled() and x.requires_grad:
-            return F.linear(x, self._sparse_weight(x.dtype), self.bias)
+            return _Product.apply(x, self.bias, self)
         if self.coded:
             return linear_parts(x, self._tensors(), self.parts, self.bias)
         # the operator costs some microseconds more than the function, and only a compiler needs it;
@@ -192,6 +192,20 @@ class CompressedLinear(_Stored):
     def extra_repr(self) -> str:
         text = f"{self.in_features}, {self.out_features}, rows by width {self.counts}"
         return ", ".join([text, *(f"{key}={value}" for key, value in self.parts.entry().items())])
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + bias; the backward pass de-quantizes W again, so that no dense weight is kept."""
+
+    @staticmethod
+    def forward(ctx, x, bias, layer):
+        ctx.layer = layer
+        return F.linear(x, layer.sparse_weight(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return gradient @ ctx.layer.sparse_weight(gradient.dtype), bias, None
 
 
 class _Table(_Stored):

@@ -75,7 +75,7 @@ def train(
     original = {n: p.detach().clone() for n, p in norms.items()}
     base = {n: f.codebook[:, : int(f.sizes.max())].contiguous() for n, f in fits.items()}
     spread = {n: b.std(1, keepdim=True, correction=0).clamp(min=1e-12) for n, b in base.items()}
-    state = _read(state_file) or _begin(base, original)
+    state = read_state(state_file, _begin(base, original))
     order = _order(len(ids), batch, steps)
     marks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
 
@@ -114,11 +114,11 @@ def train(
                 moved |= {f"gain.{n}": (p.grad, original[n].float()) for n, p in norms.items()}
                 for p in norms.values():
                     p.grad = None
-            rate = _schedule(state.step, steps)
+            rate = schedule(state.step, steps)
             for name, (grad, unit) in moved.items():
                 if grad is not None:
                     size = lr if name.startswith("theta.") else norm_lr
-                    _adam(state, name, grad.float() * unit / len(target), size * rate)
+                    adam(state, name, grad.float() * unit / len(target), size * rate)
             state.step += 1
             if progress:
                 progress(state.step, steps, sum(losses) / len(target))
@@ -126,7 +126,7 @@ def train(
                 state.losses.append(held_out_loss(state.values))
                 if state.losses[-1] <= min(state.losses):
                     state.best = {n: v.clone() for n, v in state.values.items()}
-                _write(state_file, state)
+                write_state(state_file, state)
     for name, codebook in codebooks(state.best).items():
         fits[name].codebook[:, : codebook.shape[1]] = codebook
         sort_entries(fits[name])
@@ -268,13 +268,13 @@ def _order(count: int, batch: int, steps: int) -> list[list[int]]:
     return [queue[i * batch : (i + 1) * batch] for i in range(steps)]
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int) -> float:
     """Warm up over a twentieth of the steps, then a cosine down to zero."""
     warm = max(1, steps // 20)
     return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
-def _adam(state: State, name: str, grad: Tensor, rate: float) -> None:
+def adam(state: State, name: str, grad: Tensor, rate: float) -> None:
     """One Adam step (1412.6980) on `state.values[name]`."""
     b1, b2 = BETAS
     first = state.first[name].mul_(b1).add_(grad, alpha=1 - b1)
@@ -287,7 +287,8 @@ def _adam(state: State, name: str, grad: Tensor, rate: float) -> None:
 PARTS: Sequence[str] = ("values", "first", "second", "best")
 
 
-def _write(path: Path | None, state: State) -> None:
+def write_state(path: Path | None, state: State) -> None:
+    """Keep `state` in a file, whole or not at all."""
     if path is None:
         return
     tensors = {f"{part}:{n}": v for part in PARTS for n, v in getattr(state, part).items()}
@@ -295,9 +296,10 @@ def _write(path: Path | None, state: State) -> None:
     shards.write_file(path, tensors, facts)
 
 
-def _read(path: Path | None) -> State | None:
+def read_state(path: Path | None, start: State) -> State:
+    """The state in a file, or `start` if there is none; SkimError unless it fits `start`."""
     if path is None or not path.exists():
-        return None
+        return start
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
@@ -305,9 +307,15 @@ def _read(path: Path | None) -> State | None:
             for key in file.keys():
                 part, name = key.split(":", 1)
                 getattr(state, part)[name] = file.get_tensor(key)
+        if any(_shapes(getattr(state, part)) != _shapes(getattr(start, part)) for part in PARTS):
+            raise ValueError("other tensors than this training has")
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise SkimError(
             f"{path}: damaged state of a training ({shards.first_line(error)}); "
             "delete it and run again"
         ) from None
     return state
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
