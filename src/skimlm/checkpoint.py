@@ -12,7 +12,9 @@ comes with a model is run. `save` writes a folder beside OUT and renames it: OUT
 from __future__ import annotations
 
 import copy
+import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from skimlm import shards
@@ -68,6 +71,14 @@ def open_checkpoint(
         _check_shapes(path, config, files)
     shards.check_finite(files)
     return Checkpoint(path, config, {name: file for name, (file, _) in files.items()}, compressed)
+
+
+def open_compressed(source: str | os.PathLike[str]) -> Checkpoint:
+    """Check a compressed folder; SkimError for any other model."""
+    opened = open_checkpoint(source)
+    if not opened.compressed:
+        raise SkimError(f"{source}: not a compressed folder: make one with `skimlm compress`")
+    return opened
 
 
 def load(
@@ -349,15 +360,41 @@ def save(
     return out
 
 
-def check_out(out: str | os.PathLike[str], force: bool = False) -> None:
-    """Refuse an OUT that exists; with `force`, one that is not a model folder."""
+def check_out(out: str | os.PathLike[str], force: bool = False, mark: str = "config.json") -> None:
+    """Refuse an OUT that exists; with `force`, one that is not a model folder (has no `mark`)."""
     out = Path(out)
     if not out.exists() and not out.is_symlink():
         return
     if not force:
         raise SkimError(f"{out}: exists, use --force to replace it")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+    if not out.is_dir() or (any(out.iterdir()) and not (out / mark).is_file()):
         raise SkimError(f"{out}: is not a model folder, --force does not replace it")
+
+
+def rewrite(
+    source: Checkpoint,
+    folder: Path,
+    changed: Mapping[str, Tensor | None],
+    config: Mapping[str, Any],
+) -> None:
+    """Copy a folder into `folder` with another config, some tensors changed or (None) left out.
+
+    All else stays as it is, byte by byte; every tensor stays in the file it was in.
+    """
+    for file in source.path.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name != shards.INDEX:
+            shutil.copyfile(file, folder / file.name)
+    files: dict[str, dict[str, Tensor]] = {}
+    for path in sorted(set(source.files.values())):
+        with safe_open(path, framework="pt") as stream:
+            tensors = {n: changed.get(n, stream.get_tensor(n)) for n in stream.keys()}
+        kept = {n: tensor for n, tensor in tensors.items() if tensor is not None}
+        files |= {path.name: kept} if kept else {}
+    if len(files) == 1:  # then there is no index that could name it
+        files = {"model.safetensors": files.popitem()[1]}
+    shards.write(folder, files)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"  # as transformers writes it
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def folder_bytes(out: str | os.PathLike[str]) -> int:

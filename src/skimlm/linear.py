@@ -129,7 +129,7 @@ class CompressedLinear(_Stored):
     def sparse_weight(self, dtype: torch.dtype) -> Tensor:
         """W, the weight without its adapter."""
         if self.coded:
-            return dequantize_stored(self._tensors(), self.in_features, self.parts, dtype)
+            return dequantize_stored(self.tensors(), self.in_features, self.parts, dtype)
         return dequantize_packed(
             self.weight,
             self.widths,
@@ -141,7 +141,7 @@ class CompressedLinear(_Stored):
             dtype,
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The stored tensors the layer has, by their last name."""
         return {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
 
@@ -149,7 +149,7 @@ class CompressedLinear(_Stored):
         """A `[rank, in_features]` and B `[rank, out_features]` as floats: `adapter`, or stored."""
         if self.adapter is not None:
             return self.adapter
-        return adapter_stored(self._tensors(), self.out_features, self.in_features)
+        return adapter_stored(self.tensors(), self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
@@ -168,7 +168,7 @@ class CompressedLinear(_Stored):
         if torch.is_grad_enabled() and x.requires_grad:
             return _Product.apply(x, self.bias, self)
         if self.coded:
-            return linear_parts(x, self._tensors(), self.parts, self.bias)
+            return linear_parts(x, self.tensors(), self.parts, self.bias)
         # the operator costs some microseconds more than the function, and only a compiler needs it;
         # so does looking six buffers up through the module
         linear = torch.ops.skimlm.linear if torch.compiler.is_compiling() else linear_packed

@@ -22,16 +22,13 @@ from typing import Any
 import torch
 
 from skimlm import checkpoint, native, shards
-from skimlm.errors import SkimError
 from skimlm.integrations.transformers import SkimlmConfig, check_files, swap_in
 from skimlm.linear import CompressedLinear
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describe a compressed folder as plain values, JSON-ready."""
-    source = checkpoint.open_checkpoint(path)
-    if not source.compressed:
-        raise SkimError(f"{path}: not a compressed folder: make one with `skimlm compress`")
+    source = checkpoint.open_compressed(path)
     config = SkimlmConfig(**_as_dict(source.config.quantization_config))
     entries = {n: entry for n, (_, entry) in shards.tensor_files(source.path).items()}
     model = checkpoint.skeleton(source.path / "config.json", source.config)

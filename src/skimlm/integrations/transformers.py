@@ -202,12 +202,12 @@ def check_files(model: Any, config: SkimlmConfig, files: Sequence[Path]) -> None
     try:
         for name in config.linears:
             layer = model.get_submodule(_own_name(model, name))
-            name = next((n for n in _aliases(model, name) if f"{n}.widths" in where), name)
+            name = next((n for n in aliases(model, name) if f"{n}.widths" in where), name)
             tensors = stored(f"{name}.", ("weight", *CompressedLinear.stored))
             _check_linear(name, layer, tensors)
         for layer_name, module in model.named_modules():
             if isinstance(module, (CompressedEmbedding, CompressedHead)) and module.owns_scale:
-                names = _aliases(model, layer_name)
+                names = aliases(model, layer_name)
                 name = next((n for n in names if f"{n}.scale" in where), layer_name)
                 _check_table(name, module, stored(f"{name}.", ("weight", "scale")))
     except FormatError as error:
@@ -247,7 +247,7 @@ def _meta(entry: Mapping[str, Any]) -> torch.Tensor:
     return torch.empty(entry["shape"], dtype=dtype, device="meta")
 
 
-def _aliases(model: Any, name: str) -> tuple[str, str]:
+def aliases(model: Any, name: str) -> tuple[str, str]:
     """A name with and without the prefix under which a causal model holds its decoder."""
     prefix = model.base_model_prefix + "."
     return name, name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
@@ -255,7 +255,7 @@ def _aliases(model: Any, name: str) -> tuple[str, str]:
 
 def _own_name(model: Any, name: str) -> str:
     """config.json's name of a linear as this model calls it."""
-    for own in _aliases(model, name):
+    for own in aliases(model, name):
         try:
             model.get_submodule(own)
             return own

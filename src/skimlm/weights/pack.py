@@ -325,10 +325,7 @@ def pack(q: QuantizedWeight) -> dict[str, Tensor]:
         tensors["in_scale"] = q.in_scale.clone()
     if q.mask is not None and q.sparsity is not None:
         tensors["positions"] = pack_positions(q.mask[order], q.sparsity).flatten()
-    for name, codes, scale in _factors(q.adapter):
-        tensors[name] = codes.clone() if scale is None else pack_nibbles(codes)
-        if scale is not None:
-            tensors[f"{name}_scale"] = scale.clone()
+    tensors |= pack_adapter(q.adapter)
     # which file of several a tensor goes to depends on the order: that of `layout` can be planned
     specs = layout(histogram(q.widths), q.shape[1], q.in_scale is not None, Parts.of(q))
     return {name: tensors[name] for name in specs}
@@ -370,13 +367,24 @@ def unpack(
         mask,
         parts.sparsity,
         parts.group,
-        _unpack_adapter(tensors, rows, cols, parts, name),
+        unpack_adapter(tensors, rows, cols, parts, name),
     )
 
 
-def _unpack_adapter(
-    tensors: Mapping[str, Tensor], rows: int, cols: int, parts: Parts, name: str
+def pack_adapter(adapter: Adapter | None) -> dict[str, Tensor]:
+    """The stored tensors of an adapter by their last name."""
+    tensors = {}
+    for name, codes, scale in _factors(adapter):
+        tensors[name] = codes.clone() if scale is None else pack_nibbles(codes)
+        if scale is not None:
+            tensors[f"{name}_scale"] = scale.clone()
+    return tensors
+
+
+def unpack_adapter(
+    tensors: Mapping[str, Tensor], rows: int, cols: int, parts: Parts, name: str = ""
 ) -> Adapter | None:
+    """Invert `pack_adapter`; None for a linear of other parts."""
     if not parts.rank:
         return None
     a, b = tensors["lora_a"], tensors["lora_b"]
