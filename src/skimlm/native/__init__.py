@@ -8,12 +8,29 @@ Every call checks type, layout and device first, so a wrong tensor is a Python e
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 ISAS = ("portable", "avx2", "avx512")
+# tensors of a linear in the order of `SkimlmSparse` in kernels.h; None: that of the adapter's bits
+_SPARSE: dict[str, torch.dtype | None] = {
+    "weight": torch.uint8,
+    "widths": torch.uint8,
+    "codebook": torch.int8,
+    "row_scale": torch.bfloat16,
+    "row_zero": torch.int16,
+    "in_scale": torch.float16,
+    "positions": torch.uint8,
+    "lora_a": None,
+    "lora_b": None,
+    "lora_a_scale": torch.bfloat16,
+    "lora_b_scale": torch.bfloat16,
+    "bias": torch.float32,
+}
+_SIZED = [name for name in _SPARSE if name not in ("widths", "in_scale", "bias")]
+_SPARSITY = {None: 0, "2:4": 1, "bitmap": 2}
 
 
 def _open(isa: str) -> ctypes.CDLL:
@@ -161,6 +178,76 @@ def matmul(
         rows,
         cols,
         exact,
+        torch.get_num_threads(),
+    )
+    return status == 0
+
+
+class _Sparse(ctypes.Structure):
+    """`SkimlmSparse` of kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _SPARSE),
+        *((f"{name}_size", ctypes.c_int64) for name in _SIZED),
+        *((name, ctypes.c_int64) for name in ("rows", "cols", "sparsity", "kept", "group")),
+        *((name, ctypes.c_int64) for name in ("rank", "adapter_bits")),
+    ]
+
+
+@functools.cache
+def _sparse_matmul(loaded: ctypes.CDLL) -> Callable[..., int]:
+    function = loaded.skimlm_sparse_matmul
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [pointer, pointer, size, pointer, size, ctypes.c_int]
+    return function
+
+
+def sparse_matmul(
+    x: torch.Tensor,
+    stored: Mapping[str, torch.Tensor | None],
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    count: int,
+    rows: int,
+    cols: int,
+    sparsity: str | None,
+    kept: int,
+    group: int | None,
+    rank: int,
+    adapter_bits: int,
+) -> bool:
+    """`skimlm_sparse_matmul`: False if the tensors, by their names in FORMAT.md, do not fit.
+
+    `x` [count, cols] and `out` [count, rows] are contiguous, on the CPU, float32 or bfloat16 alike;
+    `bias` is float32. The rest is checked here (types, layout) and in native code (sizes).
+    """
+    factor = torch.bfloat16 if adapter_bits == 16 else torch.uint8
+    at: list[int | None] = []
+    sizes: list[int] = []
+    for name, dtype in _SPARSE.items():
+        tensor = bias if name == "bias" else stored.get(name)
+        if tensor is None:
+            if name in ("weight", "widths", "row_scale"):
+                return False
+            at.append(None)
+            if name in _SIZED:
+                sizes.append(0)
+            continue
+        fits = tensor.dtype == (dtype or factor) and tensor.is_contiguous() and tensor.is_cpu
+        length = rows if name in ("widths", "bias") else cols if name == "in_scale" else None
+        if not fits or (length is not None and tensor.shape != (length,)):
+            return False
+        at.append(tensor.data_ptr())
+        if name in _SIZED:
+            sizes.append(tensor.numel())
+    how = _SPARSITY.get(sparsity, -1)
+    linear = _Sparse(*at, *sizes, rows, cols, how, kept, group or 0, rank, adapter_bits)
+    status = _sparse_matmul(library())(
+        ctypes.byref(linear),
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        out.data_ptr(),
+        count,
         torch.get_num_threads(),
     )
     return status == 0

@@ -76,6 +76,32 @@ SKIMLM_API int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packe
                              const uint16_t* in_scale, const float* bias, void* out, int64_t n, int64_t r,
                              int64_t c, int64_t exact, int threads);
 
+// A linear with parts of format version 2 as it is stored (FORMAT.md), in elements; what it does not have
+// is null and of size 0. sparsity: 0 dense, 1 2:4, 2 bitmap. group 0: codebooks. As in skimlm_matmul,
+// `widths`, `in_scale` and `bias` are as long as r and c say.
+struct SkimlmSparse {
+  const uint8_t* weight;
+  const uint8_t* widths;
+  const int8_t* codebook;
+  const uint16_t* row_scale;
+  const int16_t* row_zero;
+  const uint16_t* in_scale;
+  const uint8_t* positions;
+  const void* lora_a;
+  const void* lora_b;
+  const uint16_t* lora_a_scale;
+  const uint16_t* lora_b_scale;
+  const float* bias;
+  int64_t weight_size, codebook_size, scale_size, zeros_size, positions_size;
+  int64_t a_size, b_size, a_scale_size, b_scale_size;
+  int64_t r, c, sparsity, kept, group, rank, adapter_bits;
+};
+
+// out [n, r] = x [n, c] times such a linear transposed, plus its adapter's part and bias; few tokens. x and
+// out are float, or bfloat16 bits if x_bf16. Returns 1, having done nothing, if the sizes do not fit.
+SKIMLM_API int skimlm_sparse_matmul(const SkimlmSparse* linear, const void* x, int64_t x_bf16, void* out,
+                                    int64_t n, int threads);
+
 // out [n, r] = x [n, c] times a table of 8 or 4 bits transposed (linear.py, FORMAT.md).
 SKIMLM_API void skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int64_t bits,
                                     const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,

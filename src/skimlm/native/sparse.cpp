@@ -1,0 +1,537 @@
+// out = x W^T + (x A^T) B for a sparse or grid W and an adapter as FORMAT.md stores them, few tokens.
+//
+// x is made of 24-bit integers (product.h). The sum over the columns that share a scale is an integer,
+// exact; times the scale they are added in double, in their order: the same bits on every instruction
+// set and for any number of threads. A 4-bit A is a dense grid of `rank` rows, and is multiplied as one.
+//
+//   any processor   a row becomes integers, 0 where pruned, then one dot product per scale and token
+//   VBMI            four rows become bytes in L1, offset so that pruned ones count nothing
+//   VBMI, 2:4, one token   nothing is expanded: x is permuted to the kept columns in registers instead,
+//                   half the products and look-ups
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "lanes.h"
+#include "parallel.h"
+#include "product.h"
+#include "vector.h"
+
+namespace {
+
+enum Sparsity { DENSE, PAIRS, BITMAP };
+constexpr int64_t UNIT = 2 * CHUNK;        // columns; of 2:4 rows 64 codes and 32 patterns
+constexpr int64_t ADAPTER = 128;           // columns that share a scale of a 4-bit adapter
+constexpr int64_t PER_THREAD = 1 << 16;    // bytes
+constexpr int64_t PATTERN_BYTES = 12;      // of a unit
+constexpr uint8_t FIRST[8] = {0, 0, 0, 1, 1, 2, 2, 2}, SECOND[8] = {1, 2, 3, 2, 3, 3, 3, 3};
+
+int64_t divide_up(int64_t a, int64_t b) { return a ? (a - 1) / b + 1 : 0; }
+
+// W, or a 4-bit A.
+struct Matrix {
+  Sparsity sparsity;
+  bool grid;  // levels are code - 2^(width - 1)
+  int64_t r, c, kept;
+  const uint8_t* positions;
+  int64_t places;             // bytes of them in a row
+  const uint16_t* row_scale;  // [r, scales]
+  int64_t scales, span;       // how many a row has, and the columns of one
+  std::vector<int32_t> order;  // which row stands at a stored place; empty: the same
+  std::vector<Group> groups;
+
+  int64_t row(int64_t stored) const { return order.empty() ? stored : order[stored]; }
+  int64_t end_of(int64_t scale) const { return scale + 1 == scales ? c : (scale + 1) * span; }
+};
+
+// False if the sizes are not those of the widths and of what the linear has.
+bool lay_out(const SkimlmSparse& w, Matrix& m) {
+  if (w.r < 1 || w.c < 1 || w.sparsity < DENSE || w.sparsity > BITMAP || w.group < 0) return false;
+  m = {Sparsity(w.sparsity), w.group > 0, w.r, w.c, w.c, w.positions, 0, w.row_scale, 1, w.c, {}, {}};
+  if (m.sparsity != DENSE) m.kept = w.kept;
+  if (m.kept < 1 || m.kept > w.c) return false;
+  if (m.sparsity == PAIRS) {
+    if (w.c % 4 || w.kept != w.c / 2) return false;
+    m.places = divide_up(w.c / 4 * 3, 8);
+  }
+  if (m.sparsity == BITMAP) m.places = divide_up(w.c, 8);
+  if (m.grid) {
+    m.span = std::min(w.group, w.c);
+    m.scales = divide_up(w.c, m.span);
+  }
+  m.order.resize(w.r);
+  int64_t rows = 0, bytes = 0, levels = 0, zeros = 0;
+  for (int b = 1; b <= MAX_B; ++b) {
+    const int64_t count = rows_of_width(b, w.widths, w.r, m.order.data() + rows);
+    const int64_t stride = divide_up(m.kept * b, 8);
+    if (count)
+      m.groups.push_back({b, count, rows, w.weight + bytes, w.codebook + levels, w.row_zero + zeros,
+                          stride});
+    rows += count;
+    bytes += count * stride;
+    if (!m.grid) (b <= 5 ? levels : zeros) += b <= 5 ? count << b : count;
+  }
+  return rows == w.r && bytes == w.weight_size && levels == w.codebook_size &&
+         zeros == w.zeros_size && w.positions_size == w.r * m.places &&
+         w.scale_size == w.r * m.scales;
+}
+
+// A of 4 bits. False if the sizes of the adapter are wrong.
+bool lay_out_adapter(const SkimlmSparse& w, Matrix& m) {
+  if (!w.rank) return !w.a_size && !w.b_size && !w.a_scale_size && !w.b_scale_size;
+  if (w.rank < 1 || w.rank > 1 << 16) return false;
+  const bool four = w.adapter_bits == 4;
+  if (!four && w.adapter_bits != 16) return false;
+  const int64_t a = four ? divide_up(w.c, 2) : w.c, b = four ? divide_up(w.r, 2) : w.r;
+  const int64_t groups = four ? divide_up(w.c, ADAPTER) : 0;
+  if (w.a_size != w.rank * a || w.b_size != w.rank * b || w.a_scale_size != w.rank * groups ||
+      w.b_scale_size != w.rank * (four ? divide_up(w.r, ADAPTER) : 0))
+    return false;
+  if (four)
+    m = {DENSE, true, w.rank, w.c, w.c, nullptr, 0, w.lora_a_scale, groups, ADAPTER, {},
+         {{4, w.rank, 0, static_cast<const uint8_t*>(w.lora_a), nullptr, nullptr, a}}};
+  return true;
+}
+
+// x as a matrix reads it.
+struct Input {
+  const Integers& x;
+  std::vector<int64_t> sums;  // [n, scales] over the columns of a scale, with planes
+  Lines<uint8_t> biased;      // [units, 3, 128] of one token: b0 + 2^8 b1 + 2^16 (b2 - 128), unsigned
+};
+
+int64_t integer(const Integers& x, int64_t token, int64_t j) {
+  const int8_t* p = &x.planes[(token * x.chunks + j / CHUNK) * PLANES * CHUNK + j % CHUNK];
+  return p[0] + p[CHUNK] * 256 + p[2 * CHUNK] * 65536;
+}
+
+Input to_input(const Integers& x, const Matrix& m) {
+  Input in{x, {}, {}};
+  if (!x.planes) return in;
+  in.sums.resize(x.n * m.scales);
+  for (int64_t t = 0; t < x.n; ++t)
+    for (int64_t s = 0, j = 0; s < m.scales; ++s)
+      for (const int64_t end = m.end_of(s); j < end; ++j)
+        in.sums[t * m.scales + s] += integer(x, t, j);
+  if (m.sparsity == PAIRS && x.n == 1) {
+    const int64_t units = divide_up(x.chunks, 2);
+    in.biased = Lines<uint8_t>(units * PLANES * UNIT);
+    for (int64_t j = 0; j < units * UNIT; ++j) {
+      const int64_t v = (j < x.chunks * CHUNK ? integer(x, 0, j) : 0) + (1 << 23);
+      for (int p = 0; p < PLANES; ++p)
+        in.biased[(j / UNIT * PLANES + p) * UNIT + j % UNIT] = uint8_t(v >> 8 * p);
+    }
+  }
+  return in;
+}
+
+// One row's sum over its scales, in units of x. Products are exact but for more than 2^15 columns of
+// one scale; fma all the same, as some compilers would put it there and others not.
+struct Value {
+  double sum = 0;
+  void add(int64_t total, uint16_t scale) {
+    sum = std::fma(double(total), double(from_bf16(scale)), sum);
+  }
+};
+
+// ---- any processor
+
+// Patterns or bits as the columns they keep; `each` must refuse more than it has room for.
+template <class Each>
+void positions_any(Sparsity sparsity, const uint8_t* at, int64_t c, const Each& each) {
+  if (sparsity == BITMAP) {
+    for (int64_t j = 0; j < c; ++j)
+      if (at[j / 8] >> j % 8 & 1) each(j);
+    return;
+  }
+  for (int64_t j = 0; j < c; j += 4) {
+    const int64_t bit = j / 4 * 3;
+    uint32_t pair = at[bit / 8];
+    if (bit % 8 > 5) pair |= uint32_t(at[bit / 8 + 1]) << 8;
+    const uint32_t pattern = pair >> bit % 8 & 7;
+    each(j + FIRST[pattern]);
+    each(j + SECOND[pattern]);
+  }
+}
+
+// to[j] = of a kept column its level from `from` [kept], in order; others are left.
+template <class T>
+void spread_any(const Matrix& m, int64_t stored, const T* from, T* to) {
+  int64_t k = 0;
+  positions_any(m.sparsity, m.positions + stored * m.places, m.c, [&](int64_t j) {
+    if (k < m.kept) to[j] = from[k++];
+  });
+}
+
+int64_t dot(const int16_t* level, const int16_t* digit, int64_t begin, int64_t end) {
+  int64_t sum = 0;
+  for (int64_t j = begin; j < end; j += 512) {  // 512 products of 9 and 12 bits fit 32
+    int32_t part = 0;
+    const int64_t stop = std::min(j + 512, end);
+    for (int64_t t = j; t < stop; ++t) part += int32_t(level[t]) * digit[t];
+    sum += part;
+  }
+  return sum;
+}
+
+void rows_any(const Matrix& m, const Group& g, int64_t begin, int64_t end, const Input& in,
+              const Output& out) {
+  const Integers& x = in.x;
+  const int64_t padded = x.chunks * CHUNK;
+  const bool affine = !m.grid && g.width > 5;
+  std::vector<uint8_t> code(m.kept + 8);
+  std::vector<int16_t> kept(m.kept), dense(m.sparsity ? m.c : 0);
+  std::vector<int16_t> ones(affine ? m.c : 0, m.sparsity ? 0 : 1);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t stored = g.first + i, row = m.row(stored);
+    cut_row[g.width](g.packed + i * g.stride, code.data(), m.kept);
+    int16_t entry[256];
+    for (int k = 0; k < 1 << g.width; ++k)
+      entry[k] = int16_t(m.grid ? k - (1 << (g.width - 1)) : affine ? k : g.levels[(i << g.width) + k]);
+    for (int64_t k = 0; k < m.kept; ++k) kept[k] = entry[code[k]];
+    const int16_t* level = kept.data();
+    if (m.sparsity) {
+      std::fill(dense.begin(), dense.end(), int16_t(0));
+      spread_any(m, stored, kept.data(), dense.data());
+      level = dense.data();
+      if (affine) {
+        std::fill(kept.begin(), kept.end(), int16_t(1));
+        std::fill(ones.begin(), ones.end(), int16_t(0));
+        spread_any(m, stored, kept.data(), ones.data());
+      }
+    }
+    for (int64_t t = 0; t < x.n; ++t) {
+      const int16_t* digit = &x.digits[t * 2 * padded];
+      Value value;
+      for (int64_t s = 0; s < m.scales; ++s) {
+        const int64_t from = s * m.span, to = m.end_of(s);
+        auto times = [&](const int16_t* l) {
+          return dot(l, digit, from, to) + dot(l, digit + padded, from, to) * 4096;
+        };
+        int64_t total = times(level);
+        if (affine) total -= g.zeros[i] * times(ones.data());
+        value.add(total, m.row_scale[stored * m.scales + s]);
+      }
+      out.put(t, row, float(value.sum * x.steps[t]));
+    }
+  }
+}
+
+// ---- AVX-512 with VBMI: rows as bytes in L1
+
+#if defined(__AVX512F__)
+#define VBMI2 __attribute__((target("avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16")))
+
+bool has_vbmi2() {
+  static const bool have = __builtin_cpu_supports("avx512vbmi2");
+  return have;
+}
+
+// The columns that 16 patterns keep, a bit each.
+inline uint64_t mask_of_patterns(uint64_t patterns) {
+  constexpr uint64_t each = 0x1111111111111111;
+  const uint64_t w = _pdep_u64(patterns, 7 * each);
+  const uint64_t a = w & each, b = w >> 1 & each, c = w >> 2 & each;
+  const uint64_t neither = each & ~(a | b), both = a & b;
+  return (each & ~(c | both)) | (neither | (both & ~c)) << 1 | ((a & ~c) | (c & (a | b))) << 2 |
+         (c | (b & ~a)) << 3;
+}
+
+// How codes of one width come out of bytes, and what they become.
+struct Bytes {
+  __m512i spread, fields, copies;
+  int width;
+  VBMI explicit Bytes(int b) : width(b) {
+    alignas(64) uint8_t bytes[64], bits[64], copy[64];
+    for (int j = 0; j < 64; ++j) {
+      bytes[j] = uint8_t(j / 8 * b + j % 8);
+      bits[j] = uint8_t(j % 8 * b);
+      copy[j] = uint8_t(j & ((1 << std::min(b, 6)) - 1));
+    }
+    spread = _mm512_load_si512(bytes);
+    fields = _mm512_load_si512(bits);
+    copies = _mm512_load_si512(copy);
+  }
+  // 64 codes in the low bits of bytes
+  VBMI __m512i chunk(const uint8_t* at, int64_t left) const {
+    const __m512i bytes = _mm512_maskz_loadu_epi8(first_bytes(std::min<int64_t>(left, 8 * width)), at);
+    return _mm512_multishift_epi64_epi8(fields, _mm512_permutexvar_epi8(spread, bytes));
+  }
+};
+
+// Levels of a row plus 128, or its codes; [kept], padded to chunks.
+VBMI void bytes_of(const Matrix& m, const Group& g, int64_t i, const Bytes& cut, uint8_t* to) {
+  const uint8_t* at = g.packed + i * g.stride;
+  const int64_t step = 8 * g.width;
+  if (!m.grid && g.width <= 5) {
+    const __mmask64 entries = (__mmask64(1) << (1 << g.width)) - 1;
+    const __m512i levels = _mm512_maskz_loadu_epi8(entries, g.levels + (i << g.width));
+    const __m512i table =
+        _mm512_xor_si512(_mm512_permutexvar_epi8(cut.copies, levels), _mm512_set1_epi8(char(128)));
+    for (int64_t k = 0, left = g.stride; k < m.kept; k += CHUNK, left -= step)
+      _mm512_storeu_si512(to + k, _mm512_permutexvar_epi8(
+                                      cut.chunk(at + g.stride - left, left), table));
+    return;
+  }
+  const __m512i mask = _mm512_set1_epi8(char((1 << g.width) - 1));
+  for (int64_t k = 0, left = g.stride; k < m.kept; k += CHUNK, left -= step)
+    _mm512_storeu_si512(to + k, _mm512_and_si512(cut.chunk(at + g.stride - left, left), mask));
+}
+
+// The bytes `from` at the columns of a sparse row, `pruned` elsewhere. Both have room for all columns
+// and two chunks, so that a row with more bits than codes reads no further.
+VBMI2 void spread_bytes(const Matrix& m, int64_t stored, uint8_t pruned, const uint8_t* from,
+                        uint8_t* to) {
+  const uint8_t* at = m.positions + stored * m.places;
+  const __m512i none = _mm512_set1_epi8(char(pruned));
+  const int64_t bytes = m.sparsity == PAIRS ? 6 : 8;  // of 64 columns
+  for (int64_t j = 0, left = m.places; j < m.c; j += CHUNK, at += bytes, left -= bytes) {
+    uint64_t mask = 0;
+    if (left >= 8)
+      std::memcpy(&mask, at, 8);
+    else
+      std::memcpy(&mask, at, left);
+    if (m.sparsity == PAIRS) mask = mask_of_patterns(mask & 0xffffffffffff);
+    _mm512_storeu_si512(to + j, _mm512_mask_expand_epi8(none, mask, _mm512_loadu_si512(from)));
+    from += __builtin_popcountll(mask);
+  }
+}
+
+// total[r] = sum over the columns begin..end of x times the bytes of R rows `stride` apart.
+template <int R>
+VBMI inline void dot_bytes(const uint8_t* rows, int64_t stride, const int8_t* x, int64_t begin,
+                           int64_t end, int64_t (&total)[R]) {
+  __m512i sum[R][PLANES];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_si512();
+  for (int64_t j = begin / CHUNK * CHUNK; j < end; j += CHUNK) {
+    const __mmask64 mask = first_bytes(end - j) & ~first_bytes(begin - j);
+    const int8_t* at = x + j * PLANES;
+    __m512i v[PLANES];
+#pragma GCC unroll 3
+    for (int p = 0; p < PLANES; ++p) v[p] = _mm512_maskz_loadu_epi8(mask, at + p * CHUNK);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m512i bytes = _mm512_loadu_si512(rows + r * stride + j);
+#pragma GCC unroll 3
+      for (int p = 0; p < PLANES; ++p) add_dot(sum[r][p], bytes, v[p]);
+    }
+  }
+  add_planes<R>(sum, total);
+}
+
+// Room for some rows as bytes.
+struct Room {
+  int64_t stride;
+  std::vector<uint8_t> codes, rows, ones;
+  explicit Room(int64_t c) : stride(divide_up(c, CHUNK) * CHUNK + 2 * CHUNK) {
+    codes.resize(stride);
+    rows.resize(4 * stride);
+  }
+};
+
+template <int R>
+VBMI void block_bytes(const Matrix& m, const Group& g, int64_t i, const Bytes& cut, const Input& in,
+                      Room& room, const Output& out) {
+  const Integers& x = in.x;
+  const bool affine = !m.grid && g.width > 5;
+  const int64_t offset = affine ? 0 : m.grid ? 1 << (g.width - 1) : 128;
+  if (affine && m.sparsity) room.ones.assign(R * room.stride, 0);
+  for (int r = 0; r < R; ++r) {
+    uint8_t* to = &room.rows[r * room.stride];
+    bytes_of(m, g, i + r, cut, m.sparsity ? room.codes.data() : to);
+    if (!m.sparsity) continue;
+    const int64_t stored = g.first + i + r;
+    if (has_vbmi2()) {
+      spread_bytes(m, stored, uint8_t(offset), room.codes.data(), to);
+    } else {
+      std::fill_n(to, m.c, uint8_t(offset));
+      spread_any(m, stored, room.codes.data(), to);
+    }
+    if (affine)
+      positions_any(m.sparsity, m.positions + stored * m.places, m.c,
+                    [&](int64_t j) { room.ones[r * room.stride + j] = 1; });
+  }
+  for (int64_t t = 0; t < x.n; ++t) {
+    Value value[R];
+    const int8_t* xs = &x.planes[t * x.chunks * PLANES * CHUNK];
+    for (int64_t s = 0; s < m.scales; ++s) {
+      int64_t total[R], kept[R];
+      dot_bytes<R>(room.rows.data(), room.stride, xs, s * m.span, m.end_of(s), total);
+      if (affine && m.sparsity)
+        dot_bytes<R>(room.ones.data(), room.stride, xs, s * m.span, m.end_of(s), kept);
+      for (int r = 0; r < R; ++r) {
+        const int64_t zero = affine ? g.zeros[i + r] : offset;
+        const int64_t of = affine && m.sparsity ? kept[r] : in.sums[t * m.scales + s];
+        value[r].add(total[r] - zero * of, m.row_scale[(g.first + i + r) * m.scales + s]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      out.put(t, m.row(g.first + i + r), float(value[r].sum * x.steps[t]));
+  }
+}
+
+VBMI void rows_bytes(const Matrix& m, const Group& g, int64_t begin, int64_t end, const Input& in,
+                     const Output& out) {
+  const Bytes cut(g.width);
+  Room room(m.c);
+  int64_t i = begin;
+  for (; i + 4 <= end; i += 4) block_bytes<4>(m, g, i, cut, in, room, out);
+  for (; i < end; ++i) block_bytes<1>(m, g, i, cut, in, room, out);
+}
+#endif
+
+void multiply_rows(const Matrix& m, const Group& g, int64_t begin, int64_t end, const Input& in,
+                   const Output& out) {
+#if defined(__AVX512F__)
+  if (in.x.planes) return rows_bytes(m, g, begin, end, in, out);
+#endif
+  rows_any(m, g, begin, end, in, out);
+}
+
+// ---- adapter
+
+// Sixteen values of a row of B [r] from column j on, an even one; unscaled at 4 bits.
+struct Factor {
+  bool four;
+  const void* at;
+  int64_t size;  // of a row, in elements as stored
+  Vector load(int64_t row, int64_t j, int64_t left) const {
+    if (four) {
+      const uint8_t* from = static_cast<const uint8_t*>(at) + row * size + j / 2;
+      uint8_t bytes[8] = {};
+      std::memcpy(bytes, from, left < 16 ? (left + 1) / 2 : 8);
+#if defined(__AVX512F__)
+      const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+      const __m128i low = _mm_and_si128(v, _mm_set1_epi8(15));
+      const __m128i high = _mm_and_si128(_mm_srli_epi16(v, 4), _mm_set1_epi8(15));
+      const __m512i code = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high));
+      return {_mm512_cvtepi32_ps(_mm512_sub_epi32(code, _mm512_set1_epi32(8)))};
+#else
+      float value[16];
+      for (int k = 0; k < 16; ++k) value[k] = float((bytes[k / 2] >> k % 2 * 4 & 15) - 8);
+      return Vector::load(value);
+#endif
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(at) + row * size + j;
+    if (left >= 16) return Vector::load(from);
+    uint16_t part[16] = {};
+    std::memcpy(part, from, left * 2);
+    return Vector::load(part);
+  }
+};
+
+// A row of a 16-bit A times x, in a fixed order.
+float dot_bf16(const Factor& a, int64_t row, const float* x, int64_t c) {
+  Vector sum[2];
+  for (int64_t j = 0, k = 0; j < c; j += Vector::N, k ^= 1) {
+    const int64_t left = c - j;
+    float part[Vector::N] = {};
+    std::memcpy(part, x + j, std::min<int64_t>(left, Vector::N) * sizeof(float));
+    sum[k].add_product(Vector::load(part), a.load(row, j, left));
+  }
+  return sum[0].sum() + sum[1].sum();
+}
+
+// out [n, r] = y + u B, columns begin..end of a block of 128.
+void add_adapter(const SkimlmSparse& w, const float* u, const float* y, int64_t n, int64_t begin,
+                 int64_t end, const Output& out) {
+  const bool four = w.adapter_bits == 4;
+  const Factor b{four, w.lora_b, four ? divide_up(w.r, 2) : w.r};
+  const int64_t blocks = divide_up(w.r, ADAPTER);
+  constexpr int64_t TOKENS = 2, PARTS = ADAPTER / Vector::N;
+  for (int64_t t = 0; t < n; t += TOKENS) {
+    const int64_t tokens = std::min(TOKENS, n - t);
+    Vector sum[TOKENS][PARTS];
+    for (int64_t k = 0; k < w.rank; ++k) {
+      const float scale = four ? from_bf16(w.lora_b_scale[k * blocks + begin / ADAPTER]) : 1.f;
+      float factor[TOKENS];
+      for (int64_t s = 0; s < tokens; ++s) factor[s] = u[(t + s) * w.rank + k] * scale;
+      for (int64_t p = 0; p < PARTS && begin + p * Vector::N < end; ++p) {
+        const int64_t j = begin + p * Vector::N;
+        const Vector v = b.load(k, j, end - j);
+        for (int64_t s = 0; s < tokens; ++s) sum[s][p].add_product(factor[s], v);
+      }
+    }
+    for (int64_t s = 0; s < tokens; ++s) {
+      float value[ADAPTER];
+      for (int64_t p = 0; p < PARTS; ++p) sum[s][p].store(value + p * Vector::N);
+      for (int64_t j = begin; j < end; ++j)
+        out.put(t + s, j, y[(t + s) * w.r + j] + value[j - begin]);
+    }
+  }
+}
+
+// Rows of one width, as one turn of a thread takes them; no matrix: of a 16-bit A.
+struct Part {
+  const Matrix* matrix;
+  const Group* group;
+  const Input* input;
+  const Output* out;
+  int64_t begin, end;
+};
+
+void split(const Matrix& m, const Input& in, const Output& out, int64_t turn, std::vector<Part>& to) {
+  for (const Group& g : m.groups) {
+    const int64_t bytes = g.stride + m.places + m.scales * 2;
+    const int64_t step = std::max<int64_t>(4, turn / bytes / 4 * 4);
+    for (int64_t i = 0; i < g.rows; i += step)
+      to.push_back({&m, &g, &in, &out, i, std::min(i + step, g.rows)});
+  }
+}
+
+}  // namespace
+
+int skimlm_sparse_matmul(const SkimlmSparse* linear, const void* x, int64_t x_bf16, void* out,
+                         int64_t n, int threads) {
+  const SkimlmSparse& w = *linear;
+  Matrix m{}, a{};
+  if (!lay_out(w, m) || !lay_out_adapter(w, a)) return 1;
+  const bool four = w.rank && w.adapter_bits == 4;
+
+  const std::vector<float> values = to_floats(x, x_bf16, w.in_scale, n, w.c);
+  const Integers whole = to_integers(values.data(), n, w.c, 1);
+  const bool same = !w.in_scale;
+  const std::vector<float> plain =
+      w.rank && !same ? to_floats(x, x_bf16, nullptr, n, w.c) : std::vector<float>();
+  const float* raw = same ? values.data() : plain.data();
+  Integers raw_whole{};
+  if (four && !same) raw_whole = to_integers(raw, n, w.c, 1);
+  const Input in = to_input(whole, m), a_in = to_input(four && !same ? raw_whole : whole, a);
+
+  std::vector<float> u(n * w.rank), y(w.rank ? n * w.r : 0);
+  const Output result{out, x_bf16 != 0, w.r, w.bias};
+  const Output sparse = w.rank ? Output{y.data(), false, w.r, nullptr} : result;
+  const Output components{u.data(), false, w.rank, nullptr};
+
+  const int64_t bytes = w.weight_size + w.positions_size + 2 * w.scale_size +
+                        (w.a_size + w.b_size) * (four ? 1 : 2);
+  // A second thread for a few microseconds of work costs more than it brings.
+  threads = int(std::clamp<int64_t>(bytes / PER_THREAD, 1, threads));
+  const int64_t turn = std::max(WORK, bytes / (TURNS * threads));
+  std::vector<Part> parts;
+  if (four) split(a, a_in, components, turn, parts);
+  if (w.rank && !four)
+    for (int64_t k = 0, step = std::max<int64_t>(1, turn / (2 * w.c)); k < w.rank; k += step)
+      parts.push_back({nullptr, nullptr, nullptr, &components, k, std::min(k + step, w.rank)});
+  split(m, in, sparse, turn, parts);
+  parallel_rows(int64_t(parts.size()), 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; ++at) {
+      const Part& p = parts[at];
+      if (p.matrix) {
+        multiply_rows(*p.matrix, *p.group, p.begin, p.end, *p.input, *p.out);
+        continue;
+      }
+      const Factor factor{false, w.lora_a, w.c};
+      for (int64_t t = 0; t < n; ++t)
+        for (int64_t k = p.begin; k < p.end; ++k)
+          u[t * w.rank + k] = dot_bf16(factor, k, raw + t * w.c, w.c);
+    }
+  });
+  if (w.rank)
+    parallel_rows(divide_up(w.r, ADAPTER), 1, threads, [&](int64_t from, int64_t to) {
+      for (int64_t at = from; at < to; ++at)
+        add_adapter(w, u.data(), y.data(), n, at * ADAPTER, std::min((at + 1) * ADAPTER, w.r), result);
+    });
+  return 0;
+}
