@@ -265,6 +265,75 @@ def generate(
 
 
 @main.command()
+@click.argument("path")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--text", type=FILE, required=True, help="Text or .jsonl to train on.")
+@click.option("--text-key", help="Key or keys,joined of a .jsonl row.")
+@click.option(
+    "--teacher", metavar="MODEL", help="Learn its output, not the text: the original model."
+)
+@click.option(
+    "--tokens", type=POSITIVE, default=300_000, show_default=True, help="Tokens to train on."
+)
+@click.option("--seq-len", type=POSITIVE, default=512, show_default=True)
+@click.option("--batch", type=POSITIVE, default=4, show_default=True, help="Windows per step.")
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-2,
+    show_default=True,
+    help="Step size, relative to the size of an adapter's component.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@CACHE_DIR
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@THREADS
+@JSON
+def finetune(path: str, out: Path, text: str, as_json: bool, **options: Any) -> None:
+    """Train the adapters of the compressed folder PATH on a text, into the folder OUT."""
+    from skimlm.finetune import finetune
+    from skimlm.report import facts_text, progress_bars
+
+    with progress_bars() as progress:
+        report = finetune(path, out, text, progress=progress, **options)
+    _print(report.to_json(), facts_text, as_json)
+    if not report.improved:
+        click.echo("the held-out loss did not fall: the adapters are stored unchanged", err=True)
+
+
+@main.command()
+@click.argument("path")
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["dense", "peft"]),
+    default="dense",
+    show_default=True,
+    help="dense: an ordinary folder; peft: OUT/base without adapters and OUT/adapter for PEFT.",
+)
+@click.option("--dense-base", is_flag=True, help="With peft: an ordinary base, as PEFT needs it.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of an ordinary folder; default: the model's.",
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@JSON
+def export(
+    path: str, out: Path, to: str, dtype: str | None, as_json: bool, **options: bool
+) -> None:
+    """Write the compressed folder PATH for tools that do not know skimlm."""
+    import torch
+
+    from skimlm.export import export
+    from skimlm.report import facts_text
+
+    kind = None if dtype is None else getattr(torch, dtype)
+    report = export(path, out, to, dtype=kind, **options)
+    _print(report.to_json(), facts_text, as_json)
+
+
+@main.command()
 @click.argument("path", type=click.Path(exists=True))
 @JSON
 def inspect(path: str, as_json: bool) -> None:
