@@ -96,31 +96,50 @@ bool lay_out_adapter(const SkimlmSparse& w, Matrix& m) {
 // x as a matrix reads it.
 struct Input {
   const Integers& x;
-  std::vector<int64_t> sums;  // [n, scales] over the columns of a scale, with planes
-  Lines<uint8_t> biased;      // [units, 3, 128] of one token: b0 + 2^8 b1 + 2^16 (b2 - 128), unsigned
+  // with planes:
+  std::vector<int64_t> sums;   // [n, scales] over the columns of a scale
+  Lines<int32_t> lanes;        // [n, scales, 16] of them, for scales of one or two chunks: mod 2^32
+  Lines<uint8_t> biased;       // [units, 3, 128] of one token: b0 + 2^8 b1 + 2^16 (b2 - 128), unsigned
 };
 
-int64_t integer(const Integers& x, int64_t token, int64_t j) {
-  const int8_t* p = &x.planes[(token * x.chunks + j / CHUNK) * PLANES * CHUNK + j % CHUNK];
-  return p[0] + p[CHUNK] * 256 + p[2 * CHUNK] * 65536;
-}
+// Scales for which four rows at a time of a grid of up to 4 bits are summed in 32 bits: see `Narrow`.
+bool is_narrow(const Matrix& m) { return m.grid && (m.span == CHUNK || m.span == UNIT); }
 
 Input to_input(const Integers& x, const Matrix& m) {
-  Input in{x, {}, {}};
+  Input in{x, {}, {}, {}};
   if (!x.planes) return in;
+  const int64_t padded = x.chunks * CHUNK;
   in.sums.resize(x.n * m.scales);
-  for (int64_t t = 0; t < x.n; ++t)
-    for (int64_t s = 0, j = 0; s < m.scales; ++s)
-      for (const int64_t end = m.end_of(s); j < end; ++j)
-        in.sums[t * m.scales + s] += integer(x, t, j);
+  if (is_narrow(m)) in.lanes = Lines<int32_t>(x.n * m.scales * 16);
+  std::vector<int32_t> whole(padded + CHUNK);
+  for (int64_t t = 0; t < x.n; ++t) {
+    for (int64_t k = 0; k < x.chunks; ++k) {
+      const int8_t* p = &x.planes[(t * x.chunks + k) * PLANES * CHUNK];
+      for (int64_t j = 0; j < CHUNK; ++j)
+        whole[k * CHUNK + j] = p[j] + p[CHUNK + j] * 256 + p[2 * CHUNK + j] * 65536;
+    }
+    for (int64_t s = 0; s < m.scales; ++s) {
+      int64_t sum = 0;
+      for (int64_t j = s * m.span, end = m.end_of(s); j < end; ++j) sum += whole[j];
+      in.sums[t * m.scales + s] = sum;
+      if (!in.lanes) continue;
+      uint32_t lane[16] = {};
+      for (int64_t j = 0; j < m.span && s * m.span + j < padded; j += CHUNK)
+        for (int64_t i = 0; i < CHUNK; ++i) lane[i / 4] += uint32_t(whole[s * m.span + j + i]);
+      std::memcpy(&in.lanes[(t * m.scales + s) * 16], lane, sizeof lane);
+    }
+  }
   if (m.sparsity == PAIRS && x.n == 1) {
     const int64_t units = divide_up(x.chunks, 2);
     in.biased = Lines<uint8_t>(units * PLANES * UNIT);
-    for (int64_t j = 0; j < units * UNIT; ++j) {
-      const int64_t v = (j < x.chunks * CHUNK ? integer(x, 0, j) : 0) + (1 << 23);
-      for (int p = 0; p < PLANES; ++p)
-        in.biased[(j / UNIT * PLANES + p) * UNIT + j % UNIT] = uint8_t(v >> 8 * p);
-    }
+    for (int64_t k = 0; k < units; ++k)
+      for (int p = 0; p < PLANES; ++p) {
+        uint8_t* to = &in.biased[(k * PLANES + p) * UNIT];
+        for (int64_t j = 0; j < UNIT; ++j) {
+          const int64_t at = k * UNIT + j;
+          to[j] = uint8_t(((at < padded ? whole[at] : 0) + (1 << 23)) >> 8 * p);
+        }
+      }
   }
   return in;
 }
@@ -297,27 +316,95 @@ VBMI2 void spread_bytes(const Matrix& m, int64_t stored, uint8_t pruned, const u
   }
 }
 
-// total[r] = sum over the columns begin..end of x times the bytes of R rows `stride` apart.
-template <int R>
+// Of a row: three sums of bytes of x times levels, and the sum of the levels.
+struct Sums {
+  __m512i byte[PLANES], levels;
+};
+
+VBMI inline void total_of(const Sums (&sum)[4], int64_t (&total)[4]) {
+  __m512i bytes[4][PLANES];
+  for (int r = 0; r < 4; ++r) std::copy_n(sum[r].byte, PLANES, bytes[r]);
+  add_planes<4>(bytes, total);
+}
+
+// Four rows. GCC 12 keeps no array in registers whose index it only knows once it has unrolled a loop,
+// and stores bound the loop then: so sums of rows are spelled out here and below.
 VBMI inline void dot_bytes(const uint8_t* rows, int64_t stride, const int8_t* x, int64_t begin,
-                           int64_t end, int64_t (&total)[R]) {
-  __m512i sum[R][PLANES];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_si512();
+                           int64_t end, int64_t (&total)[4]) {
+  Sums s0{}, s1{}, s2{}, s3{};
   for (int64_t j = begin / CHUNK * CHUNK; j < end; j += CHUNK) {
     const __mmask64 mask = first_bytes(end - j) & ~first_bytes(begin - j);
     const int8_t* at = x + j * PLANES;
-    __m512i v[PLANES];
-#pragma GCC unroll 3
-    for (int p = 0; p < PLANES; ++p) v[p] = _mm512_maskz_loadu_epi8(mask, at + p * CHUNK);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
+    const __m512i v0 = _mm512_maskz_loadu_epi8(mask, at);
+    const __m512i v1 = _mm512_maskz_loadu_epi8(mask, at + CHUNK);
+    const __m512i v2 = _mm512_maskz_loadu_epi8(mask, at + 2 * CHUNK);
+    auto add = [&](Sums& sum, int64_t r) VBMI __attribute__((always_inline)) {
       const __m512i bytes = _mm512_loadu_si512(rows + r * stride + j);
-#pragma GCC unroll 3
-      for (int p = 0; p < PLANES; ++p) add_dot(sum[r][p], bytes, v[p]);
-    }
+      add_dot(sum.byte[0], bytes, v0);
+      add_dot(sum.byte[1], bytes, v1);
+      add_dot(sum.byte[2], bytes, v2);
+    };
+    add(s0, 0);
+    add(s1, 1);
+    add(s2, 2);
+    add(s3, 3);
   }
-  add_planes<R>(sum, total);
+  total_of({s0, s1, s2, s3}, total);
+}
+
+// ---- the same for a grid of up to 4 bits and scales of one or two chunks
+//
+// The three sums of a row become one of 32 bits in every lane, and those of four rows are added up to
+// four lanes each: at most 32 columns, levels within 8 and x within 0x7f7f7f, so they fit.
+
+// Sums of four rows, [sum of a, of b, of c, of d] in every four lanes, as doubles.
+VBMI inline __m256d fold(__m512d v) {
+  return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+}
+
+struct Narrow {
+  const uint16_t* scale[4];
+  __m256d sum = _mm256_setzero_pd();
+
+  VBMI void add(__m256d total, int64_t s) {
+    const __m128i bits = _mm_setr_epi32(scale[0][s] << 16, scale[1][s] << 16, scale[2][s] << 16,
+                                        scale[3][s] << 16);
+    sum = _mm256_fmadd_pd(total, _mm256_cvtps_pd(_mm_castsi128_ps(bits)), sum);
+  }
+};
+
+// Sum of a byte times 24 bits in every lane, codes unsigned: C chunks.
+template <int C>
+VBMI inline __attribute__((always_inline)) __m512i whole_sum(const uint8_t* row, const int8_t* x) {
+  const __m512i c0 = _mm512_loadu_si512(row);
+  const __m512i c1 = C > 1 ? _mm512_loadu_si512(row + CHUNK) : c0;
+  __m512i sum = _mm512_setzero_si512();
+  add_dot(sum, c0, _mm512_load_si512(x + 2 * CHUNK));
+  if constexpr (C > 1) add_dot(sum, c1, _mm512_load_si512(x + 5 * CHUNK));
+  sum = _mm512_slli_epi32(sum, 8);
+  add_dot(sum, c0, _mm512_load_si512(x + CHUNK));
+  if constexpr (C > 1) add_dot(sum, c1, _mm512_load_si512(x + 4 * CHUNK));
+  sum = _mm512_slli_epi32(sum, 8);
+  add_dot(sum, c0, _mm512_load_si512(x));
+  if constexpr (C > 1) add_dot(sum, c1, _mm512_load_si512(x + 3 * CHUNK));
+  return sum;
+}
+
+template <int C>
+VBMI void dot_narrow(const uint8_t* rows, int64_t stride, int width, const int8_t* x,
+                     const int32_t* lanes, int64_t scales, Narrow& narrow) {
+  const __m128i shift = _mm_cvtsi32_si128(width - 1);
+  for (int64_t s = 0; s < scales; ++s, rows += C * CHUNK, x += C * PLANES * CHUNK) {
+    const __m512i zero = _mm512_sll_epi32(_mm512_load_si512(lanes + s * 16), shift);
+    const __m512i s0 = _mm512_sub_epi32(whole_sum<C>(rows, x), zero);
+    const __m512i s1 = _mm512_sub_epi32(whole_sum<C>(rows + stride, x), zero);
+    const __m512i s2 = _mm512_sub_epi32(whole_sum<C>(rows + 2 * stride, x), zero);
+    const __m512i s3 = _mm512_sub_epi32(whole_sum<C>(rows + 3 * stride, x), zero);
+    const __m512i q = quarters(s0, s1, s2, s3);
+    narrow.add(fold(_mm512_add_pd(_mm512_cvtepi32_pd(_mm512_castsi512_si256(q)),
+                                  _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(q, 1)))),
+               s);
+  }
 }
 
 // Room for some rows as bytes.
@@ -330,44 +417,63 @@ struct Room {
   }
 };
 
-template <int R>
-VBMI void block_bytes(const Matrix& m, const Group& g, int64_t i, const Bytes& cut, const Input& in,
-                      Room& room, const Output& out) {
+// Rows i.. of a group; past `end` the last one again, and not put out.
+VBMI void block_bytes(const Matrix& m, const Group& g, int64_t i, int64_t end, const Bytes& cut,
+                      const Input& in, Room& room, const Output& out) {
   const Integers& x = in.x;
-  const bool affine = !m.grid && g.width > 5;
+  const bool affine = !m.grid && g.width > 5, ones = affine && m.sparsity;
   const int64_t offset = affine ? 0 : m.grid ? 1 << (g.width - 1) : 128;
-  if (affine && m.sparsity) room.ones.assign(R * room.stride, 0);
-  for (int r = 0; r < R; ++r) {
+  int64_t row[4];
+  if (ones) room.ones.assign(4 * room.stride, 0);
+  for (int r = 0; r < 4; ++r) {
+    row[r] = std::min(i + r, end - 1);
     uint8_t* to = &room.rows[r * room.stride];
-    bytes_of(m, g, i + r, cut, m.sparsity ? room.codes.data() : to);
+    bytes_of(m, g, row[r], cut, m.sparsity ? room.codes.data() : to);
     if (!m.sparsity) continue;
-    const int64_t stored = g.first + i + r;
+    const int64_t stored = g.first + row[r];
     if (has_vbmi2()) {
       spread_bytes(m, stored, uint8_t(offset), room.codes.data(), to);
     } else {
       std::fill_n(to, m.c, uint8_t(offset));
       spread_any(m, stored, room.codes.data(), to);
     }
-    if (affine)
+    if (ones)
       positions_any(m.sparsity, m.positions + stored * m.places, m.c,
                     [&](int64_t j) { room.ones[r * room.stride + j] = 1; });
   }
   for (int64_t t = 0; t < x.n; ++t) {
-    Value value[R];
     const int8_t* xs = &x.planes[t * x.chunks * PLANES * CHUNK];
-    for (int64_t s = 0; s < m.scales; ++s) {
-      int64_t total[R], kept[R];
-      dot_bytes<R>(room.rows.data(), room.stride, xs, s * m.span, m.end_of(s), total);
-      if (affine && m.sparsity)
-        dot_bytes<R>(room.ones.data(), room.stride, xs, s * m.span, m.end_of(s), kept);
-      for (int r = 0; r < R; ++r) {
-        const int64_t zero = affine ? g.zeros[i + r] : offset;
-        const int64_t of = affine && m.sparsity ? kept[r] : in.sums[t * m.scales + s];
-        value[r].add(total[r] - zero * of, m.row_scale[(g.first + i + r) * m.scales + s]);
+    double sum[4];
+    if (in.lanes && g.width <= 4) {
+      Narrow narrow;
+      for (int r = 0; r < 4; ++r) narrow.scale[r] = m.row_scale + (g.first + row[r]) * m.scales;
+      // the last scale may have fewer chunks than the others
+      const int64_t whole = m.span == CHUNK ? m.scales : x.chunks / 2;
+      const int32_t* lanes = &in.lanes[t * m.scales * 16];
+      (m.span == CHUNK ? dot_narrow<1> : dot_narrow<2>)(room.rows.data(), room.stride, g.width, xs,
+                                                        lanes, whole, narrow);
+      if (whole < m.scales) {
+        for (const uint16_t*& scale : narrow.scale) scale += whole;
+        dot_narrow<1>(room.rows.data() + whole * UNIT, room.stride, g.width,
+                      xs + whole * PLANES * UNIT, lanes + whole * 16, 1, narrow);
       }
+      _mm256_storeu_pd(sum, narrow.sum);
+    } else {
+      Value value[4];
+      for (int64_t s = 0; s < m.scales; ++s) {
+        int64_t total[4], kept[4];
+        dot_bytes(room.rows.data(), room.stride, xs, s * m.span, m.end_of(s), total);
+        if (ones) dot_bytes(room.ones.data(), room.stride, xs, s * m.span, m.end_of(s), kept);
+        for (int r = 0; r < 4; ++r) {
+          const int64_t zero = affine ? g.zeros[row[r]] : offset;
+          const int64_t of = ones ? kept[r] : in.sums[t * m.scales + s];
+          value[r].add(total[r] - zero * of, m.row_scale[(g.first + row[r]) * m.scales + s]);
+        }
+      }
+      for (int r = 0; r < 4; ++r) sum[r] = value[r].sum;
     }
-    for (int r = 0; r < R; ++r)
-      out.put(t, m.row(g.first + i + r), float(value[r].sum * x.steps[t]));
+    for (int r = 0; r < 4 && i + r < end; ++r)
+      out.put(t, m.row(g.first + i + r), float(sum[r] * x.steps[t]));
   }
 }
 
@@ -375,15 +481,267 @@ VBMI void rows_bytes(const Matrix& m, const Group& g, int64_t begin, int64_t end
                      const Output& out) {
   const Bytes cut(g.width);
   Room room(m.c);
-  int64_t i = begin;
-  for (; i + 4 <= end; i += 4) block_bytes<4>(m, g, i, cut, in, room, out);
-  for (; i < end; ++i) block_bytes<1>(m, g, i, cut, in, room, out);
+  for (int64_t i = begin; i < end; i += 4) block_bytes(m, g, i, end, cut, in, room, out);
 }
+
+// ---- AVX-512 with VBMI: 2:4 rows times one token
+//
+// A unit is 128 columns: 64 codes, 32 patterns. Each code's column within the unit is looked up from its
+// pattern, and the bytes of x are permuted there. x is unsigned then, and levels are the signed operand:
+// the other way around a sum of the kept x would be due, three more products. The bias of its highest
+// byte costs one: the sum of the levels.
+
+// Which columns of a unit the codes of a row stand in.
+struct Places {
+  __m512i spread, fields, second, table, base;
+  VBMI Places() {
+    alignas(64) uint8_t bytes[64], bits[64], odd[64], pair[64], four[64];
+    for (int j = 0; j < 64; ++j) {  // eight codes, four patterns: 12 bits of a lane
+      bytes[j] = uint8_t(j / 8 * 12 / 8 + j % 8);
+      bits[j] = uint8_t(j / 8 * 12 % 8 + j % 8 / 2 * 3);
+      odd[j] = uint8_t(j % 2 * 8);
+      pair[j] = j % 16 < 8 ? FIRST[j % 8] : SECOND[j % 8];
+      four[j] = uint8_t(j / 2 * 4);
+    }
+    spread = _mm512_load_si512(bytes);
+    fields = _mm512_load_si512(bits);
+    second = _mm512_load_si512(odd);
+    table = _mm512_load_si512(pair);
+    base = _mm512_load_si512(four);
+  }
+  VBMI __m512i columns(__m128i patterns) const {
+    __m512i v = _mm512_permutexvar_epi8(spread, _mm512_castsi128_si512(patterns));
+    v = _mm512_multishift_epi64_epi8(fields, v);
+    v = _mm512_ternarylogic_epi64(v, _mm512_set1_epi8(7), second, 0xea);  // (v & 7) | second
+    return _mm512_or_si512(_mm512_shuffle_epi8(table, v), base);
+  }
+};
+
+template <int B, bool MASK>
+VBMI inline __m512i load_codes(const uint8_t* at, int64_t left) {
+  if constexpr (MASK)
+    return _mm512_maskz_loadu_epi8(first_bytes(std::min<int64_t>(left, 8 * B)), at);
+  else if constexpr (B == 1)
+    return _mm512_zextsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+  else if constexpr (B == 2)
+    return _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  else if constexpr (B == 4)
+    return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+  else
+    return _mm512_maskz_loadu_epi8(first_bytes(8 * B), at);
+}
+
+// R 2:4 rows of width B. Levels are looked up, or on a grid of more than 5 bits computed.
+template <int B, bool GRID, int R>
+struct Kept {
+  __m512i spread, fields, table[R];
+  const uint8_t *codes[R], *positions[R];
+  int64_t stride, places;
+
+  VBMI Kept(const Matrix& m, const Group& g, const int64_t (&row)[R], const Bytes& cut)
+      : spread(cut.spread), fields(cut.fields), stride(g.stride), places(m.places) {
+    static_assert(GRID || B <= 5);
+    for (int r = 0; r < R; ++r) {
+      codes[r] = g.packed + row[r] * g.stride;
+      positions[r] = m.positions + (g.first + row[r]) * m.places;
+    }
+    if constexpr (GRID) {
+      alignas(64) int8_t level[64];
+      for (int j = 0; j < 64; ++j) level[j] = int8_t((j & ((1 << B) - 1)) - (1 << (B - 1)));
+      table[0] = _mm512_load_si512(level);
+    } else {
+      const __mmask64 entries = (__mmask64(1) << (1 << B)) - 1;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        table[r] = _mm512_permutexvar_epi8(
+            cut.copies, _mm512_maskz_loadu_epi8(entries, g.levels + (row[r] << B)));
+    }
+  }
+
+  // Levels and columns of unit k of row r. MASK: the row ends in this unit or the next.
+  template <bool MASK>
+  VBMI void unit(const Places& at, int r, int64_t k, __m512i& level, __m512i& column) const {
+    __m512i code = load_codes<B, MASK>(codes[r] + k * 8 * B, stride - k * 8 * B);
+    code = _mm512_multishift_epi64_epi8(fields, _mm512_permutexvar_epi8(spread, code));
+    if constexpr (!GRID)
+      level = _mm512_permutexvar_epi8(code, table[r]);
+    else if constexpr (B <= 6)
+      level = _mm512_permutexvar_epi8(code, table[0]);
+    else
+      level = _mm512_sub_epi8(_mm512_and_si512(code, _mm512_set1_epi8(char((1 << B) - 1))),
+                              _mm512_set1_epi8(char(1 << (B - 1))));
+    const auto* from = reinterpret_cast<const __m128i*>(positions[r] + k * PATTERN_BYTES);
+    const __mmask16 some = __mmask16(first_bytes(places - k * PATTERN_BYTES));
+    column = at.columns(MASK ? _mm_maskz_loadu_epi8(some, from) : _mm_loadu_si128(from));
+  }
+
+  VBMI void prefetch(int64_t k) const {
+    const char* ahead = reinterpret_cast<const char*>(codes[0]) + AHEAD + k * R * 8 * B;
+#pragma GCC unroll 8
+    for (int64_t line = 0; line < R * 8 * B; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(positions[0]) + AHEAD / 4 + k * R * PATTERN_BYTES,
+                 _MM_HINT_T0);
+  }
+};
+
+// Unit k of row r added to its sums.
+template <bool MASK, int B, bool GRID, int R>
+VBMI inline __attribute__((always_inline)) void add_unit(const Kept<B, GRID, R>& rows, int r,
+                                                         const Places& at, const uint8_t* x,
+                                                         int64_t k, Sums& sum) {
+  __m512i level, column;
+  rows.template unit<MASK>(at, r, k, level, column);
+  add_dot(sum.byte[0],
+          _mm512_permutex2var_epi8(_mm512_load_si512(x), column, _mm512_load_si512(x + CHUNK)),
+          level);
+  x += UNIT;
+  add_dot(sum.byte[1],
+          _mm512_permutex2var_epi8(_mm512_load_si512(x), column, _mm512_load_si512(x + CHUNK)),
+          level);
+  x += UNIT;
+  add_dot(sum.byte[2],
+          _mm512_permutex2var_epi8(_mm512_load_si512(x), column, _mm512_load_si512(x + CHUNK)),
+          level);
+  add_dot(sum.levels, _mm512_set1_epi8(1), level);
+}
+
+// Two rows whose scales are one or of whole units: more would not fit the registers.
+template <bool MASK, int B, bool GRID>
+VBMI inline __attribute__((always_inline)) void add_units(const Kept<B, GRID, 2>& rows,
+                                                          const Places& at, const uint8_t* x,
+                                                          int64_t begin, int64_t end, Sums& sum0,
+                                                          Sums& sum1) {
+  Sums s0 = sum0, s1 = sum1;
+  for (int64_t k = begin; k < end; ++k) {
+    rows.prefetch(k);
+    add_unit<MASK>(rows, 0, at, x + k * PLANES * UNIT, k, s0);
+    add_unit<MASK>(rows, 1, at, x + k * PLANES * UNIT, k, s1);
+  }
+  sum0 = s0;
+  sum1 = s1;
+}
+
+template <int B, bool GRID>
+VBMI void block_pairs(const Matrix& m, const Group& g, int64_t i, int64_t end, const Bytes& cut,
+                      const Places& at, const Input& in, const Output& out) {
+  const int64_t row[2] = {i, std::min(i + 1, end - 1)};
+  const Kept<B, GRID, 2> rows(m, g, row, cut);
+  const int64_t units = divide_up(m.c, UNIT), full = std::max<int64_t>(units - 2, 0);
+  Value value[2];
+  for (int64_t s = 0; s < m.scales; ++s) {
+    Sums s0{}, s1{};
+    const int64_t first = s * m.span / UNIT, last = divide_up(m.end_of(s), UNIT);
+    const int64_t middle = std::clamp(full, first, last);
+    add_units<false>(rows, at, in.biased.data(), first, middle, s0, s1);
+    add_units<true>(rows, at, in.biased.data(), middle, last, s0, s1);
+    int64_t total[4], levels[2] = {_mm512_reduce_add_epi32(s0.levels),
+                                   _mm512_reduce_add_epi32(s1.levels)};
+    total_of({s0, s1, Sums{}, Sums{}}, total);
+    for (int r = 0; r < 2; ++r)
+      value[r].add(total[r] - (levels[r] << 23), m.row_scale[(g.first + row[r]) * m.scales + s]);
+  }
+  for (int r = 0; r < 2 && i + r < end; ++r)
+    out.put(0, m.row(g.first + i + r), float(value[r].sum * in.x.steps[0]));
+}
+
+// Unit k of a row of a grid of up to 4 bits as one sum in every lane.
+template <bool MASK, int B>
+VBMI inline __attribute__((always_inline)) __m512i whole_unit(const Kept<B, true, 4>& rows, int r,
+                                                              const Places& at, const uint8_t* x,
+                                                              int64_t k) {
+  __m512i level, column;
+  rows.template unit<MASK>(at, r, k, level, column);
+  __m512i sum = _mm512_setzero_si512(), bias = sum;
+  add_dot(bias, _mm512_set1_epi8(char(128)), level);
+  x += 2 * UNIT;
+  add_dot(sum,
+          _mm512_permutex2var_epi8(_mm512_load_si512(x), column, _mm512_load_si512(x + CHUNK)),
+          level);
+  sum = _mm512_slli_epi32(_mm512_sub_epi32(sum, bias), 8);
+  x -= UNIT;
+  add_dot(sum,
+          _mm512_permutex2var_epi8(_mm512_load_si512(x), column, _mm512_load_si512(x + CHUNK)),
+          level);
+  sum = _mm512_slli_epi32(sum, 8);
+  x -= UNIT;
+  add_dot(sum,
+          _mm512_permutex2var_epi8(_mm512_load_si512(x), column, _mm512_load_si512(x + CHUNK)),
+          level);
+  return sum;
+}
+
+template <bool MASK, int B>
+VBMI inline __attribute__((always_inline)) void narrow_units(const Kept<B, true, 4>& rows,
+                                                             const Places& at, const uint8_t* x,
+                                                             int64_t begin, int64_t end,
+                                                             bool halves, int64_t scales,
+                                                             Narrow& narrow) {
+  for (int64_t k = begin; k < end; ++k) {
+    const uint8_t* xs = x + k * PLANES * UNIT;
+    rows.prefetch(k);
+    const __m512i s0 = whole_unit<MASK>(rows, 0, at, xs, k);
+    const __m512i s1 = whole_unit<MASK>(rows, 1, at, xs, k);
+    const __m512i s2 = whole_unit<MASK>(rows, 2, at, xs, k);
+    const __m512i s3 = whole_unit<MASK>(rows, 3, at, xs, k);
+    const __m512i q = quarters(s0, s1, s2, s3);  // of 32 columns, 16 of them kept
+    const __m256i low = _mm512_castsi512_si256(q), high = _mm512_extracti64x4_epi64(q, 1);
+    if (!halves) {
+      narrow.add(fold(_mm512_cvtepi32_pd(_mm256_add_epi32(low, high))), k);
+    } else {
+      narrow.add(fold(_mm512_cvtepi32_pd(low)), 2 * k);
+      if (2 * k + 1 < scales) narrow.add(fold(_mm512_cvtepi32_pd(high)), 2 * k + 1);
+    }
+  }
+}
+
+template <int B>
+VBMI void narrow_pairs(const Matrix& m, const Group& g, int64_t i, int64_t end, const Bytes& cut,
+                       const Places& at, const Input& in, const Output& out) {
+  int64_t row[4];
+  Narrow narrow;
+  for (int r = 0; r < 4; ++r) {
+    row[r] = std::min(i + r, end - 1);
+    narrow.scale[r] = m.row_scale + (g.first + row[r]) * m.scales;
+  }
+  const Kept<B, true, 4> rows(m, g, row, cut);
+  const int64_t units = divide_up(m.c, UNIT), full = std::max<int64_t>(units - 2, 0);
+  const bool halves = m.span == CHUNK;
+  narrow_units<false>(rows, at, in.biased.data(), 0, full, halves, m.scales, narrow);
+  narrow_units<true>(rows, at, in.biased.data(), full, units, halves, m.scales, narrow);
+  double sum[4];
+  _mm256_storeu_pd(sum, narrow.sum);
+  for (int r = 0; r < 4 && i + r < end; ++r)
+    out.put(0, m.row(g.first + i + r), float(sum[r] * in.x.steps[0]));
+}
+
+template <int B, bool GRID>
+VBMI void rows_pairs(const Matrix& m, const Group& g, int64_t begin, int64_t end, const Input& in,
+                     const Output& out) {
+  const Bytes cut(B);
+  const Places at;
+  if constexpr (GRID && B <= 4)
+    if (is_narrow(m)) {
+      for (int64_t i = begin; i < end; i += 4) narrow_pairs<B>(m, g, i, end, cut, at, in, out);
+      return;
+    }
+  for (int64_t i = begin; i < end; i += 2) block_pairs<B, GRID>(m, g, i, end, cut, at, in, out);
+}
+
+using RowsPairs = void (*)(const Matrix&, const Group&, int64_t, int64_t, const Input&,
+                           const Output&);
+constexpr RowsPairs pairs_of_width[2][MAX_B + 1] = {
+    {nullptr, rows_pairs<1, false>, rows_pairs<2, false>, rows_pairs<3, false>,
+     rows_pairs<4, false>, rows_pairs<5, false>, nullptr, nullptr, nullptr},
+    {nullptr, rows_pairs<1, true>, rows_pairs<2, true>, rows_pairs<3, true>, rows_pairs<4, true>,
+     rows_pairs<5, true>, rows_pairs<6, true>, rows_pairs<7, true>, rows_pairs<8, true>}};
 #endif
 
 void multiply_rows(const Matrix& m, const Group& g, int64_t begin, int64_t end, const Input& in,
                    const Output& out) {
 #if defined(__AVX512F__)
+  const bool units = m.scales == 1 || m.span % UNIT == 0 || (m.span == CHUNK && g.width <= 4);
+  const auto pairs = units ? pairs_of_width[m.grid][g.width] : nullptr;
+  if (in.biased && pairs) return pairs(m, g, begin, end, in, out);
   if (in.x.planes) return rows_bytes(m, g, begin, end, in, out);
 #endif
   rows_any(m, g, begin, end, in, out);
