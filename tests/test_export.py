@@ -168,6 +168,15 @@ def test_a_base_of_nothing_but_codes_has_the_first_format_version(tmp_path, toke
     assert inspect(tmp_path / "out" / "base")["format_version"] == 1
 
 
+def test_a_folder_that_one_file_is_left_of_needs_no_index(tmp_path, folder):
+    source = checkpoint.open_compressed(folder)
+    first, *others = sorted(set(source.files.values()))
+    left_out = {name: None for name, file in source.files.items() if file != first}
+    checkpoint.rewrite(source, tmp_path, left_out, {})
+    assert others and [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+    assert load_file(tmp_path / "model.safetensors").keys() == source.files.keys() - left_out.keys()
+
+
 def test_force_replaces_only_what_an_export_made(tmp_path, folder):
     out = tmp_path / "out"
     for to in ("peft", "dense"):

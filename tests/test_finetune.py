@@ -250,6 +250,7 @@ def test_a_damaged_state_is_named(run, tmp_path, monkeypatch, damage):
     monkeypatch.setattr(finetune, "write_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
+    monkeypatch.setattr(finetune, "write_state", write)
     (state,) = (tmp_path / "cache").glob("*.state")
     if damage == "cut":
         state.write_bytes(state.read_bytes()[:-100])
