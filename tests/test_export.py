@@ -199,7 +199,7 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path, folder, llama_folder, t
     refused(plain, "plain: has no adapters to export", to="peft")
     refused(llama_folder, "not a compressed folder: make one with `skimlm compress`")
     refused(tmp_path / "none", "no such file or folder")
-    refused(folder, "small: exists, use --force", out=folder)
+    refused(folder, "is the model itself; name another folder", out=folder)
     refused(folder, "is the model itself; name another folder", out=folder, force=True)
     refused(folder, "export to dense or peft, got 'gguf'", to="gguf")
     refused(folder, "add --dense-base or export to dense", to="peft", dtype=torch.float32)

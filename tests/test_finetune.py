@@ -342,7 +342,7 @@ def test_what_a_user_can_get_wrong_is_one_line(run, folder, llama_folder, tmp_pa
     refused(llama_folder, "out", "not a compressed folder: make one with `skimlm compress`")
     refused(tmp_path / "none", "out", "no such file or folder")
     refused(folder, "there", "there: exists, use --force to replace it")
-    refused(folder, folder, "small: exists, use --force")
+    refused(folder, folder, "is the model itself; name another folder")
     refused(folder, folder, "is the model itself; name another folder", force=True)
     refused(folder, "out", "none.txt: no such file", text=tmp_path / "none.txt")
     refused(folder, "out", "7 tokens are fewer than one window of 32", text=short)

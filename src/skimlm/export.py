@@ -60,9 +60,9 @@ def export(
     if to not in TARGETS:
         raise SkimError(f"export to {' or '.join(TARGETS)}, got {to!r}")
     out = Path(out)
-    checkpoint.check_out(out, force, "config.json" if to == "dense" else ADAPTER)
     if Path(path).exists() and Path(path).resolve() == out.resolve():
         raise SkimError(f"{out}: is the model itself; name another folder")
+    checkpoint.check_out(out, force, "config.json" if to == "dense" else ADAPTER)
     opened = checkpoint.open_compressed(path)
     dense = to == "dense" or dense_base
     if dtype is not None and not dense:

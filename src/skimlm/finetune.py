@@ -168,9 +168,9 @@ def _opened(
     path: str | os.PathLike[str], out: str | os.PathLike[str], force: bool
 ) -> checkpoint.Checkpoint:
     """The compressed folder, refused if it has no adapters or OUT cannot be written."""
-    checkpoint.check_out(out, force)
     if Path(path).exists() and Path(path).resolve() == Path(out).resolve():
         raise SkimError(f"{out}: is the model itself; name another folder")
+    checkpoint.check_out(out, force)
     opened = checkpoint.open_compressed(path)
     if not any(name.endswith(".lora_a") for name in opened.files):
         raise SkimError(f"{path}: has no adapters to train; compress with --rank 0.1")
