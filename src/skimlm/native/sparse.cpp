@@ -100,13 +100,18 @@ struct Input {
   std::vector<int64_t> sums;   // [n, scales] over the columns of a scale
   Lines<int32_t> lanes;        // [n, scales, 16] of them, for scales of one or two chunks: mod 2^32
   Lines<uint8_t> biased;       // [units, 3, 128] of one token: b0 + 2^8 b1 + 2^16 (b2 - 128), unsigned
+  Lines<int8_t> paired;        // the same of x itself, signed, in the order of `column_of`
+  Lines<int32_t> paired_lanes;  // [units, 16] sums of it
 };
+
+// Of 128 columns, the one in a byte of the first or second half as 16 codes of up to 4 bits come out.
+int64_t column_of(int64_t half, int64_t byte) { return byte / 8 * 16 + half * 8 + byte % 8; }
 
 // Scales for which four rows at a time of a grid of up to 4 bits are summed in 32 bits: see `Narrow`.
 bool is_narrow(const Matrix& m) { return m.grid && (m.span == CHUNK || m.span == UNIT); }
 
 Input to_input(const Integers& x, const Matrix& m) {
-  Input in{x, {}, {}, {}};
+  Input in{x, {}, {}, {}, {}, {}};
   if (!x.planes) return in;
   const int64_t padded = x.chunks * CHUNK;
   in.sums.resize(x.n * m.scales);
@@ -140,6 +145,23 @@ Input to_input(const Integers& x, const Matrix& m) {
           to[j] = uint8_t(((at < padded ? whole[at] : 0) + (1 << 23)) >> 8 * p);
         }
       }
+  }
+  if (m.sparsity == DENSE && x.n == 1 && is_narrow(m)) {
+    const int64_t units = divide_up(x.chunks, 2);
+    in.paired = Lines<int8_t>(units * PLANES * UNIT);
+    in.paired_lanes = Lines<int32_t>(units * 16);
+    for (int64_t k = 0; k < units; ++k) {
+      uint32_t lane[16] = {};
+      for (int64_t j = 0; j < UNIT; ++j) {
+        const int64_t at = k * UNIT + column_of(j / CHUNK, j % CHUNK);
+        const bool real = at < padded;
+        const int8_t* p = &x.planes[(real ? at / CHUNK : 0) * PLANES * CHUNK + at % CHUNK];
+        for (int q = 0; q < PLANES; ++q)
+          in.paired[(k * PLANES + q) * UNIT + j] = real ? p[q * CHUNK] : int8_t(0);
+        lane[j % CHUNK / 4] += real ? uint32_t(whole[at]) : 0;
+      }
+      std::memcpy(&in.paired_lanes[k * 16], lane, sizeof lane);
+    }
   }
   return in;
 }
@@ -727,13 +749,92 @@ VBMI void rows_pairs(const Matrix& m, const Group& g, int64_t begin, int64_t end
   for (int64_t i = begin; i < end; i += 2) block_pairs<B, GRID>(m, g, i, end, cut, at, in, out);
 }
 
-using RowsPairs = void (*)(const Matrix&, const Group&, int64_t, int64_t, const Input&,
+using Rows = void (*)(const Matrix&, const Group&, int64_t, int64_t, const Input&,
                            const Output&);
-constexpr RowsPairs pairs_of_width[2][MAX_B + 1] = {
+constexpr Rows pairs_of_width[2][MAX_B + 1] = {
     {nullptr, rows_pairs<1, false>, rows_pairs<2, false>, rows_pairs<3, false>,
      rows_pairs<4, false>, rows_pairs<5, false>, nullptr, nullptr, nullptr},
     {nullptr, rows_pairs<1, true>, rows_pairs<2, true>, rows_pairs<3, true>, rows_pairs<4, true>,
      rows_pairs<5, true>, rows_pairs<6, true>, rows_pairs<7, true>, rows_pairs<8, true>}};
+
+// ---- AVX-512 with VBMI: dense rows of such a grid times one token, in registers
+
+// Unit k of a row as one sum in every lane; codes come out as in matmul.cpp.
+template <bool MASK, int B>
+VBMI inline __attribute__((always_inline)) __m512i dense_unit(const uint8_t* row, int64_t stride,
+                                                              int64_t k, __m512i spread,
+                                                              __m512i fields, const int8_t* x,
+                                                              __m512i zero) {
+  const uint8_t* at = row + k * 16 * B;
+  __m512i bytes = _mm512_maskz_loadu_epi8(
+      first_bytes(MASK ? std::min<int64_t>(stride - k * 16 * B, 16 * B) : 16 * B), at);
+  if constexpr (B < 4) bytes = _mm512_permutexvar_epi8(spread, bytes);
+  const __m512i mask = _mm512_set1_epi8((1 << B) - 1);
+  const __m512i c0 = _mm512_and_si512(_mm512_multishift_epi64_epi8(fields, bytes), mask);
+  const __m512i c1 = _mm512_and_si512(
+      _mm512_multishift_epi64_epi8(_mm512_add_epi8(fields, _mm512_set1_epi8(8 * B)), bytes), mask);
+  __m512i sum = _mm512_setzero_si512();
+  add_dot(sum, c0, _mm512_load_si512(x + 2 * UNIT));
+  add_dot(sum, c1, _mm512_load_si512(x + 2 * UNIT + CHUNK));
+  sum = _mm512_slli_epi32(sum, 8);
+  add_dot(sum, c0, _mm512_load_si512(x + UNIT));
+  add_dot(sum, c1, _mm512_load_si512(x + UNIT + CHUNK));
+  sum = _mm512_slli_epi32(sum, 8);
+  add_dot(sum, c0, _mm512_load_si512(x));
+  add_dot(sum, c1, _mm512_load_si512(x + CHUNK));
+  return _mm512_sub_epi32(sum, zero);
+}
+
+template <int B>
+VBMI void rows_dense(const Matrix& m, const Group& g, int64_t begin, int64_t end, const Input& in,
+                     const Output& out) {
+  alignas(64) uint8_t bytes[64], bits[64];
+  for (int j = 0; j < 64; ++j) {
+    bytes[j] = uint8_t(j / 8 * 2 * B + j % 8);
+    bits[j] = uint8_t(j % 8 * B);
+  }
+  const __m512i spread = _mm512_load_si512(bytes), fields = _mm512_load_si512(bits);
+  const int64_t units = divide_up(m.c, UNIT), full = std::max<int64_t>(units - 2, 0);
+  const bool halves = m.span == CHUNK;
+  for (int64_t i = begin; i < end; i += 4) {
+    const uint8_t* row[4];
+    Narrow narrow;
+    for (int r = 0; r < 4; ++r) {
+      const int64_t at = std::min(i + r, end - 1);
+      row[r] = g.packed + at * g.stride;
+      narrow.scale[r] = m.row_scale + (g.first + at) * m.scales;
+    }
+    auto unit = [&]<bool MASK>(int64_t k) VBMI __attribute__((always_inline)) {
+      const int8_t* x = &in.paired[k * PLANES * UNIT];
+      const __m512i zero = _mm512_slli_epi32(_mm512_load_si512(&in.paired_lanes[k * 16]), B - 1);
+#pragma GCC unroll 4
+      for (int line = 0; line < 4 * 16 * B; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(row[0]) + AHEAD + k * 64 * B + line, _MM_HINT_T0);
+      const __m512i q =
+          quarters(dense_unit<MASK, B>(row[0], g.stride, k, spread, fields, x, zero),
+                   dense_unit<MASK, B>(row[1], g.stride, k, spread, fields, x, zero),
+                   dense_unit<MASK, B>(row[2], g.stride, k, spread, fields, x, zero),
+                   dense_unit<MASK, B>(row[3], g.stride, k, spread, fields, x, zero));
+      const __m512d low = _mm512_cvtepi32_pd(_mm512_castsi512_si256(q));
+      const __m512d high = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(q, 1));
+      if (!halves) {
+        narrow.add(fold(_mm512_add_pd(low, high)), k);
+      } else {
+        narrow.add(fold(low), 2 * k);
+        if (2 * k + 1 < m.scales) narrow.add(fold(high), 2 * k + 1);
+      }
+    };
+    for (int64_t k = 0; k < full; ++k) unit.template operator()<false>(k);
+    for (int64_t k = full; k < units; ++k) unit.template operator()<true>(k);
+    double sum[4];
+    _mm256_storeu_pd(sum, narrow.sum);
+    for (int r = 0; r < 4 && i + r < end; ++r)
+      out.put(0, m.row(g.first + i + r), float(sum[r] * in.x.steps[0]));
+  }
+}
+
+constexpr Rows dense_of_width[5] = {nullptr, rows_dense<1>, rows_dense<2>, rows_dense<3>,
+                                         rows_dense<4>};
 #endif
 
 void multiply_rows(const Matrix& m, const Group& g, int64_t begin, int64_t end, const Input& in,
@@ -742,6 +843,7 @@ void multiply_rows(const Matrix& m, const Group& g, int64_t begin, int64_t end, 
   const bool units = m.scales == 1 || m.span % UNIT == 0 || (m.span == CHUNK && g.width <= 4);
   const auto pairs = units ? pairs_of_width[m.grid][g.width] : nullptr;
   if (in.biased && pairs) return pairs(m, g, begin, end, in, out);
+  if (in.paired && g.width <= 4) return dense_of_width[g.width](m, g, begin, end, in, out);
   if (in.x.planes) return rows_bytes(m, g, begin, end, in, out);
 #endif
   rows_any(m, g, begin, end, in, out);
