@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from conftest import at_once, random_quantized
-from skimlm import native
+from skimlm import kernels, native
+from skimlm.errors import FormatError
+from skimlm.linear import CompressedLinear
 from skimlm.weights.pack import Parts, pack
 from test_kernels import inputs
 from test_pack import with_parts
@@ -289,6 +291,38 @@ def test_options_that_do_not_fit_are_refused(isa, change):
     assert not native.sparse_matmul(x, stored, None, out, *size, *(how | change).values())
     assert (out == 7).all()
     assert native.sparse_matmul(x, stored, None, out, *size, *how.values())
+
+
+def test_the_operator_is_well_formed():
+    parts = parts_of("2:4", 140, 64, (2, 4))
+    stored = stored_linear(9, 140, parts, scaled=True)
+    tensors = [stored.get(name) for name in kernels._SPARSE_NAMES]
+    how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
+    args = torch.randn(2, 140), *tensors, torch.randn(9), *how
+    torch.library.opcheck(torch.ops.skimlm.sparse_linear.default, args)
+
+
+def test_torch_compile_traces_a_layer_with_parts_as_one_operator():
+    parts = parts_of("2:4", 140, 64, (2, 4))
+    layer = CompressedLinear.from_quantized(with_parts(random_quantized(20, 140), parts))
+    traced = []
+
+    def backend(graph, _):
+        traced.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled, x = torch.compile(layer, backend=backend, fullgraph=True), torch.randn(2, 140)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+    assert traced == [torch.ops.skimlm.sparse_linear]
+
+
+def test_a_layer_whose_tensors_do_not_fit_says_which():
+    parts = parts_of("2:4", 140, 64, (2, 4))
+    layer = CompressedLinear.from_quantized(with_parts(random_quantized(20, 140), parts))
+    layer.positions = layer.positions[1:]
+    with pytest.raises(FormatError, match="positions"):
+        layer(torch.randn(2, 140))
 
 
 @pytest.mark.parametrize("bad", [0, 9, 255])

@@ -10,13 +10,14 @@ which torch knows how to use. Elsewhere, and as its oracle, torch: for every wid
 rows' bytes into codes, look the codes up, scale the rows, and put them back in the model's order.
 `torch.ops.skimlm.linear` is the same for `torch.compile`.
 
-Sparse rows and grids (`Parts`) run on torch, in `linear_parts`; an adapter is a product of its own.
+Sparse rows, grids and adapters (`Parts`) go through `linear_parts`: native for few tokens, torch's
+product with the de-quantized weight for more. `torch.ops.skimlm.sparse_linear` is its operator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from skimlm.weights.pack import (
 
 CHUNK = 2**22  # codes turned into float32 at a time: bounds the temporaries to about 60 MB
 FEW_TOKENS = 32  # from here on torch's product, unless `native.many`
+FEW_SPARSE = 32  # the same where weights have parts
 TILE = 2**21  # weights de-quantized at a time for many tokens
 NATIVE = (torch.float32, torch.bfloat16)
 # as they are stored: weight, widths, codebook, row_scale, row_zero, in_scale
@@ -164,9 +166,41 @@ _library.define(
     "linear(Tensor x, Tensor weight, Tensor widths, Tensor? codebook, Tensor row_scale, "
     "Tensor? row_zero, Tensor? in_scale, Tensor? bias, bool exact) -> Tensor"
 )
+_SPARSE_NAMES = (
+    *("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale", "positions"),
+    *("lora_a", "lora_b", "lora_a_scale", "lora_b_scale"),
+)
+_library.define(
+    "sparse_linear(Tensor x, Tensor weight, Tensor widths, Tensor? codebook, Tensor row_scale, "
+    "Tensor? row_zero, Tensor? in_scale, Tensor? positions, Tensor? lora_a, Tensor? lora_b, "
+    "Tensor? lora_a_scale, Tensor? lora_b_scale, Tensor? bias, str? sparsity, int kept, "
+    "int? group, int rank, int adapter_bits) -> Tensor"
+)
 _library.define("table(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor")
 _library.impl("linear", linear_packed, "CompositeExplicitAutograd")
 _library.impl("table", table_packed, "CompositeExplicitAutograd")
+
+
+def sparse_linear(
+    x: Tensor, stored: Mapping[str, Tensor], parts: Parts, bias: Tensor | None
+) -> Any:
+    """`linear_parts` as the operator that `torch.compile` sees."""
+    tensors = (stored.get(name) for name in _SPARSE_NAMES)
+    how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
+    return torch.ops.skimlm.sparse_linear(x, *tensors, bias, *how)
+
+
+@torch.library.impl(_library, "sparse_linear", "CompositeExplicitAutograd")
+def _(x, *args):
+    *tensors, bias, sparsity, kept, group, rank, adapter_bits = args
+    named = zip(_SPARSE_NAMES, tensors, strict=True)
+    stored = {name: tensor for name, tensor in named if tensor is not None}
+    return linear_parts(x, stored, Parts(sparsity, kept, group, rank, adapter_bits), bias)
+
+
+@torch.library.register_fake("skimlm::sparse_linear", lib=_library)
+def _(x, weight, widths, *rest):
+    return x.new_empty(*x.shape[:-1], widths.shape[0])
 
 
 @torch.library.register_fake("skimlm::linear", lib=_library)
@@ -236,11 +270,29 @@ def adapter_stored(stored: Mapping[str, Tensor], rows: int, cols: int) -> tuple[
 def linear_parts(
     x: Tensor, stored: Mapping[str, Tensor], parts: Parts, bias: Tensor | None
 ) -> Tensor:
-    """`x` [..., c] times a stored sparse or grid weight transposed, plus `bias`; no adapter.
+    """`x` [..., c] times the weight in stored tensors of any kind, its adapter included: [..., r].
 
-    The place for native code for few tokens: this is torch's product with a de-quantized weight.
+    x W^T + (x A^T) B + bias in the dtype of `x`. Native, for few tokens, a sum over the columns of
+    one scale is exact after rounding `x` to 2^-23 of its largest entry. Raises FormatError if the
+    tensors do not fit each other.
     """
-    return F.linear(x, dequantize_stored(stored, x.shape[-1], parts, x.dtype), bias)
+    cols, rows = x.shape[-1], len(stored["widths"])
+    count = x.numel() // max(cols, 1)
+    if x.device.type != "cpu" or x.dtype not in NATIVE or not 0 < count < FEW_SPARSE:
+        out = F.linear(x, dequantize_stored(stored, cols, parts, x.dtype), bias)
+        if not parts.rank:
+            return out
+        a, b = adapter_stored(stored, rows, cols)
+        return out + F.linear(x, a.to(x.dtype)) @ b.to(x.dtype)
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
+    shift = None if bias is None else bias.float()
+    how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
+    if not native.sparse_matmul(x.contiguous(), stored, shift, out, count, rows, cols, *how):
+        check_sizes(stored, rows, cols, parts)
+        raise ValueError(
+            f"tensors of {rows} rows must be contiguous, on the CPU, and fit {cols} columns"
+        )
+    return out
 
 
 def parts_reference(

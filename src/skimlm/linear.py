@@ -14,6 +14,7 @@ numbers keep their dtype when the model is cast: `model.to(torch.bfloat16)` must
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from skimlm.kernels import (
     dequantize_stored,
     linear_packed,
     linear_parts,
+    sparse_linear,
     table_packed,
 )
 from skimlm.weights.pack import (
@@ -155,6 +157,10 @@ class CompressedLinear(_Stored):
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x must be [..., {self.in_features}], got {list(x.shape)}")
+        backward = torch.is_grad_enabled() and x.requires_grad
+        if (self.coded or self.parts.rank) and self.adapter is None and not backward:
+            product = sparse_linear if torch.compiler.is_compiling() else linear_parts
+            return product(x, self.tensors(), self.parts, self.bias)
         out = self.sparse_part(x)
         return out + self.adapter_part(x) if self.parts.rank else out
 
@@ -168,7 +174,9 @@ class CompressedLinear(_Stored):
         if torch.is_grad_enabled() and x.requires_grad:
             return _Product.apply(x, self.bias, self)
         if self.coded:
-            return linear_parts(x, self.tensors(), self.parts, self.bias)
+            parts = replace(self.parts, rank=0, adapter_bits=0)
+            plain = {n: t for n, t in self.tensors().items() if not n.startswith("lora_")}
+            return linear_parts(x, plain, parts, self.bias)
         # the operator costs some microseconds more than the function, and only a compiler needs it;
         # so does looking six buffers up through the module
         linear = torch.ops.skimlm.linear if torch.compiler.is_compiling() else linear_packed
