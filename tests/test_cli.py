@@ -67,9 +67,12 @@ def test_compress_passes_its_defaults_on(calls):
             dict(
                 method="skim",
                 recipe="best",
-                bits=3.2,
+                bits=None,
                 size=None,
                 index_bits=None,
+                sparsity=None,
+                rank=None,
+                adapter_bits=None,
                 embed_bits=8,
                 text=None,
                 text_key=None,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skimlm.errors import SkimError
 from skimlm.weights.allocate import allocate
 from skimlm.weights.fit import WIDTHS
-from skimlm.weights.pack import row_bits
+from skimlm.weights.pack import MAX_TABLE_WIDTH, PLAIN, Parts, row_bits, shared_bits
 
 NEAR = 0.005  # a folder is at most this much smaller than asked
 Widths = dict[str, Tensor]  # uint8 [r] per linear
@@ -25,9 +25,14 @@ Widths = dict[str, Tensor]  # uint8 [r] per linear
 class Prices:
     """What widths cost: bits of a row of each width per linear, and what is stored regardless."""
 
-    rows: dict[str, np.ndarray]  # float64 [8]
+    rows: dict[str, np.ndarray]  # float64 [8], or [5] if sparse or with adapters: no affine rows
     fixed: float  # bits, e.g. of scaling vectors
     weights: dict[str, int]
+
+    @property
+    def widest(self) -> int:
+        """The largest width a row can have."""
+        return min(len(prices) for prices in self.rows.values())
 
     @property
     def total(self) -> int:
@@ -40,12 +45,20 @@ class Prices:
         return float(sum(chosen)) + self.fixed
 
 
-def prices(linears: Mapping[str, nn.Linear], scale: bool) -> Prices:
-    """Prices of these linears; `scale`: each stores a float16 scaling vector."""
-    rows = {
-        n: np.array([row_bits(b, m.in_features) for b in WIDTHS], float) for n, m in linears.items()
-    }
-    fixed = sum(16 * m.in_features for m in linears.values()) if scale else 0
+def prices(
+    linears: Mapping[str, nn.Linear], scale: bool, parts: Mapping[str, Parts] | None = None
+) -> Prices:
+    """Prices of these linears; `scale`: each stores a float16 scaling vector.
+
+    `parts`: the linears that are sparse or have adapters.
+    """
+    parts, rows, fixed = parts or {}, {}, 0
+    for name, m in linears.items():
+        r, c = m.weight.shape
+        own = parts.get(name, PLAIN)
+        possible = WIDTHS if own == PLAIN else WIDTHS[:MAX_TABLE_WIDTH]
+        rows[name] = np.array([row_bits(b, c, own) for b in possible], float)
+        fixed += shared_bits(r, c, own, scale)
     return Prices(rows, fixed, {n: m.weight.numel() for n, m in linears.items()})
 
 
@@ -70,20 +83,20 @@ def check(
     planned_bytes: Callable[[Widths], int],
 ) -> None:
     """Refuse a target that no widths meet, before any work is done."""
-    least = uniform(linears, 1)
+    least, top = uniform(linears, 1), price.widest
     if target.index_bits:
         return
     if target.size is not None and target.size < planned_bytes(least):
         raise SkimError(
             f"{target.size:,} bytes cannot be reached: the folder takes {planned_bytes(least):,} "
-            f"bytes at 1 bit and {planned_bytes(uniform(linears, 8)):,} at 8; --embed-bits 4 makes "
-            "it smaller"
+            f"bytes at 1 bit and {planned_bytes(uniform(linears, top)):,} at {top}; --embed-bits 4 "
+            "makes it smaller"
         )
-    if target.size is not None and target.size > planned_bytes(uniform(linears, 8)) / (1 - NEAR):
+    if target.size is not None and target.size > planned_bytes(uniform(linears, top)) / (1 - NEAR):
         raise SkimError(
-            f"{target.size:,} bytes is more than 8 bits per weight take, "
-            f"{planned_bytes(uniform(linears, 8)):,}: give at most that; --embed-bits 16 makes it "
-            "larger"
+            f"{target.size:,} bytes is more than {top} bits per weight take, "
+            f"{planned_bytes(uniform(linears, top)):,}: give at most that; --embed-bits 16 makes "
+            "it larger"
         )
     if target.size is None and target.bits * price.total < price.bits(least):
         raise SkimError(
@@ -106,8 +119,8 @@ def choose(
     if target.size is None:
         return for_bits(errors, price, target.bits, pooled)
     # Headers and config grow with the histograms: begin a little high, then correct downwards.
-    low, high = (price.bits(uniform(linears, b)) / price.total for b in (1, 8))
-    narrow, wide = (planned_bytes(uniform(linears, b)) for b in (1, 8))
+    low, high = (price.bits(uniform(linears, b)) / price.total for b in (1, price.widest))
+    narrow, wide = (planned_bytes(uniform(linears, b)) for b in (1, price.widest))
     bits = low + (high - low) * (target.size - narrow) / (wide - narrow) + 0.05
     for _ in range(12):
         widths = for_bits(errors, price, min(max(bits, low), high), pooled)

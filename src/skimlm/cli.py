@@ -140,17 +140,45 @@ def _load(model: str, device: str, revision: str | None) -> tuple[Any, Any]:
 @main.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--method", type=click.Choice(["skim"]), default="skim", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["skim", "slim"]),
+    default="skim",
+    show_default=True,
+    help="skim: bits where they count; slim: one width, 2:4 sparsity and adapters, block by block.",
+)
 @click.option(
     "--recipe",
     type=click.Choice(["paper", "fast", "best"]),
     default="best",
     show_default=True,
-    help="paper: SKIM as published; fast: no end-loss training; best: everything.",
+    help="paper: the method as published; fast: minutes; best: everything.",
 )
-@click.option("--bits", type=Bits(), help="All-in bits per weight, 1.5 to 8.  [default: 3.2]")
+@click.option(
+    "--bits",
+    type=Bits(),
+    help="All-in bits per weight, 1.5 to 8; slim: width of the weights that stay.  "
+    "[default: 3.2; slim: 4]",
+)
 @click.option("--size", type=Size(), help="Bytes of the whole folder: 80MB, 1.2GB (MB = 10^6).")
 @click.option("--index-bits", type=click.IntRange(1, 8), help="The same index width for every row.")
+@click.option(
+    "--sparsity",
+    metavar="none|2:4|0.5",
+    help="Weights to prune: N:M, or a share of every row.  [default: none; slim: 2:4]",
+)
+@click.option(
+    "--rank",
+    type=float,
+    help="Rank of low-rank adapters, a share of a linear's smaller side; 0: none.  "
+    "[default: 0; slim: 0.1]",
+)
+@click.option(
+    "--adapter-bits",
+    type=click.Choice(["16", "4"]),
+    callback=lambda ctx, param, value: value and int(value),
+    help="Bits of the adapters.  [default: 4]",
+)
 @click.option(
     "--embed-bits",
     type=click.Choice(["16", "8", "4"]),
@@ -181,7 +209,6 @@ def compress(model: str, out: Path, as_json: bool, **options: Any) -> None:
     from skimlm.compress import compress
     from skimlm.report import facts_text, progress_bars
 
-    options["bits"] = options["bits"] or 3.2
     with progress_bars() as progress:
         report = compress(model, out, progress=progress, **options)
     _print(report.to_json(), facts_text, as_json)

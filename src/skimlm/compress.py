@@ -1,14 +1,20 @@
 """A model in, a compressed folder out: calibrate -> analyse -> allocate -> fit -> (train) -> write.
 
-    recipe   statistics   bit pool    scaling vector   refinement   end-loss training
+    skim     statistics   bit pool    scaling vector   refinement   end-loss training
     paper    F and H      per linear  one step         none         none   (as published)
     fast     F and H~     the model   none             yes          none
     best     F and H~     the model   none             yes          codebooks, norm weights
 
-The walk goes over the linears in the order of the blocks and keeps plain values per linear:
-statistics, curve, fit, quantized weight. What a new width needs again (statistics, centroids,
-error curves) goes to the analysis cache, so that a second budget for the same model and text needs
-no calibration.
+    slim     of a linear                               inputs from the compressed blocks before
+    paper    mask, grid, adapter in one pass           of the block as it was   (as published)
+    fast     all that is stored jointly, codebooks     of the block as it was
+    best     the same, more turns                      of the block so far; original outputs
+
+skim goes over the linears with plain values: statistics, curve, fit, quantized weight. What a
+new width needs again (statistics, centroids, error curves) goes to the analysis cache, so that a
+second budget for the same model and text needs no calibration. With sparsity or adapters its rows
+lose and gain those first, and what they cost is paid from the same bits. slim goes block by block
+(blockwise.py): every block is fitted to what the compressed ones before it give it.
 """
 
 import dataclasses
@@ -25,14 +31,23 @@ import torch
 from torch import Tensor, nn
 
 import skimlm
-from skimlm import analysis, budget, checkpoint
+from skimlm import analysis, blockwise, budget, checkpoint
 from skimlm.calibrate import default_text, read_documents, windows
 from skimlm.errors import SkimError
 from skimlm.report import peak_rss_bytes
 from skimlm.weights import fit as fitting
+from skimlm.weights import slim
 from skimlm.weights.fit import WIDTHS, Fit
 from skimlm.weights.kmeans import kmeans_rows
-from skimlm.weights.pack import MAX_TABLE_WIDTH, QuantizedWeight, histogram
+from skimlm.weights.mask import Sparsity
+from skimlm.weights.pack import (
+    MAX_TABLE_WIDTH,
+    MAX_WIDTH,
+    Parts,
+    QuantizedWeight,
+    effective,
+    histogram,
+)
 from skimlm.weights.refine import damped
 from skimlm.weights.scale import normalise, scale_step, scaled_error
 from skimlm.weights.train import train
@@ -52,6 +67,9 @@ class Recipe:
     rounds: int = 2
     sweeps: int = 3
     steps: int = 0
+    turns: int = 3  # of mask, codes and adapter, where there is more than codes
+    staged: bool = False  # slim: linears of a block see what the earlier ones made of the inputs
+    matched: bool = False  # slim: the target is the original model's output
 
 
 RECIPES = {
@@ -59,6 +77,13 @@ RECIPES = {
     "fast": Recipe(samples=40, fisher_windows=16),
     "best": Recipe(steps=64),
 }
+SLIM_RECIPES = {
+    "paper": Recipe(),
+    "fast": Recipe(samples=64, turns=2),
+    "best": Recipe(staged=True, matched=True, turns=4),
+}
+METHODS = {"skim": RECIPES, "slim": SLIM_RECIPES}
+SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of as many tokens
 
 
 @dataclass
@@ -91,9 +116,12 @@ def compress(
     *,
     method: str = "skim",
     recipe: str = "best",
-    bits: float = 3.2,
+    bits: float | None = None,
     size: int | None = None,
     index_bits: int | None = None,
+    sparsity: str | None = None,
+    rank: float | None = None,
+    adapter_bits: int | None = None,
     text: str | os.PathLike[str] | None = None,
     text_key: str | None = None,
     samples: int | None = None,
@@ -110,9 +138,14 @@ def compress(
 ) -> Report:
     """Compress a model to `bits` per weight all-in, to `size` bytes on disk, or to a fixed width.
 
-    Raises SkimError for everything a user can get wrong; OUT is whole or absent.
+    With the method slim `bits` (4) is the width of the weights that stay. `sparsity` ("none",
+    "2:4", "0.5") and `rank` (0) of adapters in `adapter_bits` (4, 16) are for both methods; slim's
+    defaults are 2:4 and 0.1. Raises SkimError for everything a user can get wrong; OUT is whole or
+    absent.
     """
+    bits = (4.0 if method == "slim" else 3.2) if bits is None else bits
     plan = _checked(method, recipe, bits, index_bits, embed_bits, samples, seq_len)
+    options = _options(method, recipe, plan, bits, index_bits, size, sparsity, rank, adapter_bits)
     progress = progress or (lambda *_: None)
     checkpoint.check_out(out, force)
     if Path(source).exists() and Path(source).resolve() == Path(out).resolve():
@@ -129,6 +162,7 @@ def compress(
         ids = windows(documents, tokenizer, plan.samples, plan.seq_len, seed, origin)
         if plan.steps and len(ids) < 2:
             raise SkimError(f"{origin}: one window is too little to train on; give more text")
+    parts = parts_of(linears, options)
     calibration = {
         "text": Path(origin).name,
         "windows": len(ids),
@@ -136,9 +170,11 @@ def compress(
         "seed": seed,
     }
     provenance: dict[str, Any] = {"skimlm": skimlm.__version__, "method": method, "recipe": recipe}
+    if options is not None:
+        provenance |= {"sparsity": str(options.sparsity or "none"), "rank": options.rank}
+        provenance |= {"adapter_bits": options.adapter_bits} if options.rank else {}
     provenance["calibration"] = calibration
-    price = budget.prices(linears, plan.scale)
-    target = budget.Target(bits, size, index_bits)
+    price = budget.prices(linears, plan.scale, parts)
 
     def planned_bytes(widths: budget.Widths) -> int:
         """Bytes of OUT with these widths, every file counted."""
@@ -148,19 +184,28 @@ def compress(
             embed_bits,
             {n: histogram(w) for n, w in widths.items()},
             in_scale=plan.scale,
+            parts=parts,
             bits=price.bits(widths) / price.total,
             provenance=provenance,
         )
         return others + round(price.bits(widths) / 8)
 
-    budget.check(target, linears, price, planned_bytes)
-    with clock("analyse"):
-        cache = analysis.folder(cache_dir)
-        key = analysis.key(opened.path, ids, plan, sorted(linears))
-        stored, cached = analysis.get(cache, key, model, linears, ids, plan, progress)
-    with clock("allocate"):
-        errors = {n: stored[n].errors for n in linears}
-        widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
+    cache, key, cached = analysis.folder(cache_dir), "", False
+    stored: dict[str, analysis.Analysis] = {}
+    first: dict[str, QuantizedWeight] = {}
+    if method == "slim":
+        widths = budget.uniform(linears, round(bits))
+    else:
+        target = budget.Target(bits, size, index_bits)
+        budget.check(target, linears, price, planned_bytes)
+        with clock("analyse"):
+            key = analysis.key(opened.path, ids, plan, sorted(linears))
+            stored, cached = analysis.get(cache, key, model, linears, ids, plan, progress)
+            errors = {n: stored[n].errors for n in linears}
+            if options is not None:
+                first, errors = decompose(linears, stored, options, progress)
+        with clock("allocate"):
+            widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
     report = Report(
         out=str(out),
         method=method,
@@ -172,15 +217,23 @@ def compress(
         rows_by_width=histogram(torch.cat(list(widths.values()))),
         calibration=calibration,
         analysis_kept=cached,
-        analysis_bytes=analysis.nbytes(cache, key),
+        analysis_bytes=analysis.nbytes(cache, key) if key else 0,
         seconds=clock.seconds,
     )
     if not dry_run:
         # A run that was interrupted during the training finds its state here and goes on.
         state = cache / f"{key}-{_digest(widths)}.state"
-        quantized, report.held_out_kl = quantize(
-            model, linears, stored, widths, plan, ids, progress, clock, state
-        )
+        if method == "slim":
+            assert options is not None
+            with clock("fit"):
+                quantized = fit_blocks(model, linears, ids, recipe, plan, options, progress)
+        elif options is not None:
+            with clock("fit"):
+                quantized = compose(linears, stored, widths, options, first, progress)
+        else:
+            quantized, report.held_out_kl = quantize(
+                model, linears, stored, widths, plan, ids, progress, clock, state
+            )
         with clock("write"):
             checkpoint.save(
                 out,
@@ -208,8 +261,8 @@ def _checked(
     seq_len: int | None,
 ) -> Recipe:
     """The recipe with the user's numbers in it; SkimError for what is not allowed."""
-    if method != "skim":
-        raise SkimError(f"method must be skim, got {method!r}")
+    if method not in METHODS:
+        raise SkimError(f"method must be {' or '.join(METHODS)}, got {method!r}")
     if recipe not in RECIPES:
         raise SkimError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
     if embed_bits not in (4, 8, 16):
@@ -218,7 +271,7 @@ def _checked(
         raise SkimError(f"bits must be 1.5 to 8, got {bits}")
     if index_bits is not None and index_bits not in WIDTHS:
         raise SkimError(f"index bits must be 1 to 8, got {index_bits}")
-    plan = RECIPES[recipe]
+    plan = METHODS[method][recipe]
     least = 2 if plan.steps else 1
     if samples is not None and samples < least:
         raise SkimError(f"samples must be at least {least} windows, got {samples}")
@@ -227,6 +280,143 @@ def _checked(
     return dataclasses.replace(
         plan, samples=samples or plan.samples, seq_len=seq_len or plan.seq_len
     )
+
+
+def _options(
+    method: str,
+    recipe: str,
+    plan: Recipe,
+    bits: float,
+    index_bits: int | None,
+    size: int | None,
+    sparsity: str | None,
+    rank: float | None,
+    adapter_bits: int | None,
+) -> slim.Options | None:
+    """What a linear has besides codes, with the method's defaults; None if nothing."""
+    pattern = Sparsity.parse(sparsity or ("2:4" if method == "slim" else "none"))
+    rank = (0.1 if method == "slim" else 0.0) if rank is None else rank
+    if adapter_bits not in (None, 4, 16):
+        raise SkimError(f"adapter bits must be 4 or 16, got {adapter_bits}")
+    if not 0 <= rank <= 1:
+        raise SkimError(
+            f"rank must be 0 (no adapters) to 1, a share of a linear's smaller side, got {rank:g}"
+        )
+    if method == "skim" and pattern is None and not rank:
+        return None
+    options = slim.Options(
+        bits=3, sparsity=pattern, rank=rank, adapter_bits=adapter_bits or 4, rounds=plan.turns
+    )
+    if method == "skim":
+        if plan.scale:
+            raise SkimError("recipe paper is SKIM as published: it has no sparsity and no adapters")
+        if index_bits is not None and index_bits > MAX_TABLE_WIDTH:
+            raise SkimError(f"with sparsity or adapters index bits are 1 to 5, got {index_bits}")
+        return options
+    if size is not None or index_bits is not None:
+        raise SkimError("method slim has one width for all: give --bits, not a size or index bits")
+    most = MAX_WIDTH if recipe == "paper" else MAX_TABLE_WIDTH
+    if bits != round(bits) or not 2 <= bits <= most:
+        raise SkimError(
+            f"with method slim bits are the width of the weights that stay, 2 to {most} with "
+            f"recipe {recipe}, got {bits:g}"
+        )
+    return dataclasses.replace(options, bits=round(bits), group=0 if recipe == "paper" else None)
+
+
+def parts_of(linears: Mapping[str, nn.Linear], options: slim.Options | None) -> dict[str, Parts]:
+    """What every linear will have besides codes; SkimError where the sparsity does not fit one."""
+    if options is None:
+        return {}
+    parts = {}
+    for name, linear in linears.items():
+        try:
+            parts[name] = options.parts(*linear.weight.shape)
+        except SkimError as error:
+            raise SkimError(f"{name}: {error}") from None
+    return parts
+
+
+def fit_blocks(
+    model: Any,
+    linears: dict[str, nn.Linear],
+    ids: Tensor,
+    recipe: str,
+    plan: Recipe,
+    options: slim.Options,
+    progress: Progress,
+) -> dict[str, QuantizedWeight]:
+    """SLiM: fit the blocks one after the other; the linears of `model` take the new weights."""
+    quantized: dict[str, QuantizedWeight] = {}
+
+    def fit(name: str, w: Tensor, gram: blockwise.Gram) -> Tensor:
+        if recipe == "paper":
+            q = slim.fit_paper(w, gram.h, options)
+        else:
+            q = slim.fit(w, gram.h, options, gram.target(w))
+        quantized[name] = q
+        return effective(q)
+
+    blockwise.walk(
+        model,
+        linears,
+        ids,
+        fit,
+        staged=plan.staged,
+        matched=plan.matched,
+        progress=lambda done, total: progress("fit", done, total),
+    )
+    return quantized
+
+
+def decompose(
+    linears: dict[str, nn.Linear],
+    stored: Mapping[str, analysis.Analysis],
+    options: slim.Options,
+    progress: Progress,
+) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+    """A first sparse and low-rank fit of every linear, and what its rows then lose by width [r, 5].
+
+    The error is that of k-means under the Fisher diagonal over the weights that stay; what mask and
+    adapter lose is the same at every width.
+    """
+    first, errors = {}, {}
+    for done, (name, linear) in enumerate(linears.items(), 1):
+        w = linear.weight.detach().float().cpu()
+        known = stored[name]
+        q = slim.fit(w, known.hessian, options, shrink=SHRINK, row_weight=known.row_weight)
+        left = slim.rest(w, q.adapter)
+        fisher = known.fisher.float()
+        weight = fisher if q.mask is None else fisher * q.mask
+        costs = kmeans_rows(left.contiguous(), weight.contiguous(), MAX_TABLE_WIDTH)[1]
+        first[name], errors[name] = q, costs
+        progress("decompose", done, len(linears))
+    return first, errors
+
+
+def compose(
+    linears: dict[str, nn.Linear],
+    stored: Mapping[str, analysis.Analysis],
+    widths: Mapping[str, Tensor],
+    options: slim.Options,
+    first: Mapping[str, QuantizedWeight],
+    progress: Progress,
+) -> dict[str, QuantizedWeight]:
+    """Codebooks of the allocated widths over a mask, with adapters, refined under H~."""
+    quantized = {}
+    for done, (name, linear) in enumerate(linears.items(), 1):
+        known = stored[name]
+        quantized[name] = slim.fit(
+            linear.weight.detach().float().cpu(),
+            known.hessian,
+            options,
+            widths=widths[name],
+            adapter=first[name].adapter,
+            shrink=SHRINK,
+            row_weight=known.row_weight,
+        )
+        progress("fit", done, len(linears))
+    return quantized
 
 
 def quantize(

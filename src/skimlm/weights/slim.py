@@ -17,7 +17,7 @@ from skimlm.weights import grid, lowrank
 from skimlm.weights.fit import round_codebook
 from skimlm.weights.kmeans import kmeans_rows, nearest
 from skimlm.weights.mask import Sparsity, magnitude, sparsegpt, wanda
-from skimlm.weights.pack import TABLE, Adapter, QuantizedWeight
+from skimlm.weights.pack import TABLE, Adapter, Parts, QuantizedWeight
 from skimlm.weights.refine import (
     PRUNED,
     codebook_step,
@@ -45,6 +45,17 @@ class Options:
     shift: bool = True  # add the least positive square of the inputs to all of them
     salient: bool = False  # SLiM-Quant^O
 
+    def parts(self, r: int, c: int) -> Parts:
+        """What a linear [r, c] will have besides codes; SkimError if the sparsity does not fit."""
+        rank = lowrank.rank_of(self.rank, r, c)
+        return Parts(
+            None if self.sparsity is None else "2:4" if _pairs(self) else "bitmap",
+            self.sparsity.kept(c) if self.sparsity else 0,
+            None if self.group is None else min(self.group or c, c),
+            rank,
+            self.adapter_bits if rank else 0,
+        )
+
 
 @dataclass
 class Sparse:
@@ -71,29 +82,36 @@ def fit(
     h: Tensor,
     options: Options,
     target: Tensor | None = None,
+    *,
     widths: Tensor | None = None,
+    adapter: Adapter | None = None,
+    row_weight: Tensor | None = None,
+    shrink: float = 0.0,
 ) -> QuantizedWeight:
     """S and adapter of least error under `h` [c, c], the Gram matrix of the inputs.
 
     `target` [r, c] replaces W where the inputs at hand differ from the original's. `widths` uint8
-    [r], up to 5, gives rows codebooks of their own sizes. Never worse than the first turn.
+    [r], up to 5, gives rows codebooks of their own sizes. `adapter` is one to begin with; a new one
+    counts the errors of row i `row_weight[i]` times. For `shrink` see `damped`. Of all turns the
+    best is kept.
     """
     goal = w if target is None else target
     r, c = w.shape
-    h = damped(h, shrink=0.0)
+    h = damped(h, shrink)
     k = lowrank.rank_of(options.rank, r, c)
     if widths is None:
         widths = torch.full((r,), options.bits, dtype=torch.uint8)
-    s, adapter, b = start(goal, h, options, widths), None, None
+    root = torch.ones(r, 1) if row_weight is None else row_weight.clamp(min=1e-3).sqrt()[:, None]
+    s, b = start(rest(goal, adapter), h, options, widths), None
     best: tuple[float, Sparse, Adapter | None] | None = None
     for _ in range(options.rounds if k else 1):
         s = settle(rest(goal, adapter), h, s, options)
         left = goal - s.values()
         if k:
-            a, b = lowrank.low_rank(left, k, h, b)
-            adapter = lowrank.quantized(left, a, b, options.adapter_bits, h)
+            a, b = lowrank.low_rank(left * root, k, h, b)
+            adapter = lowrank.quantized(left, a, b / root.T, options.adapter_bits, h)
             left = rest(left, adapter)
-        now = error(left, h)
+        now = error(left * root, h)
         if best is None or now < best[0]:
             best = now, s, adapter
     assert best is not None
