@@ -3,9 +3,10 @@
     python tests/fuzz.py FOLDER [CALLS]
 
 FOLDER holds native libraries built with -fsanitize=address,undefined. Each call takes the buffers
-of a valid linear or table and spoils something: a type, a length, a layout, a value of `widths`, a
-missing buffer. It must give a result of the right shape or a Python error that names a shape; the
-sanitizer ends the process at the first access out of bounds.
+of a valid linear, with parts or without, or of a table and spoils something: a type, a length, a
+layout, a value of `widths` or `positions`, an option, a missing buffer. It must give a result of
+the right shape or a Python error that names a shape; the sanitizer ends the process at the first
+access out of bounds.
 """
 
 import random
@@ -19,7 +20,8 @@ from conftest import random_quantized
 from skimlm import native
 from skimlm.kernels import dequantize_packed, linear_packed, table_packed
 from skimlm.linear import quantize_table
-from skimlm.weights.pack import pack
+from skimlm.weights.pack import Parts, pack
+from test_pack import with_parts
 
 NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int64, torch.float32, torch.bfloat16)
@@ -65,6 +67,35 @@ def linear_call(choose):
     return out.shape[:-1] == x.shape[:-1]
 
 
+def parts_call(choose):
+    rows, cols = choose.randint(1, 70), choose.choice([4, 12, 64, 68, 128, 132, 300])
+    kept = choose.randint(1, cols)
+    sparse = choose.choice([(None, 0), ("2:4", cols // 2), ("bitmap", kept)])
+    group = choose.choice([None, 1, 33, 64, 128, 1000])
+    parts = Parts(*sparse, group, *choose.choice([(0, 0), (1, 4), (5, 4), (3, 16)]))
+    q = random_quantized(rows, cols, choose.randrange(9), in_scale=choose.random() < 0.3)
+    stored, dtype = pack(with_parts(q, parts)), choose.choice([torch.float32, torch.bfloat16])
+    x = torch.randn(choose.choice([1, 1, 2, 5]), cols).to(dtype)
+    bias = torch.randn(rows) if choose.random() < 0.3 else None
+    how = [parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits]
+    for _ in range(choose.choice([0, 1, 1, 2])):
+        name = choose.choice([*stored, "positions", "option", "bias"])
+        if name == "option":
+            at = choose.randrange(5)
+            number = choose.choice(
+                [-(2**63), -1, 0, 1, 2, 3, 4, 64, 2**16, 2**31, 2**62, 2**63 - 1]
+            )
+            how[at] = choose.choice([None, "2:4", "bitmap"]) if at == 0 else number
+        elif name == "bias":
+            bias = spoil(bias, choose)
+        else:
+            stored[name] = spoil(stored.get(name), choose)
+    out = torch.empty(len(x), rows, dtype=dtype)
+    if not native.sparse_matmul(x, stored, bias, out, len(x), rows, cols, *how):
+        raise ValueError(f"refused {rows} rows")
+    return True
+
+
 def table_call(choose):
     rows, cols, bits = (
         choose.randint(1, 50),
@@ -80,6 +111,9 @@ def table_call(choose):
     return table_packed(*spoiled, bits).shape[-1] == len(spoiled[2])
 
 
+CALLS = [table_call, linear_call, linear_call, parts_call, parts_call]
+
+
 def main():
     folder, calls = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
     native.__file__ = str(folder / "__init__.py")  # where the libraries are looked for
@@ -92,7 +126,7 @@ def main():
         torch.manual_seed(0)
         for i in range(calls):
             try:
-                right = (table_call if i % 5 == 0 else linear_call)(choose)
+                right = CALLS[i % 5](choose)
                 assert right, f"call {i} with {isa}: a result of the wrong shape"
                 done["right"] += 1
             except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
