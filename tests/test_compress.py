@@ -531,3 +531,85 @@ def test_what_is_trained_is_what_is_written(tmp_path):
     for name, p in norms.items():
         p.data.copy_(original.get_parameter(name))
     assert abs(loss() - min(losses)) > 1e-6
+
+
+# ---- sparsity and adapters
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast", "best"])
+@pytest.mark.parametrize("sparsity, rank", [("2:4", 0.3), ("0.5", 0.3), ("none", 0.3), ("2:4", 0)])
+def test_slim_compresses_loads_and_counts_every_bit(
+    run, folders, tmp_path, recipe, sparsity, rank
+):
+    report = run(method="slim", recipe=recipe, bits=4, sparsity=sparsity, rank=rank)
+    out = tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    ids = AutoTokenizer.from_pretrained(out)("the row", return_tensors="pt")["input_ids"]
+    assert model(input_ids=ids).logits.isfinite().all()
+    assert report.bits_per_weight == pytest.approx(recount(out, folders("llama")), rel=1e-12)
+    assert report.bytes == sum(len(data) for data in everything(out).values())
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 2 and config["bits"] == report.bits_per_weight
+    entry = config["linears"]["model.layers.0.mlp.up_proj"]
+    assert entry.get("sparsity") == {"2:4": "2:4", "0.5": "bitmap"}.get(sparsity)
+    assert entry.get("rank", 0) == (32 if rank else 0)  # 0.3 of 64, in sixteens
+    assert config["provenance"]["sparsity"] == sparsity
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slim_goes_through_the_blocks_of_every_family(run, folders, tmp_path, family):
+    run(family, method="slim", recipe="best", bits=4)
+    assert perplexity_ratio(tmp_path / "out", folders(family)) < 1.5
+
+
+def test_two_runs_of_slim_write_the_same_bytes(run, tmp_path):
+    for name in ("out", "again"):
+        run(name=name, method="slim", recipe="best", bits=3)
+    assert everything(tmp_path / "out") == everything(tmp_path / "again")
+
+
+def test_slim_plans_what_it_writes(run):
+    planned = run(method="slim", recipe="fast", bits=4, dry_run=True)
+    assert planned.bytes == run(method="slim", recipe="fast", bits=4).bytes
+
+
+@pytest.mark.parametrize("sparsity, rank", [("2:4", 0.3), ("2:4", 0), ("none", 0.3), ("0.5", 0.3)])
+def test_skim_pays_masks_and_adapters_from_its_bits(run, folders, tmp_path, sparsity, rank):
+    asked = 9.5 if rank else 4.0  # on 64 inputs an adapter of rank 32 takes five bits per weight
+    asked = min(asked, 8.0)
+    report = run(bits=asked, sparsity=sparsity, rank=rank)
+    assert report.bits_per_weight == pytest.approx(
+        recount(tmp_path / "out", folders("llama")), rel=1e-12
+    )
+    assert report.bits_per_weight <= asked
+    assert max(report.rows_by_width) <= 5
+    assert report.bytes == sum(len(data) for data in everything(tmp_path / "out").values())
+
+
+def test_skim_with_sparsity_may_be_asked_for_a_size_or_an_index_width(run, tmp_path):
+    size = run(index_bits=3, sparsity="2:4", name="one").bytes
+    assert run(index_bits=3, sparsity="2:4", name="two").rows_by_width.keys() == {3}
+    report = run(size=size, bits=None, sparsity="2:4", name="three")
+    assert 0.99 * size < report.bytes <= size
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(method="slim", bits=3.2), "with method slim bits are the width"),
+        (dict(method="slim", bits=6), "2 to 5 with recipe fast, got 6"),
+        (dict(method="slim", bits=4, size=10**6), "method slim has one width"),
+        (dict(method="slim", bits=4, sparsity="5:4"), "sparsity must be none, N:M"),
+        (dict(method="slim", bits=4, sparsity="3:5"), "3:5 needs a multiple of 5 inputs, got 64"),
+        (dict(rank=1.5), "rank must be 0"),
+        (dict(rank=0.5, adapter_bits=8), "adapter bits must be 4 or 16"),
+        (dict(recipe="paper", sparsity="2:4"), "recipe paper is SKIM as published"),
+        (dict(sparsity="2:4", index_bits=6), "index bits are 1 to 5"),
+        (dict(method="slimmer"), "method must be skim or slim"),
+        (dict(rank=1.0, bits=2.0), "bits per weight is below what"),
+    ],
+)
+def test_impossible_mixtures_are_one_line(run, tmp_path, options, message):
+    with pytest.raises(SkimError, match=re.escape(message)):
+        run(**options)
+    assert not (tmp_path / "out").exists()

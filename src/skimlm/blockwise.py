@@ -8,9 +8,9 @@ model is never needed. Two things go beyond the published walk, both optional:
     staged    the linears of a block that read the same input are one stage; later stages are fitted
               to inputs that already went through the compressed earlier ones
     matched   the target moves towards the original model's output on its own inputs X, away from W
-              on the disturbed ones X^: min ||X W^T - X^ W^^T|| has the solution W C H^-1, H = X^^T X^ and
-              C = X^T X^ (GPTAQ 2504.02692). Half of the way is best (docs/log.md): the whole of it
-              fits what is noise in 32k tokens
+              on the disturbed ones X^: min ||X W^T - X^ W^^T|| has the solution W C H^-1, with
+              H = X^^T X^ and C = X^T X^ (GPTAQ 2504.02692). Half of the way is best
+              (docs/log.md): the whole of it also fits what is noise in the tokens
 """
 
 from collections.abc import Callable, Iterator
