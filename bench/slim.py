@@ -160,7 +160,7 @@ def main():
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
     parser.add_argument("--save", type=Path, help="also write every row as a folder here")
     parser.add_argument("--rows", default="2:4,0.5,none")
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=";".join(METHODS), help="separated by ;")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
@@ -169,7 +169,7 @@ def main():
     bench = Bench(args)
     bench.dense()
     for sparsity in args.rows.split(","):
-        for method in args.methods.split(","):
+        for method in args.methods.split(";"):
             bench.row(method, sparsity)
     text = table(bench.rows, args)
     args.out.with_suffix(".md").write_text(text)

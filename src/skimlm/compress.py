@@ -152,35 +152,17 @@ def compress(
         raise SkimError(f"{out}: is the model itself; name another folder")
     clock = Clock()
     with clock("load"):
-        documents = default_text() if text is None else read_documents(text, text_key)
-        opened = checkpoint.open_checkpoint(source, revision=revision)
-        if opened.compressed:
-            raise SkimError(f"{source}: is compressed already; give the original model")
-        model, tokenizer = checkpoint.load(opened)
-        linears = checkpoint.linears(model, include, exclude)
-        origin = "the built-in text" if text is None else str(text)
-        ids = windows(documents, tokenizer, plan.samples, plan.seq_len, seed, origin)
-        if plan.steps and len(ids) < 2:
-            raise SkimError(f"{origin}: one window is too little to train on; give more text")
+        given = _load(source, plan, revision, include, exclude, text, text_key, seed)
+    model, linears = given.model, given.linears
     parts = parts_of(linears, options)
-    calibration = {
-        "text": Path(origin).name,
-        "windows": len(ids),
-        "seq_len": ids.shape[1],
-        "seed": seed,
-    }
-    provenance: dict[str, Any] = {"skimlm": skimlm.__version__, "method": method, "recipe": recipe}
-    if options is not None:
-        provenance |= {"sparsity": str(options.sparsity or "none"), "rank": options.rank}
-        provenance |= {"adapter_bits": options.adapter_bits} if options.rank else {}
-    provenance["calibration"] = calibration
     price = budget.prices(linears, plan.scale, parts)
+    provenance = _provenance(method, recipe, options, given.calibration)
 
     def planned_bytes(widths: budget.Widths) -> int:
         """Bytes of OUT with these widths, every file counted."""
         others = checkpoint.plan_bytes(
             model,
-            tokenizer,
+            given.tokenizer,
             embed_bits,
             {n: histogram(w) for n, w in widths.items()},
             in_scale=plan.scale,
@@ -199,8 +181,8 @@ def compress(
         target = budget.Target(bits, size, index_bits)
         budget.check(target, linears, price, planned_bytes)
         with clock("analyse"):
-            key = analysis.key(opened.path, ids, plan, sorted(linears))
-            stored, cached = analysis.get(cache, key, model, linears, ids, plan, progress)
+            key = analysis.key(given.path, given.ids, plan, sorted(linears))
+            stored, cached = analysis.get(cache, key, model, linears, given.ids, plan, progress)
             errors = {n: stored[n].errors for n in linears}
             if options is not None:
                 first, errors = decompose(linears, stored, options, progress)
@@ -215,7 +197,7 @@ def compress(
         linears=len(linears),
         weights=price.total,
         rows_by_width=histogram(torch.cat(list(widths.values()))),
-        calibration=calibration,
+        calibration=given.calibration,
         analysis_kept=cached,
         analysis_bytes=analysis.nbytes(cache, key) if key else 0,
         seconds=clock.seconds,
@@ -223,22 +205,22 @@ def compress(
     if not dry_run:
         # A run that was interrupted during the training finds its state here and goes on.
         state = cache / f"{key}-{_digest(widths)}.state"
-        if method == "slim":
-            assert options is not None
-            with clock("fit"):
-                quantized = fit_blocks(model, linears, ids, recipe, plan, options, progress)
-        elif options is not None:
-            with clock("fit"):
-                quantized = compose(linears, stored, widths, options, first, progress)
-        else:
+        if options is None:
             quantized, report.held_out_kl = quantize(
-                model, linears, stored, widths, plan, ids, progress, clock, state
+                model, linears, stored, widths, plan, given.ids, progress, clock, state
             )
+        else:
+            with clock("fit"):
+                quantized = (
+                    fit_blocks(model, linears, given.ids, recipe, plan, options, progress)
+                    if method == "slim"
+                    else compose(linears, stored, widths, options, first, progress)
+                )
         with clock("write"):
             checkpoint.save(
                 out,
                 model,
-                tokenizer,
+                given.tokenizer,
                 quantized,
                 embed_bits=embed_bits,
                 bits=report.bits_per_weight,
@@ -249,6 +231,59 @@ def compress(
         report.bytes = checkpoint.folder_bytes(out)
     report.peak_rss_bytes = peak_rss_bytes()
     return report
+
+
+@dataclass(frozen=True)
+class Given:
+    """What there is to work on: the model, its linears, the calibration windows."""
+
+    path: Path
+    model: Any
+    tokenizer: Any
+    linears: dict[str, nn.Linear]
+    ids: Tensor  # [windows, tokens]
+    calibration: dict[str, Any]  # how the windows came about, for the provenance
+
+
+def _load(
+    source: str | os.PathLike[str],
+    plan: Recipe,
+    revision: str | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    text: str | os.PathLike[str] | None,
+    text_key: str | None,
+    seed: int,
+) -> Given:
+    """Read model and text; SkimError for a model that is compressed and for too little text."""
+    documents = default_text() if text is None else read_documents(text, text_key)
+    opened = checkpoint.open_checkpoint(source, revision=revision)
+    if opened.compressed:
+        raise SkimError(f"{source}: is compressed already; give the original model")
+    model, tokenizer = checkpoint.load(opened)
+    origin = "the built-in text" if text is None else str(text)
+    ids = windows(documents, tokenizer, plan.samples, plan.seq_len, seed, origin)
+    if plan.steps and len(ids) < 2:
+        raise SkimError(f"{origin}: one window is too little to train on; give more text")
+    calibration = {
+        "text": Path(origin).name,
+        "windows": len(ids),
+        "seq_len": ids.shape[1],
+        "seed": seed,
+    }
+    linears = checkpoint.linears(model, include, exclude)
+    return Given(opened.path, model, tokenizer, linears, ids, calibration)
+
+
+def _provenance(
+    method: str, recipe: str, options: slim.Options | None, calibration: dict[str, Any]
+) -> dict[str, Any]:
+    """How the folder was made, for its config.json."""
+    facts: dict[str, Any] = {"skimlm": skimlm.__version__, "method": method, "recipe": recipe}
+    if options is not None:
+        facts |= {"sparsity": str(options.sparsity or "none"), "rank": options.rank}
+        facts |= {"adapter_bits": options.adapter_bits} if options.rank else {}
+    return facts | {"calibration": calibration}
 
 
 def _checked(
