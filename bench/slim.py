@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -128,7 +129,8 @@ class Bench:
     def dense(self):
         if "dense" not in self.rows:
             model, tokenizer, linears = self.load()
-            self.measure("dense", model, tokenizer, bits=16.0, bytes=0, seconds=0.0)
+            size = sum(p.nbytes for p in model.parameters())
+            self.measure("dense", model, tokenizer, bits=16.0, bytes=size, seconds=0.0)
 
 
 def table(rows, args):
@@ -137,17 +139,20 @@ def table(rows, args):
     lines = [
         f"SmolLM2-135M, WikiText-2 (customary text), first {args.windows} windows of 2048;"
         f" calibration {args.samples} windows of {args.seq_len} of C4; accuracy on the first"
-        f" {args.task_rows} rows of each task. {next(iter(rows.values()))['provenance']}",
+        f" {args.task_rows} rows of each task. Errors are paired with dense. {next(iter(rows.values()))['provenance']}",
         "",
         f"| | bits | MB | perplexity | first 5 windows | {names} |",
         "|---|---|---|---|---|" + "---|" * len(TASKS),
     ]
+    full = rows["dense"]["nll"]
     for key, row in rows.items():
+        paired = [a - b for a, b in zip(row["nll"], full, strict=True)]
+        error = row["perplexity"] * statistics.stdev(paired) / math.sqrt(len(paired))
         scores = [row["tasks"].get(t) for t in TASKS]
         cells = [f"{s['acc']:.3f} ± {s['stderr']:.3f}" if s else "-" for s in scores]
         lines.append(
             f"| {key.replace('|', '·')} | {row['bits']:.3f} | {row['bytes'] / 1e6:.1f} |"
-            f" {row['perplexity']:.2f} ± {row['stderr']:.2f} | {row['first_five']:.2f} |"
+            f" {row['perplexity']:.2f} ± {error or row['stderr']:.2f} | {row['first_five']:.2f} |"
             f" {' | '.join(cells)} |"
         )
     return "\n".join(lines) + "\n"
