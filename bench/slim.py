@@ -139,7 +139,8 @@ def table(rows, args):
     lines = [
         f"SmolLM2-135M, WikiText-2 (customary text), first {args.windows} windows of 2048;"
         f" calibration {args.samples} windows of {args.seq_len} of C4; accuracy on the first"
-        f" {args.task_rows} rows of each task. Errors are paired with dense. {next(iter(rows.values()))['provenance']}",
+        f" {args.task_rows} rows of each task. Errors are paired with dense.",
+        rows["dense"]["provenance"],
         "",
         f"| | bits | MB | perplexity | first 5 windows | {names} |",
         "|---|---|---|---|---|" + "---|" * len(TASKS),
