@@ -538,9 +538,7 @@ def test_what_is_trained_is_what_is_written(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["paper", "fast", "best"])
 @pytest.mark.parametrize("sparsity, rank", [("2:4", 0.3), ("0.5", 0.3), ("none", 0.3), ("2:4", 0)])
-def test_slim_compresses_loads_and_counts_every_bit(
-    run, folders, tmp_path, recipe, sparsity, rank
-):
+def test_slim_compresses_loads_and_counts_every_bit(run, folders, tmp_path, recipe, sparsity, rank):
     report = run(method="slim", recipe=recipe, bits=4, sparsity=sparsity, rank=rank)
     out = tmp_path / "out"
     model = AutoModelForCausalLM.from_pretrained(out)
