@@ -15,6 +15,7 @@ from test_kernels import inputs
 from test_pack import with_parts
 
 SHAPES = [(1, 4), (3, 12), (5, 140), (65, 396)]
+ADAPTED = (300, 68)  # whole blocks of 128 rows of B, and a part of one
 SPARSE = {"dense": None, "2:4": "2:4", "bitmap": "bitmap"}
 SCALES = [None, 7, 64, 128, 256, 9999]
 ADAPTERS = [(0, 0), (1, 4), (5, 4), (3, 16)]
@@ -122,8 +123,9 @@ def stored_linear(rows, cols, parts, widths=None, scaled=False):
 @pytest.mark.parametrize("sparsity", SPARSE)
 def test_products_are_what_the_stored_bytes_say(isa, sparsity, group):
     turns = itertools.cycle([(a, s, b) for a in ADAPTERS for s in (False, True) for b in (0, 1)])
-    for (rows, cols), width in itertools.product(SHAPES, [*([b] for b in range(1, 9)), None]):
-        (adapter, scaled, shift) = next(turns)
+    widths = [*([b] for b in range(1, 9)), None]
+    for (rows, cols), width in [*itertools.product(SHAPES, widths), (ADAPTED, [4])]:
+        adapter, scaled, shift = ((5, 4), True, 1) if rows == ADAPTED[0] else next(turns)
         parts = parts_of(SPARSE[sparsity], cols, group, adapter)
         stored = stored_linear(rows, cols, parts, width, scaled)
         level, scale, span = oracle(stored, rows, cols, parts)
@@ -179,12 +181,12 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch):
     libraries = [native._open(isa) for isa in native.ISAS[:have]]
     for sparsity, group, adapter in itertools.product(SPARSE.values(), (None, 128), ADAPTERS):
         parts = parts_of(sparsity, 396, group, adapter)
-        stored = stored_linear(70, 396, parts, scaled=adapter[0] == 5)
+        stored = stored_linear(301, 396, parts, scaled=adapter[0] == 5)
         x = inputs(3, 396, torch.float32)
         results = []
         for library in libraries:
             monkeypatch.setattr(native, "library", lambda library=library: library)
-            results.append(multiply(x, stored, parts, 70))
+            results.append(multiply(x, stored, parts, 301))
         assert all(torch.equal(results[0], other) for other in results), (sparsity, group, adapter)
 
 
