@@ -30,8 +30,8 @@ KINDS = {  # bits, parts; rank as a share of the smaller side
     "dense 4-bit grid g128": (4, None, 128, 0.0),
     "dense 4-bit codebooks": (4, None, None, 0.0),
 }
-# SLiM (ICML 2025), figures 3 and 4: times as fast as dense fp16, LLaMA-2-7B, batch 16, 2:4 in
-# 4 bits with 4-bit adapters, on GPUs and their kernels: up, attention, down projection
+# SLiM (ICML 2025), as the paper reports it: times as fast as dense fp16, LLaMA-2-7B, batch 16,
+# 2:4 in 4 bits with 4-bit adapters, on GPUs and their kernels: up, attention, down projection
 PAPER = {"RTX 3060": (3.57, 2.96, 4.31), "A100": (1.09, 0.32, 0.97)}
 
 

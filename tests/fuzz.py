@@ -68,7 +68,8 @@ def linear_call(choose):
 
 
 def parts_call(choose):
-    rows, cols = choose.randint(1, 70), choose.choice([4, 12, 64, 68, 128, 132, 300])
+    rows = choose.choice([choose.randint(1, 70), 128, 257])  # whole blocks of B, too
+    cols = choose.choice([4, 12, 64, 68, 128, 132, 300])
     kept = choose.randint(1, cols)
     sparse = choose.choice([(None, 0), ("2:4", cols // 2), ("bitmap", kept)])
     group = choose.choice([None, 1, 33, 64, 128, 1000])
