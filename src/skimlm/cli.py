@@ -307,7 +307,7 @@ def generate(
 @click.option(
     "--lr",
     type=click.FloatRange(min=0, min_open=True),
-    default=2e-2,
+    default=1e-2,
     show_default=True,
     help="Step size, relative to the size of an adapter's component.",
 )

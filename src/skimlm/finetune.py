@@ -92,7 +92,7 @@ def finetune(
     tokens: int = 300_000,
     seq_len: int = 512,
     batch: int = 4,
-    lr: float = 2e-2,
+    lr: float = 1e-2,
     seed: int = 0,
     teacher: str | os.PathLike[str] | None = None,
     text_key: str | None = None,
