@@ -5,7 +5,8 @@ import torch
 
 from skimlm.errors import SkimError
 from skimlm.weights import lowrank
-from skimlm.weights.lowrank import low_rank, nibbles, quantized, rank_of, values
+from skimlm.weights.lowrank import low_rank, nibbles, quantized, rank_of
+from skimlm.weights.pack import factor_values as values
 
 
 def matrix(r, c, seed=0):

@@ -9,6 +9,8 @@ file stores bfloat16.
 import torch
 from torch import Tensor
 
+from skimlm.weights.pack import spread
+
 
 def absmax(w: Tensor, bits: int, group: int) -> Tensor:
     """Steps with which nothing is clipped: the largest |w| of each group at level 2^(b-1) - 1."""
@@ -105,12 +107,7 @@ def encode(w: Tensor, steps: Tensor, bits: int, group: int) -> Tensor:
 def decode(codes: Tensor, steps: Tensor, bits: int, group: int) -> Tensor:
     """Values float32 [r, c] of codes."""
     level = codes.float() - (1 << (bits - 1))
-    return level * expand(steps, group, codes.shape[1])
-
-
-def expand(steps: Tensor, group: int, c: int) -> Tensor:
-    """The step of every weight, [r, c]."""
-    return steps.repeat_interleave(group, dim=1)[:, :c]
+    return level * spread(steps, group, codes.shape[1])
 
 
 def _top(bits: int) -> int:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
-from skimlm.weights.pack import Adapter
+from skimlm.weights.pack import ADAPTER_GROUP, Adapter, factor_values
 
-GROUP = 128  # columns that share a scale in a 4-bit adapter
 ROUND = 16  # ranks are multiples of this
 
 
@@ -98,9 +97,9 @@ def quantized(
     codes_b, scale_b = nibbles(b)
     codes_a, scale_a = nibbles(a)
     for _ in range(rounds):
-        stored_b = values(codes_b, scale_b)
+        stored_b = factor_values(codes_b, scale_b)
         codes_a, scale_a = nibbles(_solve(stored_b @ stored_b.T, stored_b @ e))
-        stored_a = values(codes_a, scale_a)
+        stored_a = factor_values(codes_a, scale_a)
         ah = _times(stored_a, h)
         codes_b, scale_b = nibbles(_solve(ah @ stored_a.T, ah @ e.T))
     return Adapter(codes_a, codes_b, scale_a, scale_b)
@@ -116,7 +115,7 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
 def nibbles(x: Tensor, candidates: int = 10) -> tuple[Tensor, Tensor]:
     """int8 codes of `x` [k, n], and bfloat16 scales of least squared error for groups of 128."""
     k, n = x.shape
-    parts = torch.nn.functional.pad(x, (0, -n % GROUP)).view(k, -1, GROUP)
+    parts = torch.nn.functional.pad(x, (0, -n % ADAPTER_GROUP)).view(k, -1, ADAPTER_GROUP)
     low, high = parts.amin(-1), parts.amax(-1)
     full = torch.where(high > -low, high, low) / -8  # the longer side gets the extra code
     best, scale = torch.full_like(full, torch.inf), torch.zeros_like(full)
@@ -130,8 +129,3 @@ def nibbles(x: Tensor, candidates: int = 10) -> tuple[Tensor, Tensor]:
         best, scale = torch.where(better, error, best), torch.where(better, trial, scale)
         codes = torch.where(better[..., None], code, codes)
     return codes.flatten(1)[:, :n].to(torch.int8).contiguous(), scale.bfloat16()
-
-
-def values(codes: Tensor, scale: Tensor) -> Tensor:
-    """float32 [k, n] of 4-bit codes and their scales."""
-    return codes.float() * scale.float().repeat_interleave(GROUP, dim=1)[:, : codes.shape[1]]

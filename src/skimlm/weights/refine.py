@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from skimlm import native
+from skimlm.weights.pack import spread
 
 RIDGE = 1e-7
 PRUNED = 255  # the code of a weight that is 0
@@ -62,8 +63,7 @@ def sparse_dense(codes: Tensor, codebook: Tensor, scale: Tensor, group: int) -> 
     """Rows [r, c] of sparse codes: codebook[i, codes[i, j]] * scale[i, j // group], or 0."""
     pruned = codes == PRUNED
     level = dense(codes.masked_fill(pruned, 0), codebook)
-    steps = scale.repeat_interleave(group, dim=1)[:, : codes.shape[1]]
-    return (level * steps).masked_fill_(pruned, 0)
+    return (level * spread(scale, group, codes.shape[1])).masked_fill_(pruned, 0)
 
 
 def sparse_descent(

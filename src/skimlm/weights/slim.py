@@ -1,6 +1,6 @@
 """One linear as SLiM has it: W ~ S + B^T A, S sparse and rounded, A and B low-rank.
 
-`fit_paper` is SLiM as published (2410.09615; slim.md 1.5): a mask, a grid, an adapter for what both
+`fit_paper` is SLiM as published (2410.09615): a mask, a grid, an adapter for what both
 lose, then the kept weights rounded once more to what the adapter leaves. `fit` minimises the same
 error, ||X (W - S - B^T A)^T||, over everything that is stored, in turns that each solve their part:
     adapter   for W - S, exact under the Gram matrix of the inputs, rounded to what is stored
@@ -17,7 +17,7 @@ from skimlm.weights import grid, lowrank
 from skimlm.weights.fit import round_codebook
 from skimlm.weights.kmeans import kmeans_rows, nearest
 from skimlm.weights.mask import Sparsity, magnitude, sparsegpt, wanda
-from skimlm.weights.pack import TABLE, Adapter, Parts, QuantizedWeight
+from skimlm.weights.pack import TABLE, Adapter, Parts, QuantizedWeight, spread
 from skimlm.weights.refine import (
     PRUNED,
     codebook_step,
@@ -223,7 +223,7 @@ def fit_paper(w: Tensor, h: Tensor, options: Options) -> QuantizedWeight:
     sparsity, bits = options.sparsity, options.bits
     steps = paper_steps(w, options, group)  # as published, found before columns are scaled
     if options.mask == "sparsegpt" and (sparsity or not options.rank):
-        every = grid.expand(steps, group, c)
+        every = spread(steps, group, c)
 
         def rounded(column: Tensor, j: int) -> Tensor:
             step = every[:, j : j + 1].contiguous()
