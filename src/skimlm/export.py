@@ -23,7 +23,7 @@ from skimlm.errors import SkimError
 from skimlm.finetune import adapted
 from skimlm.integrations.transformers import aliases
 from skimlm.linear import CompressedLinear
-from skimlm.weights.pack import PLAIN, Parts
+from skimlm.weights.pack import PLAIN
 
 TARGETS = ("dense", "peft")
 ADAPTER = "adapter/adapter_config.json"  # by which a folder made here is known
@@ -101,15 +101,11 @@ def _write_dense(
 ) -> None:
     """An ordinary folder of W + B^T A, or of W where it is not `merged`."""
     for layer in adapted(model).values() if not merged else ():
-        layer.parts = without_adapter(layer.parts)
+        layer.parts = layer.parts.without_adapter()
     model = model.dequantize(dtype)
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def without_adapter(parts: Parts) -> Parts:
-    return dataclasses.replace(parts, rank=0, adapter_bits=0)
 
 
 def _write_without_adapters(folder: Path, opened: checkpoint.Checkpoint, model: Any) -> None:
@@ -119,7 +115,7 @@ def _write_without_adapters(folder: Path, opened: checkpoint.Checkpoint, model: 
     for entry in quantization["linears"].values():
         entry.pop("rank", None), entry.pop("adapter_bits", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
-    if all(without_adapter(layer.parts) == PLAIN for layer in layers.values()):
+    if all(layer.parts.without_adapter() == PLAIN for layer in layers.values()):
         quantization["format_version"] = 1
     stored = sum(m.nbytes - _adapter_bytes(m) for m in layers.values())
     quantization["bits"] = 8 * stored / sum(m.in_features * m.out_features for m in layers.values())

@@ -14,7 +14,6 @@ numbers keep their dtype when the model is cast: `model.to(torch.bfloat16)` must
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -174,7 +173,7 @@ class CompressedLinear(_Stored):
         if torch.is_grad_enabled() and x.requires_grad:
             return _Product.apply(x, self.bias, self)
         if self.coded:
-            parts = replace(self.parts, rank=0, adapter_bits=0)
+            parts = self.parts.without_adapter()
             plain = {n: t for n, t in self.tensors().items() if not n.startswith("lora_")}
             return linear_parts(x, plain, parts, self.bias)
         # the operator costs some microseconds more than the function, and only a compiler needs it;

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -133,6 +133,10 @@ class Parts:
             raise FormatError(f"rank must be 1..{MAX_RANK}, got {self.rank}")
         if self.adapter_bits not in (0, 4, 16):
             raise FormatError(f"adapter_bits must be 4 or 16, got {self.adapter_bits}")
+
+    def without_adapter(self) -> Parts:
+        """The same but for the adapter."""
+        return replace(self, rank=0, adapter_bits=0)
 
     def codes(self, cols: int) -> int:
         """Codes stored per row."""
