@@ -42,7 +42,7 @@ class SkimlmConfig(QuantizationConfigMixin):
         provenance: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
+        self.quant_method = METHOD
         self.format_version, self.bits, self.embed_bits = format_version, bits, embed_bits
         self.linears, self.provenance = linears or {}, provenance or {}
         if not isinstance(self.linears, dict):
