@@ -35,6 +35,8 @@ from skimlm.weights.pack import PLAIN
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
 RECORDED = ("output_attentions", "output_hidden_states")
 SIZED = ("weight", "codebook", "row_zero")
+# the name that transformers gives the cache: another one since 5.24
+CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 ROOM = 256  # tokens a cache is given ahead, at least
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 
@@ -140,11 +142,13 @@ class _OneToken:
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
+        cache = past_key_values if cache is None else cache
         given = inputs_embeds if input_ids is None else input_ids
         compiling = torch.compiler.is_compiling()
-        length = 0 if compiling else _length(past_key_values)
+        length = 0 if compiling else _length(cache)
         plan = None
         if (
             given is not None
@@ -160,17 +164,17 @@ class _OneToken:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **kwargs,
             )
         body: Any = self
         x = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.tensor([[length]])
-        hidden = _one_token(body, plan, x, position_ids, past_key_values, length)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        hidden = _one_token(body, plan, x, position_ids, cache, length)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
 
 
 def _length(cache: Any) -> int:
