@@ -1,15 +1,17 @@
 """SLiM's table: perplexity and accuracy of pruned, rounded and adapted weights, all bits counted.
 
-    python bench/slim.py --data DIR --out results [--rows 2:4,none] [--methods slim,best]
+    python bench/slim.py --data DIR --out results --save DIR [--rows 2:4,none] [--methods "a;b"]
 
 DIR holds calib/c4_1480docs.jsonl, wikitext2/test.txt (customary text) and tasks/*.jsonl. Every row
-is made and measured in this process: calibration windows, evaluation windows and task rows are the
-same for all. Results are written to OUT.json after every row, and to OUT.md; rows that are there
-already are not run again, and two processes may fill one table (each writes its own --out).
+is compressed into a folder under --save with 8-bit embeddings, and what is measured is that folder,
+its weights de-quantized, with the original's embeddings: rows then differ in their linears alone.
+Calibration windows, evaluation windows and task rows are the same for all. Rows "not rounded" are
+in no folder: their weights stay in bfloat16. Results are written to OUT.json after every
+measurement, and to OUT.md; what is there already is not run again, so --task-rows can be added
+later, and two processes may fill one table (each writes its own --out).
 
-All methods go block by block, inputs coming from the compressed blocks before. Embeddings stay
-bfloat16 while measured; `bytes` is what the whole folder takes with 8-bit embeddings. The
-reference model's linears were 4-bit numbers in groups of 32 once: grids of 4 bits are flattered.
+All methods go block by block, inputs coming from the compressed blocks before. The reference
+model's linears were 4-bit numbers in groups of 32 once: grids of 4 bits are flattered.
 """
 
 import argparse
@@ -25,10 +27,12 @@ import torch
 from provenance import provenance
 from skimlm import blockwise, checkpoint, demo, evaluate
 from skimlm.calibrate import read_documents, windows
-from skimlm.compress import SLIM_RECIPES
 from skimlm.integrations.lm_eval import accuracy, read_task
-from skimlm.weights.mask import Sparsity
-from skimlm.weights.pack import Parts, effective, histogram, row_bits, shared_bits
+from skimlm.recipes import SLIM_RECIPES
+from skimlm.shards import read_json
+from skimlm.weights import lowrank
+from skimlm.weights.mask import Sparsity, wanda
+from skimlm.weights.pack import Parts, effective, row_bits, shared_bits
 from skimlm.weights.slim import Options, fit, fit_paper
 
 TASKS = ("piqa", "arc_easy", "winogrande", "openbookqa")
@@ -46,6 +50,9 @@ METHODS = {
     "joint, codebook 3 bit": Options(bits=3, rounds=3),
 }
 JOINT = [name for name in METHODS if name.startswith("joint")]
+# an adapter of 16 bits over pruned weights of 16 bits
+UNROUNDED = {"Wanda": None, "Naive-LoRA": "naive", "SLiM-LoRA": "diag"}
+MARK = ", not rounded"
 
 
 class Bench:
@@ -65,72 +72,108 @@ class Bench:
         model, tokenizer = checkpoint.load(self.source)
         return model, tokenizer, checkpoint.linears(model)
 
+    def missing(self, key):
+        """Whether something of a row is yet to be measured."""
+        done = self.rows.get(key, {})
+        return "nll" not in done or (self.args.task_rows and not done.get("tasks"))
+
     def measure(self, key, model, tokenizer, **facts):
-        """Perplexity and accuracy of `model` as it is now."""
-        result = evaluate.perplexity(model, tokenizer, self.text, 2048, self.args.windows)
-        scores = accuracy(model, tokenizer, self.tasks) if self.args.task_rows else {}
-        first = math.exp(sum(result.nll[:5]) / 5)
-        facts |= {
-            "perplexity": result.perplexity,
-            "stderr": result.perplexity_stderr,
-            "first_five": first,
-            "nll": result.nll,
-            "tasks": scores,
-            "provenance": provenance(),
-        }
-        self.rows[key] = facts
+        """Perplexity and accuracy of `model`, what of them is missing."""
+        row = self.rows.setdefault(key, {}) | facts
+        if "nll" not in row:
+            result = evaluate.perplexity(model, tokenizer, self.text, 2048, self.args.windows)
+            row |= {
+                "perplexity": result.perplexity,
+                "stderr": result.perplexity_stderr,
+                "first_five": math.exp(sum(result.nll[:5]) / 5),
+                "nll": result.nll,
+                "provenance": provenance(),
+            }
+        if self.args.task_rows and not row.get("tasks"):
+            row["tasks"] = accuracy(model, tokenizer, self.tasks)
+        self.rows[key] = row
         self.out.write_text(json.dumps(self.rows, indent=1))
-        print(key, {k: v for k, v in facts.items() if k not in ("tasks", "nll")}, flush=True)
+        print(key, {k: v for k, v in row.items() if k != "nll"}, flush=True)
+
+    def windows(self, tokenizer):
+        return windows(self.documents, tokenizer, self.args.samples, self.args.seq_len, 0)
 
     def row(self, method, sparsity):
-        """Compress by one method at one sparsity, and measure."""
+        """Compress by one method at one sparsity, and measure what came of it."""
         key = f"{sparsity} | {method}"
-        if key in self.rows:
+        if not self.missing(key):
             return
+        if method.endswith(MARK):
+            return self.unrounded(key, method.removesuffix(MARK), Sparsity.parse(sparsity))
+        folder = self.args.save / key.replace(" | ", "-").replace(" ", "-").replace(":", "")
+        if not folder.exists():
+            self.compress(folder, method, Sparsity.parse(sparsity))
         model, tokenizer, linears = self.load()
-        options = dataclasses.replace(METHODS[method], sparsity=Sparsity.parse(sparsity))
-        ids = windows(self.documents, tokenizer, self.args.samples, self.args.seq_len, 0)
-        stored, weights = 0.0, 0
-        counts, parts, fits = {}, {}, {}
+        stored, _ = checkpoint.load(folder)
+        dense = checkpoint.linears(stored.dequantize(model.dtype))
+        with torch.no_grad():
+            for name, linear in linears.items():
+                linear.weight.copy_(dense[name].weight)
+        config = read_json(folder / "config.json")["quantization_config"]
+        facts = {"bits": config["bits"], "bytes": checkpoint.folder_bytes(folder)}
+        self.measure(key, model, tokenizer, **facts, made=config["provenance"])
+
+    def compress(self, folder, method, sparsity):
+        model, tokenizer, linears = self.load()
+        options = dataclasses.replace(METHODS[method], sparsity=sparsity)
+        fits = {}
 
         def one(name, w, gram):
-            nonlocal stored, weights
             if method in JOINT:
-                q = fit(w, gram.h, options, gram.target(w))
+                fits[name] = fit(w, gram.h, options, gram.target(w))
             else:
-                q = fit_paper(w, gram.h, options)
-            own = Parts.of(q)
-            stored += sum(row_bits(b, q.shape[1], own) for b in q.widths.tolist())
-            stored += shared_bits(*q.shape, own)
-            weights += w.numel()
-            counts[name], parts[name], fits[name] = histogram(q.widths), own, q
-            return effective(q)
+                fits[name] = fit_paper(w, gram.h, options)
+            return effective(fits[name])
 
         started = time.perf_counter()
         best = SLIM_RECIPES["best"]
         staged = {"staged": best.staged, "matched": best.matched} if method in JOINT else {}
-        blockwise.walk(model, linears, ids, one, **staged)
-        seconds = time.perf_counter() - started
-        if self.args.save:
-            folder = self.args.save / key.replace(" | ", "-").replace(" ", "-").replace(":", "")
-            checkpoint.save(
-                folder, model, tokenizer, fits, embed_bits=8, bits=stored / weights, force=True
-            )
-        others = checkpoint.plan_bytes(model, tokenizer, 8, counts, parts=parts, in_scale=False)
-        self.measure(
-            key,
-            model,
-            tokenizer,
-            bits=stored / weights,
-            bytes=others + round(stored / 8),
-            seconds=seconds,
-        )
+        blockwise.walk(model, linears, self.windows(tokenizer), one, **staged)
+        seconds = round(time.perf_counter() - started, 1)
+        bits = sum(
+            sum(row_bits(b, q.shape[1], Parts.of(q)) for b in q.widths.tolist())
+            + shared_bits(*q.shape, Parts.of(q))
+            for q in fits.values()
+        ) / sum(q.shape[0] * q.shape[1] for q in fits.values())
+        made = {"method": method, "sparsity": str(sparsity), "seconds": seconds}
+        checkpoint.save(folder, model, tokenizer, fits, embed_bits=8, bits=bits, provenance=made)
+
+    def unrounded(self, key, method, sparsity):
+        """Pruned by Wanda, kept weights as they are, with an adapter or none."""
+        model, tokenizer, linears = self.load()
+        weights = stored = 0
+
+        def one(name, w, gram):
+            nonlocal weights, stored
+            squares = gram.h.diagonal().clamp(min=0)
+            squares = squares + squares[squares > 0].min()
+            kept = w * wanda(w, squares.sqrt(), sparsity)
+            weights += w.numel()
+            mask = 0.75 if str(sparsity) == "2:4" else 1
+            stored += (16 * sparsity.kept(w.shape[1]) / w.shape[1] + mask) * w.numel()
+            if UNROUNDED[method] is None:
+                return kept
+            rank = lowrank.rank_of(PAPER.rank, *w.shape)
+            weighting = {"naive": None, "diag": squares}[UNROUNDED[method]]
+            a, b = lowrank.low_rank(w - kept, rank, weighting)
+            stored += 16 * (a.numel() + b.numel())
+            return kept + b.bfloat16().float().T @ a.bfloat16().float()
+
+        started = time.perf_counter()
+        blockwise.walk(model, linears, self.windows(tokenizer), one)
+        made = {"seconds": round(time.perf_counter() - started, 1)}
+        self.measure(key, model, tokenizer, bits=stored / weights, bytes=None, made=made)
 
     def dense(self):
-        if "dense" not in self.rows:
-            model, tokenizer, linears = self.load()
+        if self.missing("dense"):
+            model, tokenizer, _ = self.load()
             size = sum(p.nbytes for p in model.parameters())
-            self.measure("dense", model, tokenizer, bits=16.0, bytes=size, seconds=0.0)
+            self.measure("dense", model, tokenizer, bits=16.0, bytes=size)
 
 
 def table(rows, args):
@@ -149,10 +192,11 @@ def table(rows, args):
     for key, row in rows.items():
         paired = [a - b for a, b in zip(row["nll"], full, strict=True)]
         error = row["perplexity"] * statistics.stdev(paired) / math.sqrt(len(paired))
-        scores = [row["tasks"].get(t) for t in TASKS]
-        cells = [f"{s['acc']:.3f} ± {s['stderr']:.3f}" if s else "-" for s in scores]
+        scores = [row.get("tasks", {}).get(t) for t in TASKS]
+        cells = [f"{s['acc']:.3f} ± {s['stderr']:.3f}" if s else "" for s in scores]
+        size = f"{row['bytes'] / 1e6:.1f}" if row["bytes"] else ""
         lines.append(
-            f"| {key.replace('|', '·')} | {row['bits']:.3f} | {row['bytes'] / 1e6:.1f} |"
+            f"| {key.replace('|', '·')} | {row['bits']:.3f} | {size} |"
             f" {row['perplexity']:.2f} ± {error or row['stderr']:.2f} | {row['first_five']:.2f} |"
             f" {' | '.join(cells)} |"
         )
@@ -164,13 +208,13 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", help="default: the embedded SmolLM2-135M")
-    parser.add_argument("--save", type=Path, help="also write every row as a folder here")
+    parser.add_argument("--save", type=Path, required=True, help="folders of the rows")
     parser.add_argument("--rows", default="2:4,0.5,none")
-    parser.add_argument("--methods", default=";".join(METHODS), help="separated by ;")
+    parser.add_argument("--methods", default=";".join(METHODS), help=f"by ;, Wanda{MARK}")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--task-rows", type=int, default=300)
+    parser.add_argument("--task-rows", type=int, default=0)
     args = parser.parse_args()
     bench = Bench(args)
     bench.dense()

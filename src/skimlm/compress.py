@@ -34,8 +34,8 @@ import skimlm
 from skimlm import analysis, blockwise, budget, checkpoint
 from skimlm.calibrate import default_text, read_documents, windows
 from skimlm.errors import SkimError
+from skimlm.recipes import METHODS, RECIPES, Recipe, fit_linear, settled
 from skimlm.report import peak_rss_bytes
-from skimlm.weights import fit as fitting
 from skimlm.weights import slim
 from skimlm.weights.fit import WIDTHS, Fit
 from skimlm.weights.kmeans import kmeans_rows
@@ -48,41 +48,11 @@ from skimlm.weights.pack import (
     effective,
     histogram,
 )
-from skimlm.weights.refine import damped
-from skimlm.weights.scale import normalise, scale_step, scaled_error
 from skimlm.weights.train import train
 
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What is done, and how much of it; windows are for the statistics, steps for the training."""
-
-    samples: int = 128
-    seq_len: int = 512
-    fisher_windows: int = 64  # of the samples
-    end_loss: bool = True  # H~ and one pool over the model; False: H and a pool per linear
-    scale: bool = False  # after refinement it gained 0.3 % of the error, less than its bits cost
-    rounds: int = 2
-    sweeps: int = 3
-    steps: int = 0
-    turns: int = 3  # of mask, codes and adapter, where there is more than codes
-    staged: bool = False  # slim: linears of a block see what the earlier ones made of the inputs
-    matched: bool = False  # slim: the target is the original model's output
-
-
-RECIPES = {
-    "paper": Recipe(end_loss=False, scale=True, rounds=0, sweeps=0),
-    "fast": Recipe(samples=40, fisher_windows=16),
-    "best": Recipe(steps=64),
-}
-SLIM_RECIPES = {
-    "paper": Recipe(),
-    "fast": Recipe(samples=64, turns=2),
-    "best": Recipe(staged=True, matched=True, turns=4),
-}
-METHODS = {"skim": RECIPES, "slim": SLIM_RECIPES}
 SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of as many tokens
 
 
@@ -492,12 +462,8 @@ def quantize(
     with clock("round"):
         quantized = {}
         for name, fit in fits.items():
-            # Trained codebooks answer to the end loss: their codes are not refined again.
-            settle = plan.rounds and not plan.steps
             w = linears[name].weight.detach().float().cpu()
-            quantized[name] = fitting.finish(
-                w, damped(stored[name].hessian) if settle else None, fit
-            )
+            quantized[name] = settled(w, stored[name], fit, plan)
     return quantized, losses
 
 
@@ -511,34 +477,10 @@ def fit_all(
     """Codebooks and codes of every linear at its widths, scaled or refined as the plan says."""
     fits: dict[str, Fit] = {}
     for done, (name, linear) in enumerate(linears.items(), 1):
-        known = stored[name]
         w = linear.weight.detach().float().cpu()
-        h = damped(known.hessian)
-        fit = fitting.start(w, known.fisher.float(), widths[name], known.centroids)
-        if plan.scale:
-            fit = _published_scale(w, h, known, widths[name], fit)
-        if plan.rounds:
-            fitting.refine_fit(w, h, fit, plan.rounds, plan.sweeps)
-        fits[name] = fit
+        fits[name] = fit_linear(w, stored[name], widths[name], plan)
         progress("fit", done, len(linears))
     return fits
-
-
-def _published_scale(
-    w: Tensor, h: Tensor, stats: analysis.Analysis, widths: Tensor, fit: Fit
-) -> Fit:
-    """One iteration of SKIM's scale step and re-clustering, kept only if the full error falls."""
-    ones = torch.ones(w.shape[1])
-    weight = stats.row_weight
-    v = fit.dense()
-    s = normalise(scale_step([w], [v], [h], [weight], ones))
-    f = stats.fisher.float() * s * s
-    scaled = w / s
-    again = fitting.start(scaled, f, widths, kmeans_rows(scaled, f, MAX_TABLE_WIDTH)[0])
-    before = scaled_error(w, v, h, weight, ones)
-    after = scaled_error(w, again.dense(), h, weight, s)
-    best, fit.in_scale, again.in_scale = (again if after < before else fit), ones, s
-    return best
 
 
 def _digest(widths: Mapping[str, Tensor]) -> str:
