@@ -91,6 +91,12 @@ def parts_call(choose):
             bias = spoil(bias, choose)
         else:
             stored[name] = spoil(stored.get(name), choose)
+    if choose.random() < 0.3:
+        begin, end = choose.choice([(0, None), (0, rows), (rows // 2, rows), (-1, 2), (0, 2**62)])
+        out = torch.empty(choose.choice([rows, rows, 1, rows // 2]), cols, dtype=dtype)
+        if not native.sparse_unpack(stored, out, rows, cols, begin, end, *how):
+            raise ValueError(f"refused {rows} rows")
+        return True
     out = torch.empty(len(x), rows, dtype=dtype)
     if not native.sparse_matmul(x, stored, bias, out, len(x), rows, cols, *how):
         raise ValueError(f"refused {rows} rows")

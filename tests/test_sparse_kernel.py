@@ -19,6 +19,7 @@ ADAPTED = (300, 68)  # whole blocks of 128 rows of B, and a part of one
 SPARSE = {"dense": None, "2:4": "2:4", "bitmap": "bitmap"}
 SCALES = [None, 7, 64, 128, 256, 9999]
 ADAPTERS = [(0, 0), (1, 4), (5, 4), (3, 16)]
+DTYPES = (torch.float32, torch.bfloat16)
 PAIRS = np.array([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3], [2, 3], [2, 3]])
 
 
@@ -293,6 +294,106 @@ def test_options_that_do_not_fit_are_refused(isa, change):
     assert not native.sparse_matmul(x, stored, None, out, *size, *(how | change).values())
     assert (out == 7).all()
     assert native.sparse_matmul(x, stored, None, out, *size, *how.values())
+
+
+# ---- unpacking
+
+
+def unpack(stored, parts, rows, cols, dtype, begin=0, end=None):
+    out = torch.full((rows, cols), 7, dtype=dtype)
+    how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
+    return out if native.sparse_unpack(stored, out, rows, cols, begin, end, *how) else None
+
+
+def bits(tensor):
+    return tensor.view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", SCALES)
+@pytest.mark.parametrize("sparsity", SPARSE)
+def test_unpacked_weights_are_those_of_torch_to_the_bit(isa, sparsity, group, dtype):
+    turns = itertools.cycle(itertools.product(ADAPTERS, (False, True)))
+    for (rows, cols), widths in itertools.product(SHAPES, [*([b] for b in range(1, 9)), None]):
+        adapter, scaled = next(turns)
+        parts = parts_of(SPARSE[sparsity], cols, group, adapter)
+        stored = stored_linear(rows, cols, parts, widths, scaled)
+        got, want = (
+            unpack(stored, parts, rows, cols, dtype),
+            kernels.dequantize_stored(stored, cols, parts, dtype),
+        )
+        assert torch.equal(bits(got), bits(want)), (rows, cols, widths, adapter, scaled)
+        assert torch.equal(kernels.dequantize_parts(stored, cols, parts, dtype), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_that_are_tiny_or_negative_zero_are_those_of_torch(isa, dtype):
+    for sparsity, group in itertools.product(SPARSE.values(), (None, 64)):
+        parts = parts_of(sparsity, 140, group)
+        stored = stored_linear(9, 140, parts, scaled=True)
+        stored["row_scale"] = -stored["row_scale"] * 2.0**-120
+        got = unpack(stored, parts, 9, 140, dtype)
+        want = kernels.dequantize_stored(stored, 140, parts, dtype)
+        assert torch.equal(bits(got), bits(want))
+        assert ((want == 0) & want.signbit()).any() and ((want != 0) & (want.abs() < 1e-38)).any()
+
+
+def test_a_range_of_stored_rows_is_unpacked_on_its_own(isa):
+    for sparsity, group in itertools.product(SPARSE.values(), (None, 64)):
+        parts = parts_of(sparsity, 140, group, (3, 4))
+        stored = stored_linear(40, 140, parts)
+        want = kernels.dequantize_stored(stored, 140, parts)
+        order = torch.argsort(stored["widths"], stable=True)
+        for begin, end in ((0, 40), (0, 1), (7, 29), (39, 40), (5, 5)):
+            got = unpack(stored, parts, 40, 140, torch.float32, begin, end)
+            assert torch.equal(got[: end - begin], want[order[begin:end]])
+            assert (got[end - begin :] == 7).all()
+        for begin, end in ((-1, 3), (4, 2), (0, 41), (2**62, 2**62 + 1), (-(2**62), 2**62)):
+            assert unpack(stored, parts, 40, 140, torch.float32, begin, end) is None
+
+
+def test_what_does_not_fit_is_not_unpacked(isa):
+    refused = 0
+    for sparsity, group in (("2:4", None), ("bitmap", 64), (None, 64), ("2:4", 64)):
+        parts = parts_of(sparsity, 140, group)
+        good = stored_linear(12, 140, parts, scaled=True)
+        for name, tensor in good.items():
+            flat = tensor.flatten()
+            longer = torch.cat([flat, flat[:1]])
+            for wrong in (
+                flat[:-1],
+                longer,
+                flat[:0],
+                tensor.double(),
+                flat.repeat_interleave(2)[::2],
+            ):
+                out = torch.full((12, 140), 7.0)
+                how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
+                assert not native.sparse_unpack(good | {name: wrong}, out, 12, 140, 0, None, *how)
+                assert (out == 7).all()
+                with pytest.raises(ValueError, match="must|missing|belong"):
+                    kernels.dequantize_parts(good | {name: wrong}, 140, parts)
+                refused += 1
+        short = torch.empty(11, 140)
+        assert not native.sparse_unpack(good, short, 12, 140, 0, None, *how)
+    assert refused > 80
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("adapter", [(0, 0), (5, 4), (3, 16)], ids=str)
+def test_many_tokens_are_multiplied_a_tile_of_rows_at_a_time(isa, monkeypatch, adapter, dtype):
+    monkeypatch.setattr(kernels, "TILE", 64 * 140)
+    monkeypatch.setattr(kernels, "FEW_SPARSE", 40)
+    parts = parts_of("2:4", 140, None, adapter)
+    stored = stored_linear(150, 140, parts, scaled=True)
+    x, bias = torch.randn(2, 33, 140).to(dtype), torch.randn(150).to(dtype)
+    want = kernels.parts_reference(x, stored, parts, bias)
+    seen, real = [], native.sparse_unpack
+    monkeypatch.setattr(native, "sparse_unpack", lambda *a: seen.append(a[1].shape) or real(*a))
+    got = kernels.linear_parts(x, stored, parts, bias)
+    assert [shape[0] for shape in seen] == [64, 64, 22]
+    error = (got - want).float().norm() / want.float().norm()
+    assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_the_operator_is_well_formed():

@@ -2,6 +2,7 @@
 
     dequantize_packed   the stored buffers (see `weights/pack.py`) as a matrix
     linear_packed       x W^T + bias straight from the stored buffers: they are read once
+    dequantize_parts, linear_parts   the same for weights with parts
 
 Native code does it on the CPU for float32 and bfloat16: one token in integers, exactly; several in
 bfloat16 pieces, weights being turned into bfloat16 in cache; many on torch's product, a tile of
@@ -11,13 +12,16 @@ rows' bytes into codes, look the codes up, scale the rows, and put them back in 
 `torch.ops.skimlm.linear` is the same for `torch.compile`.
 
 Sparse rows, grids and adapters (`Parts`) go through `linear_parts`: native for few tokens, torch's
-product with the de-quantized weight for more. `torch.ops.skimlm.sparse_linear` is its operator.
+product for more, a tile of de-quantized rows at a time. `torch.ops.skimlm.sparse_linear` is its
+operator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeAlias
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -104,7 +108,8 @@ def linear_packed(
     if count >= FEW_TOKENS and not native.many(x.dtype):
         _check_devices(x, *buffers, bias)
         check_sizes(_present(*buffers), rows, cols)
-        _tiles(x.reshape(count, cols), buffers, bias, out.view(count, rows))
+        unpack = functools.partial(_unpack, buffers=buffers)
+        _tiles(x.reshape(count, cols), widths, unpack, bias, out.view(count, rows))
         return out
     shift = None if bias is None else bias.float()  # added before the one rounding
     if not native.matmul(x.contiguous(), *buffers, shift, out, count, rows, cols, exact):
@@ -115,16 +120,25 @@ def linear_packed(
     return out
 
 
-def _tiles(x: Tensor, buffers: Buffers, bias: Tensor | None, out: Tensor) -> None:
-    """out = x W^T + bias in tiles of rows, which stay in cache: no dense weight is allocated."""
+def _tiles(
+    x: Tensor,
+    widths: Tensor,
+    unpack: Callable[..., None],
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """out = x W^T + bias in tiles of rows, which stay in cache: no dense weight is allocated.
+
+    `unpack(tile, begin=, end=)` de-quantizes stored rows.
+    """
     cols, rows = x.shape[1], out.shape[1]
-    order = torch.argsort(buffers[1], stable=True)
+    order = torch.argsort(widths, stable=True)
     size = max(64, TILE // cols)
     scratch = torch.empty(min(size, rows), cols, dtype=x.dtype)
     for begin in range(0, rows, size):
         end = min(begin + size, rows)
         tile = scratch[: end - begin]
-        _unpack(tile, buffers, begin, end)
+        unpack(tile, begin=begin, end=end)
         place = order[begin:end]
         out[:, place] = F.linear(x, tile, None if bias is None else bias[place])
 
@@ -186,8 +200,7 @@ def sparse_linear(
 ) -> Any:
     """`linear_parts` as the operator that `torch.compile` sees."""
     tensors = (stored.get(name) for name in _SPARSE_NAMES)
-    how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
-    return torch.ops.skimlm.sparse_linear(x, *tensors, bias, *how)
+    return torch.ops.skimlm.sparse_linear(x, *tensors, bias, *astuple(parts))
 
 
 @torch.library.impl(_library, "sparse_linear", "CompositeExplicitAutograd")
@@ -228,10 +241,26 @@ def dequantize_reference(
     return dequantize_stored(stored, cols, PLAIN, dtype)
 
 
+def dequantize_parts(
+    stored: Mapping[str, Tensor], cols: int, parts: Parts, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The weight [r, c] in stored tensors of any kind, without its adapter; 0 where pruned.
+
+    In float32, rounded once to `dtype`. Raises FormatError if the tensors do not fit each other.
+    """
+    rows = len(stored["widths"])
+    if stored["weight"].device.type != "cpu" or dtype not in NATIVE:
+        check_sizes(stored, rows, cols, parts)
+        return dequantize_stored(stored, cols, parts, dtype)
+    out = torch.empty(rows, cols, dtype=dtype)
+    _unpack_parts(out, stored, parts, 0, None)
+    return out
+
+
 def dequantize_stored(
     stored: Mapping[str, Tensor], cols: int, parts: Parts, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The weight [r, c] in stored tensors of any kind, without its adapter; 0 where pruned."""
+    """The same in torch, on any device."""
     out = torch.empty(len(stored["widths"]), cols, dtype=dtype, device=stored["weight"].device)
     in_scale = stored.get("in_scale")
     step = max(1, CHUNK // cols)
@@ -281,20 +310,48 @@ def linear_parts(
     vbmi = count >= FEW_TOKENS and native.library().skimlm_has_vbmi()
     few = 0 < count < (FEW_SPARSE if vbmi else FEW_TOKENS)
     if x.device.type != "cpu" or x.dtype not in NATIVE or not few:
-        out = F.linear(x, dequantize_stored(stored, cols, parts, x.dtype), bias)
+        out = _many_parts(x.reshape(count, cols), stored, parts, bias).view(*x.shape[:-1], rows)
         if not parts.rank:
             return out
         a, b = adapter_stored(stored, rows, cols)
         return out + F.linear(x, a.to(x.dtype)) @ b.to(x.dtype)
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
     shift = None if bias is None else bias.float()
-    how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
+    how = astuple(parts)
     if not native.sparse_matmul(x.contiguous(), stored, shift, out, count, rows, cols, *how):
-        check_sizes(stored, rows, cols, parts)
-        raise ValueError(
-            f"tensors of {rows} rows must be contiguous, on the CPU, and fit {cols} columns"
-        )
+        _refuse(stored, rows, cols, parts)
     return out
+
+
+def _many_parts(
+    x: Tensor, stored: Mapping[str, Tensor], parts: Parts, bias: Tensor | None
+) -> Tensor:
+    """x W^T + bias without the adapter, on torch's product: [n, r]."""
+    cols, rows = x.shape[1], len(stored["widths"])
+    if x.device.type != "cpu" or x.dtype not in NATIVE:
+        return F.linear(x, dequantize_stored(stored, cols, parts, x.dtype), bias)
+    check_sizes(stored, rows, cols, parts)
+    out = torch.empty(len(x), rows, dtype=x.dtype)
+    unpack = functools.partial(_unpack_parts, stored=stored, parts=parts)
+    _tiles(x, stored["widths"], unpack, bias, out)
+    return out
+
+
+def _unpack_parts(
+    out: Tensor, stored: Mapping[str, Tensor], parts: Parts, begin: int, end: int | None
+) -> None:
+    """`_unpack` for a weight with parts; its adapter is left out."""
+    rows, cols = len(stored["widths"]), out.shape[1]
+    if not native.sparse_unpack(stored, out, rows, cols, begin, end, *astuple(parts)):
+        _refuse(stored, rows, cols, parts)
+
+
+def _refuse(stored: Mapping[str, Tensor], rows: int, cols: int, parts: Parts) -> NoReturn:
+    """Raise what is wrong with tensors that native code does not take."""
+    check_sizes(stored, rows, cols, parts)
+    raise ValueError(
+        f"tensors of {rows} rows must be contiguous, on the CPU, and fit {cols} columns"
+    )
 
 
 def parts_reference(

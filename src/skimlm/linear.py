@@ -25,7 +25,7 @@ from skimlm.kernels import (
     NATIVE,
     adapter_stored,
     dequantize_packed,
-    dequantize_stored,
+    dequantize_parts,
     linear_packed,
     linear_parts,
     sparse_linear,
@@ -130,7 +130,7 @@ class CompressedLinear(_Stored):
     def sparse_weight(self, dtype: torch.dtype) -> Tensor:
         """W, the weight without its adapter."""
         if self.coded:
-            return dequantize_stored(self.tensors(), self.in_features, self.parts, dtype)
+            return dequantize_parts(self.tensors(), self.in_features, self.parts, dtype)
         return dequantize_packed(
             self.weight,
             self.widths,

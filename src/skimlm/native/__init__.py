@@ -10,6 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -194,6 +195,45 @@ class _Sparse(ctypes.Structure):
     ]
 
 
+def _sparse(
+    stored: Mapping[str, torch.Tensor | None],
+    bias: torch.Tensor | None,
+    rows: int,
+    cols: int,
+    sparsity: str | None,
+    kept: int,
+    group: int | None,
+    rank: int,
+    adapter_bits: int,
+) -> _Sparse | None:
+    """Tensors by their names in FORMAT.md as native code sees them; None if they cannot be that.
+
+    Types and layout are checked here, and the lengths that the structure leaves out; the sizes in
+    it by native code.
+    """
+    factor = torch.bfloat16 if adapter_bits == 16 else torch.uint8
+    at: list[int | None] = []
+    sizes: list[int] = []
+    for name, dtype in _SPARSE.items():
+        tensor = bias if name == "bias" else stored.get(name)
+        if tensor is None:
+            if name in ("weight", "widths", "row_scale"):
+                return None
+            at.append(None)
+            if name in _SIZED:
+                sizes.append(0)
+            continue
+        fits = tensor.dtype == (dtype or factor) and tensor.is_contiguous() and tensor.is_cpu
+        length = rows if name in ("widths", "bias") else cols if name == "in_scale" else None
+        if not fits or (length is not None and tensor.shape != (length,)):
+            return None
+        at.append(tensor.data_ptr())
+        if name in _SIZED:
+            sizes.append(tensor.numel())
+    how = _SPARSITY.get(sparsity, -1)
+    return _Sparse(*at, *sizes, rows, cols, how, kept, group or 0, rank, adapter_bits)
+
+
 @functools.cache
 def _sparse_matmul(loaded: ctypes.CDLL) -> Callable[..., int]:
     function = loaded.skimlm_sparse_matmul
@@ -210,38 +250,16 @@ def sparse_matmul(
     count: int,
     rows: int,
     cols: int,
-    sparsity: str | None,
-    kept: int,
-    group: int | None,
-    rank: int,
-    adapter_bits: int,
+    *how: Any,
 ) -> bool:
-    """`skimlm_sparse_matmul`: False if the tensors, by their names in FORMAT.md, do not fit.
+    """`skimlm_sparse_matmul`: False if the tensors do not fit; `how`: the fields of `Parts`.
 
     `x` [count, cols] and `out` [count, rows] are contiguous, on the CPU, float32 or bfloat16 alike;
-    `bias` is float32. The rest is checked here (types, layout) and in native code (sizes).
+    `bias` is float32.
     """
-    factor = torch.bfloat16 if adapter_bits == 16 else torch.uint8
-    at: list[int | None] = []
-    sizes: list[int] = []
-    for name, dtype in _SPARSE.items():
-        tensor = bias if name == "bias" else stored.get(name)
-        if tensor is None:
-            if name in ("weight", "widths", "row_scale"):
-                return False
-            at.append(None)
-            if name in _SIZED:
-                sizes.append(0)
-            continue
-        fits = tensor.dtype == (dtype or factor) and tensor.is_contiguous() and tensor.is_cpu
-        length = rows if name in ("widths", "bias") else cols if name == "in_scale" else None
-        if not fits or (length is not None and tensor.shape != (length,)):
-            return False
-        at.append(tensor.data_ptr())
-        if name in _SIZED:
-            sizes.append(tensor.numel())
-    how = _SPARSITY.get(sparsity, -1)
-    linear = _Sparse(*at, *sizes, rows, cols, how, kept, group or 0, rank, adapter_bits)
+    linear = _sparse(stored, bias, rows, cols, *how)
+    if linear is None:
+        return False
     status = _sparse_matmul(library())(
         ctypes.byref(linear),
         x.data_ptr(),
@@ -249,6 +267,36 @@ def sparse_matmul(
         out.data_ptr(),
         count,
         torch.get_num_threads(),
+    )
+    return status == 0
+
+
+def sparse_unpack(
+    stored: Mapping[str, torch.Tensor | None],
+    out: torch.Tensor,
+    rows: int,
+    cols: int,
+    begin: int,
+    end: int | None,
+    *how: Any,
+) -> bool:
+    """`skimlm_sparse_unpack`: False if the tensors do not fit; `how`: the fields of `Parts`.
+
+    All rows to their places in `out` [rows, cols], or stored rows begin..end to its start; `out` is
+    contiguous, on the CPU, float32 or bfloat16.
+    """
+    last, at_start = (rows, False) if end is None else (end, True)
+    linear = _sparse(stored, None, rows, cols, *how)
+    if linear is None or out.numel() < (last - begin) * cols:
+        return False
+    status = library().skimlm_sparse_unpack(
+        ctypes.byref(linear),
+        ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_int64(out.dtype == torch.bfloat16),
+        ctypes.c_int64(begin),
+        ctypes.c_int64(last),
+        ctypes.c_int64(at_start),
+        ctypes.c_int(torch.get_num_threads()),
     )
     return status == 0
 

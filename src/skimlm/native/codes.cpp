@@ -137,12 +137,7 @@ void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* c
       }
       if (in_scale)
         for (int64_t j = 0; j < c; ++j) value[j] *= column[j];
-      if (out_bf16) {
-        uint16_t* dense = static_cast<uint16_t*>(out) + target;
-        for (int64_t j = 0; j < c; ++j) dense[j] = to_bf16(value[j]);
-      } else {
-        std::memcpy(static_cast<float*>(out) + target, value.data(), c * sizeof(float));
-      }
+      from_float(value.data(), out_bf16, c, static_cast<char*>(out) + target * (out_bf16 ? 2 : 4));
     }
   });
 }

@@ -36,6 +36,14 @@ inline void to_float(const void* x, bool bf16, int64_t n, float* out) {
     std::memcpy(out, x, n * sizeof(float));
 }
 
+// And back, rounded once.
+inline void from_float(const float* x, bool bf16, int64_t n, void* out) {
+  if (bf16)
+    for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = to_bf16(x[j]);
+  else
+    std::memcpy(out, x, n * sizeof(float));
+}
+
 // Codes of one row: eight of them are B whole bytes, read as one little-endian word.
 template <int B>
 void cut(const uint8_t* row, uint8_t* code, int64_t c) {

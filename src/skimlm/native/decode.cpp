@@ -36,13 +36,6 @@ namespace {
 inline float value(float x) { return x; }
 inline float value(uint16_t x) { return from_bf16(x); }
 
-void from_float(const float* x, bool bf16, int64_t n, void* out) {
-  if (bf16)
-    for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = to_bf16(x[j]);
-  else
-    std::memcpy(out, x, n * sizeof(float));
-}
-
 // n is a multiple of Vector::N, or small: what is left over goes one by one.
 template <class T>
 inline float dot(const float* a, const T* b, int64_t n) {

@@ -102,6 +102,11 @@ struct SkimlmSparse {
 SKIMLM_API int skimlm_sparse_matmul(const SkimlmSparse* linear, const void* x, int64_t x_bf16, void* out,
                                     int64_t n, int threads);
 
+// The dense matrix of such a linear without its adapter, out [r, c], 0 where pruned; out_bf16, begin, end
+// and stored as in skimlm_unpack. Returns 1, having done nothing, if the sizes do not fit.
+SKIMLM_API int skimlm_sparse_unpack(const SkimlmSparse* linear, void* out, int64_t out_bf16, int64_t begin,
+                                    int64_t end, int64_t stored, int threads);
+
 // out [n, r] = x [n, c] times a table of 8 or 4 bits transposed (linear.py, FORMAT.md).
 SKIMLM_API void skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int64_t bits,
                                     const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,

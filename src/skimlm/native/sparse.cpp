@@ -215,32 +215,47 @@ int64_t dot(const int16_t* level, const int16_t* digit, int64_t begin, int64_t e
   return sum;
 }
 
+// Rows as numbers, with room for one.
+template <class T>
+struct Numbers {
+  std::vector<uint8_t> code;
+  std::vector<T> kept, dense;
+  explicit Numbers(const Matrix& m)
+      : code(m.kept + 8), kept(m.kept), dense(m.sparsity ? m.c : 0) {}
+
+  // Row i of a group [c]: the entries of its codes, 0 where pruned.
+  const T* row(const Matrix& m, const Group& g, int64_t i, const T* entry) {
+    cut_row[g.width](g.packed + i * g.stride, code.data(), m.kept);
+    for (int64_t k = 0; k < m.kept; ++k) kept[k] = entry[code[k]];
+    if (!m.sparsity) return kept.data();
+    std::fill(dense.begin(), dense.end(), T(0));
+    spread_any(m, g.first + i, kept.data(), dense.data());
+    return dense.data();
+  }
+};
+
+// to[j] = 1 at the columns of a row that have a code, 0 elsewhere.
+template <class T>
+void ones_any(const Matrix& m, int64_t stored, T* to) {
+  std::fill_n(to, m.c, T(m.sparsity ? 0 : 1));
+  if (m.sparsity)
+    positions_any(m.sparsity, m.positions + stored * m.places, m.c, [&](int64_t j) { to[j] = 1; });
+}
+
 void rows_any(const Matrix& m, const Group& g, int64_t begin, int64_t end, const Input& in,
               const Output& out) {
   const Integers& x = in.x;
   const int64_t padded = x.chunks * CHUNK;
   const bool affine = !m.grid && g.width > 5;
-  std::vector<uint8_t> code(m.kept + 8);
-  std::vector<int16_t> kept(m.kept), dense(m.sparsity ? m.c : 0);
-  std::vector<int16_t> ones(affine ? m.c : 0, m.sparsity ? 0 : 1);
+  Numbers<int16_t> numbers(m);
+  std::vector<int16_t> ones(affine ? m.c : 0);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t stored = g.first + i, row = m.row(stored);
-    cut_row[g.width](g.packed + i * g.stride, code.data(), m.kept);
     int16_t entry[256];
     for (int k = 0; k < 1 << g.width; ++k)
       entry[k] = int16_t(m.grid ? k - (1 << (g.width - 1)) : affine ? k : g.levels[(i << g.width) + k]);
-    for (int64_t k = 0; k < m.kept; ++k) kept[k] = entry[code[k]];
-    const int16_t* level = kept.data();
-    if (m.sparsity) {
-      std::fill(dense.begin(), dense.end(), int16_t(0));
-      spread_any(m, stored, kept.data(), dense.data());
-      level = dense.data();
-      if (affine) {
-        std::fill(kept.begin(), kept.end(), int16_t(1));
-        std::fill(ones.begin(), ones.end(), int16_t(0));
-        spread_any(m, stored, kept.data(), ones.data());
-      }
-    }
+    const int16_t* level = numbers.row(m, g, i, entry);
+    if (affine) ones_any(m, stored, ones.data());
     for (int64_t t = 0; t < x.n; ++t) {
       const int16_t* digit = &x.digits[t * 2 * padded];
       Value value;
@@ -439,6 +454,19 @@ struct Room {
   }
 };
 
+// Row i of a group as bytes [c], `pruned` where it has no code.
+VBMI void row_bytes(const Matrix& m, const Group& g, int64_t i, const Bytes& cut, uint8_t pruned,
+                    Room& room, uint8_t* to) {
+  bytes_of(m, g, i, cut, m.sparsity ? room.codes.data() : to);
+  if (!m.sparsity) return;
+  if (has_vbmi2()) {
+    spread_bytes(m, g.first + i, pruned, room.codes.data(), to);
+  } else {
+    std::fill_n(to, m.c, pruned);
+    spread_any(m, g.first + i, room.codes.data(), to);
+  }
+}
+
 // Rows i.. of a group; past `end` the last one again, and not put out.
 VBMI void block_bytes(const Matrix& m, const Group& g, int64_t i, int64_t end, const Bytes& cut,
                       const Input& in, Room& room, const Output& out) {
@@ -449,19 +477,8 @@ VBMI void block_bytes(const Matrix& m, const Group& g, int64_t i, int64_t end, c
   if (ones) room.ones.assign(4 * room.stride, 0);
   for (int r = 0; r < 4; ++r) {
     row[r] = std::min(i + r, end - 1);
-    uint8_t* to = &room.rows[r * room.stride];
-    bytes_of(m, g, row[r], cut, m.sparsity ? room.codes.data() : to);
-    if (!m.sparsity) continue;
-    const int64_t stored = g.first + row[r];
-    if (has_vbmi2()) {
-      spread_bytes(m, stored, uint8_t(offset), room.codes.data(), to);
-    } else {
-      std::fill_n(to, m.c, uint8_t(offset));
-      spread_any(m, stored, room.codes.data(), to);
-    }
-    if (ones)
-      positions_any(m.sparsity, m.positions + stored * m.places, m.c,
-                    [&](int64_t j) { room.ones[r * room.stride + j] = 1; });
+    row_bytes(m, g, row[r], cut, uint8_t(offset), room, &room.rows[r * room.stride]);
+    if (ones) ones_any(m, g.first + row[r], &room.ones[r * room.stride]);
   }
   for (int64_t t = 0; t < x.n; ++t) {
     const int8_t* xs = &x.planes[t * x.chunks * PLANES * CHUNK];
@@ -854,6 +871,49 @@ void multiply_rows(const Matrix& m, const Group& g, int64_t begin, int64_t end, 
   rows_any(m, g, begin, end, in, out);
 }
 
+// ---- rows as floats
+
+// Levels of one row after the other: float [c], 0 where pruned.
+struct Levels {
+  const Matrix& m;
+  Numbers<float> numbers;
+  std::vector<float> level;
+  explicit Levels(const Matrix& m) : m(m), numbers(m), level(m.c) {}
+
+  const float* row(const Group& g, int64_t i) {
+    const bool affine = !m.grid && g.width > 5;
+#if defined(__AVX512F__)
+    if (skimlm_has_vbmi()) {
+      if (cut.width != g.width) cut = Bytes(g.width);
+      const int offset = affine ? g.zeros[i] : m.grid ? 1 << (g.width - 1) : 128;
+      const uint8_t* bytes = room.rows.data();
+      row_bytes(m, g, i, cut, affine ? 0 : uint8_t(offset), room, room.rows.data());
+      if (affine && m.sparsity) {
+        room.ones.resize(m.c);
+        const uint8_t* ones = room.ones.data();
+        ones_any(m, g.first + i, room.ones.data());
+        for (int64_t j = 0; j < m.c; ++j) level[j] = float(bytes[j] - offset * ones[j]);
+      } else {
+        for (int64_t j = 0; j < m.c; ++j) level[j] = float(bytes[j] - offset);
+      }
+      return level.data();
+    }
+#endif
+    float entry[256];
+    for (int k = 0; k < 1 << g.width; ++k)
+      entry[k] = float(m.grid   ? k - (1 << (g.width - 1))
+                       : affine ? k - g.zeros[i]
+                                : g.levels[(i << g.width) + k]);
+    return numbers.row(m, g, i, entry);
+  }
+
+ private:
+#if defined(__AVX512F__)
+  Bytes cut{1};
+  Room room{m.c};
+#endif
+};
+
 // ---- adapter
 
 // Sixteen values of a row of B [r] from column j on, an even one; unscaled at 4 bits.
@@ -1041,5 +1101,34 @@ int skimlm_sparse_matmul(const SkimlmSparse* linear, const void* x, int64_t x_bf
       for (int64_t at = from; at < to; ++at)
         add_adapter(w, u.data(), y.data(), n, at * ADAPTER, std::min((at + 1) * ADAPTER, w.r), result);
     });
+  return 0;
+}
+
+int skimlm_sparse_unpack(const SkimlmSparse* linear, void* out, int64_t out_bf16, int64_t begin,
+                         int64_t end, int64_t stored, int threads) {
+  const SkimlmSparse& w = *linear;
+  Matrix m{};
+  if (!lay_out(w, m) || begin < 0 || begin > end || end > w.r) return 1;
+  std::vector<float> column(w.in_scale ? w.c : 0);
+  for (size_t j = 0; j < column.size(); ++j) column[j] = from_fp16(w.in_scale[j]);
+  parallel_rows(end - begin, 16, threads, [&](int64_t from, int64_t to) {
+    Levels levels(m);
+    std::vector<float> value(m.c);
+    for (const Group& g : m.groups) {
+      const int64_t last = std::min(begin + to - g.first, g.rows);
+      for (int64_t i = std::max<int64_t>(begin + from - g.first, 0); i < last; ++i) {
+        const int64_t at = g.first + i, target = (stored ? at - begin : m.row(at)) * m.c;
+        const float* level = levels.row(g, i);
+        for (int64_t s = 0; s < m.scales; ++s) {
+          const float scale = from_bf16(m.row_scale[at * m.scales + s]);
+          for (int64_t j = s * m.span; j < m.end_of(s); ++j) value[j] = level[j] * scale;
+        }
+        if (w.in_scale)
+          for (int64_t j = 0; j < m.c; ++j) value[j] *= column[j];
+        from_float(value.data(), out_bf16, m.c,
+                   static_cast<char*>(out) + target * (out_bf16 ? 2 : 4));
+      }
+    }
+  });
   return 0;
 }
