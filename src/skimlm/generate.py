@@ -8,7 +8,7 @@ token at a time: reading the weights).
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Generation:
     seconds_to_first_token: float
     tokens_per_second: float | None  # after the first token; None if there was no second
     chat_template: bool
+    skill_tokens: int = 0  # of the prompt's: skills, full text or compressed
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain dict, JSON-ready."""
@@ -37,7 +38,8 @@ class Generation:
         speed = self.tokens_per_second
         rate = "" if speed is None else f", then {speed:.1f} tokens/s"
         return (
-            f"{self.prompt_tokens} prompt tokens{' (chat template)' if self.chat_template else ''},"
+            f"{self.prompt_tokens} prompt tokens{' (chat template)' if self.chat_template else ''}"
+            f"{f', {self.skill_tokens} of them skills' if self.skill_tokens else ''},"
             f" {self.tokens} generated; first after {self.seconds_to_first_token:.2f} s{rate}"
         )
 
@@ -51,38 +53,67 @@ def generate(
     raw: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
+    skills: Sequence[Sequence[torch.Tensor]] = (),
     write: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue or answer `prompt`; `write` receives each piece of text when it is complete."""
-    ids, chat = prompt_ids(tokenizer, prompt, raw)
-    if not ids.shape[1]:
-        raise SkimError("prompt is empty: give at least one token")
+    """Continue or answer `prompt`; `write` receives each piece of text when it is complete.
+
+    `skills` stand before the prompt, each a list of pieces (skills/splice.py).
+    """
+    if skills:
+        prompted, length, chat = _with_skills(model, tokenizer, skills, prompt, max_new_tokens, raw)
+    else:
+        ids, chat = prompt_ids(tokenizer, prompt, raw)
+        if not ids.shape[1]:
+            raise SkimError("prompt is empty: give at least one token")
+        prompted, length = {"inputs": ids.to(model.device)}, ids.shape[1]
     stream = _stream(tokenizer, write or (lambda piece: None))
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         torch.manual_seed(seed)
-    ids = ids.to(model.device)
     start = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
+            **prompted,
+            attention_mask=torch.ones(1, length, dtype=torch.long, device=model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=_pad(tokenizer),
             streamer=stream,
             **how,
         )
-    new = out[0, ids.shape[1] :]
+    new = out[0, 0 if skills else length :]  # behind embeddings only what is new comes back
     rest = stream.last - stream.first
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True),
-        prompt_tokens=ids.shape[1],
+        prompt_tokens=length,
         tokens=len(new),
         seconds_to_first_token=stream.first - start,
         tokens_per_second=(len(new) - 1) / rest if len(new) > 1 else None,
         chat_template=chat,
+        skill_tokens=sum(len(piece) for skill in skills for piece in skill),
     )
+
+
+def _with_skills(
+    model: Any,
+    tokenizer: Any,
+    skills: Sequence[Sequence[torch.Tensor]],
+    prompt: str,
+    new: int,
+    raw: bool,
+) -> tuple[dict[str, torch.Tensor], int, bool]:
+    """Embed a prompt with skills in it: what `generate` takes, its length, whether by template."""
+    from skimlm.skills import splice
+
+    if not prompt.strip():
+        raise SkimError("prompt is empty: give at least one token")
+    pieces = splice.frame(tokenizer, skills, prompt, raw)
+    taken = sum(splice.length(skill) for skill in skills)
+    splice.check_fits(model, taken, splice.length(pieces), new)
+    with torch.inference_mode():
+        embedded = splice.embed(model, pieces)
+    return {"inputs_embeds": embedded}, embedded.shape[1], bool(splice.shell(tokenizer, raw)[0])
 
 
 def prompt_ids(tokenizer: Any, prompt: str, raw: bool = False) -> tuple[torch.Tensor, bool]:

@@ -1,0 +1,244 @@
+"""Soft tokens for one skill, trained so that the model answers as if it had read the full text.
+
+Only S [K, d] is trained; the model is frozen. Self-study: answers y to questions q are sampled from
+the model with the full text in front of it (the teacher), and S is fitted by
+
+    L(S) = mean over answers' tokens of KL(p(. | text, q, y<t) || p(. | S[:k], q, y<t))
+
+with Adam, from the embeddings of the skill's first K tokens: the start is head truncation, and the
+step with the least divergence on dev questions is kept, so a training that does not help leaves
+the start. After Cartridges (arXiv 2506.06266) and SKIM (arXiv 2606.12203).
+
+Nested: S[:k] is the skill at resolution k, for every k of a ladder. Attention is causal, so one
+pass over S gives the keys and values of all its prefixes. Every step gives its rows of questions in
+turn to the resolutions; a step reads K + rows * (q + y) positions.
+
+The model runs in its own dtype; S and Adam are in float32.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skimlm.skills import rollout
+from skimlm.skills.document import Document
+from skimlm.skills.questions import questions
+from skimlm.skills.rollout import Prefix
+from skimlm.skills.splice import Piece, Pin, closing, opening, pieces_of, token_ids
+
+WARMUP = 5  # steps
+
+
+@dataclass(frozen=True)
+class Study:
+    """Questions, the teacher's answers and its final states: everything about one split."""
+
+    asked: list[str]
+    questions: list[Tensor]  # ids [q] of what stands behind the skill
+    answers: list[Tensor]  # ids [y]
+    teacher: list[Tensor] = field(repr=False)  # states [y, d]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all answers: what a divergence is a mean over."""
+        return sum(len(answer) for answer in self.answers)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Soft tokens [K, d] in float32, the step they are from (0: the start), and the way there."""
+
+    soft: Tensor
+    step: int
+    history: list[dict[str, Any]]  # step, train_kl, dev_kl {k: nats}
+
+
+def study(
+    model: Any,
+    tokenizer: Any,
+    document: Document,
+    text: Prefix,
+    split: str,
+    count: int,
+    tokens: int = 48,
+    seed: int = 0,
+) -> Study:
+    """Let the model answer `count` questions of a split behind the full text, `text`."""
+    asked = questions(document, split, count)
+    ids = [closing(tokenizer, question, True) for question in asked]
+    answers = rollout.sample(model, text, ids, tokens, ends=ends(model, tokenizer), seed=seed)
+    return Study(asked, ids, answers, rollout.score_all(model, text, ids, answers))
+
+
+def ends(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer."""
+    found = [tokenizer.eos_token_id]
+    configured = model.generation_config.eos_token_id
+    found += configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in found if token is not None})
+
+
+def divergences(model: Any, prefix: Prefix, study: Study) -> list[float]:
+    """Sum of KL over the tokens of every answer, nats, behind `prefix` in place of the text."""
+    states = rollout.score_all(model, prefix, study.questions, study.answers)
+    with torch.no_grad():
+        return [
+            float(rollout.divergence(model, teacher, state).sum())
+            for teacher, state in zip(study.teacher, states, strict=True)
+        ]
+
+
+def nested(
+    model: Any, tokenizer: Any, soft: Tensor, pins: Sequence[Pin], ladder: Sequence[int]
+) -> dict[int, Prefix]:
+    """What stands before the question at every resolution, from one pass over all soft tokens."""
+    most = len(soft)
+    before = opening(tokenizer, [[]])
+    whole = rollout.read(model, [*before, *pieces_of(tokenizer, soft, pins, most)])
+    texts = [token_ids(tokenizer, pin.text) for pin in pins]
+    prefixes = {}
+    for k in ladder:
+        ahead = sum(len(t) for t, pin in zip(texts, pins, strict=True) if pin.at < k)
+        behind: list[Piece] = [t for t, pin in zip(texts, pins, strict=True) if pin.at >= k]
+        cut = whole.cut(sum(len(piece) for piece in before) + k + ahead)
+        prefixes[k] = rollout.read(model, behind, after=cut) if behind and k < most else cut
+        if k == most:
+            prefixes[k] = whole
+    return prefixes
+
+
+def distill(
+    model: Any,
+    tokenizer: Any,
+    start: Tensor,
+    pins: Sequence[Pin],
+    ladder: Sequence[int],
+    train: Study,
+    dev: Study,
+    *,
+    steps: int = 120,
+    rows: int = 8,
+    lr: float = 3e-3,
+    check: int = 20,
+    patience: int = 3,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Distilled:
+    """Train soft tokens from `start` [K, d]; every k of `ladder` counts the same.
+
+    Dev divergence is measured every `check` steps; after `patience` times without a better one
+    training ends.
+    """
+    assert max(ladder) == len(start)
+    soft = start.detach().float().clone().requires_grad_()
+    optimizer = torch.optim.Adam([soft], lr=lr)
+    limit = (
+        float(model.get_input_embeddings().weight.detach().float().norm(dim=1).max())
+        if (isinstance(model.get_input_embeddings(), torch.nn.Embedding))
+        else float(start.norm(dim=1).max()) * 2
+    )
+
+    def measure() -> dict[int, float]:
+        with torch.no_grad():
+            prefixes = nested(model, tokenizer, soft, pins, ladder)
+        return {
+            k: sum(divergences(model, prefix, dev)) / dev.tokens for k, prefix in prefixes.items()
+        }
+
+    with frozen(model):
+        history: list[dict[str, Any]] = [{"step": 0, "train_kl": None, "dev_kl": measure()}]
+        best, best_soft, best_step = sum(history[0]["dev_kl"].values()), start.float(), 0
+        order = _shuffled(len(train.answers), seed)
+        seen = []
+        for step in range(1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * schedule(step, steps)
+            loss = _loss(
+                model,
+                tokenizer,
+                soft,
+                pins,
+                ladder,
+                train,
+                [next(order) for _ in range(rows)],
+                step,
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():  # a vector longer than any word's is far from all the model knows
+                soft *= (limit / soft.norm(dim=1, keepdim=True)).clamp(max=1)
+            seen.append(float(loss.detach()))
+            if progress:
+                progress("distill", step, steps)
+            if step % check and step < steps:
+                continue
+            history.append({"step": step, "train_kl": sum(seen) / len(seen), "dev_kl": measure()})
+            seen = []
+            value = sum(history[-1]["dev_kl"].values())
+            if value < best:
+                best, best_soft, best_step = value, soft.detach().clone(), step
+            elif step - best_step >= patience * check:
+                break
+    return Distilled(best_soft, best_step, history)
+
+
+def _loss(
+    model: Any,
+    tokenizer: Any,
+    soft: Tensor,
+    pins: Sequence[Pin],
+    ladder: Sequence[int],
+    train: Study,
+    rows: Sequence[int],
+    step: int,
+) -> Tensor:
+    """Mean KL per token over `rows` of the study, dealt to the resolutions in turn."""
+    prefixes = nested(model, tokenizer, soft, pins, ladder)
+    total, tokens = soft.new_zeros(()), 0
+    for i, k in enumerate(ladder):
+        mine = [row for j, row in enumerate(rows) if (j + step) % len(ladder) == i]
+        if not mine:
+            continue
+        said = [train.answers[row] for row in mine]
+        states = rollout.score(model, prefixes[k], [train.questions[row] for row in mine], said)
+        teacher = torch.cat([train.teacher[row] for row in mine])
+        total = total + rollout.divergence(model, teacher, states).sum()
+        tokens += len(teacher)
+    return total / tokens
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: a short warm-up, then a cosine down to a tenth."""
+    if step <= WARMUP:
+        return step / WARMUP
+    done = (step - WARMUP) / max(1, steps - WARMUP)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """No parameter takes gradients: a third of the backward pass is for them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _shuffled(count: int, seed: int) -> Iterator[int]:
+    """0 .. count - 1 in a new order again and again."""
+    chance = random.Random(seed)
+    while True:
+        yield from chance.sample(range(count), count)

@@ -1,0 +1,68 @@
+"""Literal recall: of what can be copied word for word from the full text, how much still can be.
+
+A literal is a command, path, URL, flag, number or code word of the skill. The model is asked to
+quote the skill, its answer begins with the words before the literal, and it goes on greedily: is
+the literal there? Only literals the full text lets the model say count, so the share is 1 for
+the full text by construction, and None where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skimlm.skills import rollout
+from skimlm.skills.document import Document, body_start, literals
+from skimlm.skills.rollout import Prefix
+from skimlm.skills.splice import closing, token_ids
+
+ASK = "Quote the skill word for word."
+COUNT = 16  # literals, evenly spread over the text
+BEFORE = 80  # characters the answer begins with
+LONGEST, SLACK = 12, 5  # tokens of a literal, and of what may stand before it
+
+
+def recall(
+    model: Any,
+    tokenizer: Any,
+    document: Document,
+    text: Prefix,
+    prefixes: Sequence[Prefix],
+    count: int = COUNT,
+) -> list[float | None]:
+    """Share of the literals said behind each prefix, of those said behind the full text, `text`."""
+    asked = cloze(tokenizer, document, count)
+    known = _said(model, tokenizer, text, asked)
+    asked = [pair for pair, said in zip(asked, known, strict=True) if said]
+    if not asked:
+        return [None] * len(prefixes)
+    return [sum(_said(model, tokenizer, p, asked)) / len(asked) for p in prefixes]
+
+
+def cloze(tokenizer: Any, document: Document, count: int) -> list[tuple[Tensor, str]]:
+    """(ids of question and beginning of the answer, the literal that should follow)."""
+    begin, found = body_start(document.text), []
+    ask = closing(tokenizer, ASK, True)
+    for place, literal in literals(document.text):
+        before = document.text[max(begin, place - BEFORE) : place].rstrip()
+        if place - BEFORE > begin:
+            before = before.partition(" ")[2] or before  # not from the middle of a word
+        if before.strip() and len(token_ids(tokenizer, literal)) <= LONGEST:
+            found.append((torch.cat([ask, token_ids(tokenizer, before)]), literal))
+    if len(found) <= count:
+        return found
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def _said(
+    model: Any, tokenizer: Any, prefix: Prefix, asked: Sequence[tuple[Tensor, str]]
+) -> list[bool]:
+    if not asked:
+        return []
+    questions = [question for question, _ in asked]
+    answers = rollout.sample(model, prefix, questions, LONGEST + SLACK, temperature=0)
+    texts = [tokenizer.decode(answer) for answer in answers]
+    return [literal in text for text, (_, literal) in zip(texts, asked, strict=True)]

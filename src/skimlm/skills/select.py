@@ -1,0 +1,99 @@
+"""A skill in k tokens without any training: which of its own tokens to keep.
+
+    head      the first k: skills say what matters first
+    selfinfo  the k least expected ones: -log p(token | text before) under the model itself, spans
+              that only work word for word before all others (after Selective Context and LLMLingua)
+    sections  whole sections, those nearest to the description first (BM25), until k tokens are full
+
+All return the kept tokens' places, ascending. They are candidates of their own, what distillation
+starts from, and what it has to beat.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skimlm.evaluate import token_nll
+from skimlm.skills.document import Document, sections, spans
+
+METHODS = ("head", "selfinfo", "sections")
+
+
+def keep(model: Any, tokenizer: Any, document: Document, k: int, method: str) -> Tensor:
+    """Places [k] of the tokens of `document.text` that `method` keeps, ascending."""
+    ids, places = tokens(tokenizer, document.text)
+    if k >= len(ids):
+        return torch.arange(len(ids))
+    if method == "head":
+        return torch.arange(k)
+    if method == "selfinfo":
+        return selfinfo(model, document.text, ids, places, k)
+    if method == "sections":
+        return by_section(document, places, k)
+    raise AssertionError(method)
+
+
+def tokens(tokenizer: Any, text: str) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Ids [n] of a text and where each token stands in it: [begin, end) in characters."""
+    made = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    return torch.tensor(made.input_ids, dtype=torch.long), made.offset_mapping
+
+
+def selfinfo(model: Any, text: str, ids: Tensor, places: list[tuple[int, int]], k: int) -> Tensor:
+    """The k tokens that say most; tokens of spans come first, among them again by information."""
+    with torch.no_grad():
+        nll = token_nll(model, ids[None].to(model.device)).cpu()
+    score = torch.cat([nll.new_full((1,), math.inf), nll])  # the first has no context
+    fixed = torch.zeros(len(ids), dtype=torch.bool)
+    ranges = iter(spans(text))
+    begin, end = next(ranges, (len(text), len(text)))
+    for i, (a, b) in enumerate(places):
+        while a >= end:
+            begin, end = next(ranges, (len(text), len(text) + 1))
+        fixed[i] = b > begin
+    # spans may be most of a text: then they, too, must leave room for what explains them
+    score[fixed] += float(score[1:].median()) * 2
+    return score.topk(k).indices.sort().values
+
+
+def by_section(document: Document, places: list[tuple[int, int]], k: int) -> Tensor:
+    """Front matter, then whole sections by rank; the last one is cut where k is reached."""
+    parts = sections(document.text)
+    ranks = bm25([part.text for part in parts], f"{document.name} {document.description}")
+    order = sorted(range(len(parts)), key=lambda i: (bool(parts[i].path), -ranks[i], i))
+    starts, at = [], 0
+    for part in parts:
+        starts.append(at)
+        at += len(part.text)
+    owner = [sum(start <= a for start in starts[1:]) for a, _ in places]
+    members: list[list[int]] = [[] for _ in parts]
+    for token, own in enumerate(owner):
+        members[own].append(token)
+    chosen = [token for part in order for token in members[part]][:k]
+    return torch.tensor(sorted(chosen))
+
+
+def bm25(texts: list[str], query: str, k1: float = 1.5, b: float = 0.75) -> list[float]:
+    """Okapi BM25 of each text for a query."""
+    bags = [Counter(_words(text)) for text in texts]
+    mean = sum(sum(bag.values()) for bag in bags) / max(1, len(bags))
+    scores = []
+    for bag in bags:
+        total = 0.0
+        for word in dict.fromkeys(_words(query)):
+            seen = sum(word in other for other in bags)
+            idf = math.log(1 + (len(bags) - seen + 0.5) / (seen + 0.5))
+            long = 1 - b + b * sum(bag.values()) / mean if mean else 1.0
+            total += idf * bag[word] * (k1 + 1) / (bag[word] + k1 * long)
+        scores.append(total)
+    return scores
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())

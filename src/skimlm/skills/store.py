@@ -1,0 +1,359 @@
+"""A compressed skill as one file, `.skim`: safetensors with a JSON text in its metadata.
+
+    write(path, skill)                 whole or not at all
+    read(path) -> Skill                refuses anything that is not exactly what FORMAT.md says
+    stale(skill, model, tokenizer)     why its soft tokens do not fit what is loaded; [] if they do
+    pieces(skill, tokenizer)           what stands in a prompt for it
+
+The full text is inside: it can be read by people, hashed, and served when the soft tokens do not
+fit. Nothing is pickled. A reader trusts nothing: sizes, types, finiteness and hashes are checked
+before a number is used. A hash is no signature: who can write the file can write its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from skimlm import shards
+from skimlm.errors import FormatError, SkimError
+from skimlm.skills.document import MAX_BYTES, Document, parse
+from skimlm.skills.splice import WRAPPER, Piece, Pin, pieces_of, reach, token_ids, wrapper_tokens
+
+FORMAT_VERSION = 1
+KEY = "skim"  # of the metadata of the file
+SUFFIX = ".skim"
+MAX_ROWS, MAX_WIDTH = 16_384, 65_536
+MAX_PINS = 4_096
+METHODS = ("head", "selfinfo", "sections", "distill")
+HASHES = ("tokenizer", "chat_template", "model")
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A compressed skill; `k` is the resolution to serve, None: only the full text will do."""
+
+    document: Document
+    soft: Tensor = field(repr=False)  # [K, d] bfloat16
+    pins: tuple[Pin, ...]
+    ladder: tuple[int, ...]  # resolutions: soft[:k]
+    k: int | None
+    method: str
+    made_for: Mapping[str, Any]  # hashes of HASHES, model_type, width
+    evidence: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    source: str = ""  # plain file name of the SKILL.md it was made from
+
+    @property
+    def name(self) -> str:
+        """The skill's name."""
+        return self.document.name
+
+
+def fingerprints(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What soft tokens depend on, hashed: tokenizer, chat template, and the model's weights.
+
+    Of every weight at most 4,096 numbers go in, evenly spread: another model, a fine-tuned or a
+    quantized one has another hash, without a minute of hashing for billions of weights.
+    """
+    weights = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        weights.update(f"{name} {list(tensor.shape)} ".encode())
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, -(-flat.numel() // 4096))].cpu()
+        # in float32, whatever dtype it was loaded in; integers (codes) as they are
+        some = some.float() if some.is_floating_point() else some
+        weights.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return {
+        "model": weights.hexdigest(),
+        "tokenizer": _sha256(vocabulary),
+        "chat_template": _sha256(str(tokenizer.chat_template or "")),
+        "model_type": str(model.config.model_type),
+        "width": int(model.config.get_text_config().hidden_size),
+    }
+
+
+def stale(skill: Skill, model: Any, tokenizer: Any) -> list[str]:
+    """Which of tokenizer, chat_template and model are not those the skill was compressed for."""
+    now = fingerprints(model, tokenizer)
+    return [what for what in HASHES if skill.made_for[what] != now[what]]
+
+
+def pieces(skill: Skill, tokenizer: Any, k: int | None = None) -> list[Piece]:
+    """What stands in a prompt for the skill: at resolution `k`, by default the one chosen."""
+    k = skill.k if k is None else k
+    if k is None:
+        return [token_ids(tokenizer, skill.document.text)]
+    if k not in skill.ladder:
+        have = ", ".join(str(k) for k in skill.ladder)
+        raise SkimError(f"{skill.name}: no resolution {k}: it has {have}")
+    return pieces_of(tokenizer, skill.soft, skill.pins, k)
+
+
+def tokens(skill: Skill, tokenizer: Any, k: int | None = None) -> int:
+    """Positions the skill takes in a prompt, wrapper and pinned text included."""
+    return sum(len(p) for p in pieces(skill, tokenizer, k)) + wrapper_tokens(tokenizer)
+
+
+# ---- the file
+
+
+def check_out(path: Path, force: bool) -> None:
+    """Refuse an OUT that is no .skim, or exists without `force`: before minutes of work."""
+    if path.suffix != SUFFIX:
+        raise SkimError(f"{path}: a compressed skill is named *{SUFFIX}")
+    if path.exists() and not force:
+        raise SkimError(f"{path}: exists, use --force to replace it")
+
+
+def write(path: str | os.PathLike[str], skill: Skill) -> None:
+    """Write a skill, whole or not at all."""
+    text = torch.tensor(list(skill.document.text.encode()), dtype=torch.uint8)
+    soft = skill.soft.detach().to(torch.bfloat16).cpu().contiguous()
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "name": skill.document.name,
+        "text_sha256": skill.document.sha256,
+        "soft_sha256": soft_sha256(soft),
+        "method": skill.method,
+        "resolutions": list(skill.ladder),
+        "k": skill.k,
+        "pins": [[pin.at, pin.text] for pin in skill.pins],
+        "wrapper": list(WRAPPER),
+        "made_for": dict(skill.made_for),
+        "source": skill.source,
+        "evidence": dict(skill.evidence),
+    }
+    meta = {KEY: json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
+    shards.write_file(Path(path), {"soft": soft, "text": text}, meta)
+
+
+def read(path: str | os.PathLike[str]) -> Skill:
+    """Read a .skim and check all of it; FormatError names the file and what is wrong."""
+    path = Path(path)
+    entries = shards.read_header(path)
+    _check_entries(path, entries)
+    try:
+        with safe_open(path, framework="pt") as stream:
+            facts = _facts(path, (stream.metadata() or {}).get(KEY))
+            soft, raw = stream.get_tensor("soft"), stream.get_tensor("text")
+    except SafetensorError as error:
+        raise FormatError(shards.first_line(error), file=path) from error
+    if not shards.finite(soft):
+        raise FormatError("holds NaN or Inf: compress the skill again", file=path, tensor="soft")
+    if soft_sha256(soft) != facts["soft_sha256"]:
+        raise FormatError("has been changed: compress the skill again", file=path, tensor="soft")
+    document = _document(path, raw, facts)
+    _check_pins(path, facts, document, len(soft))
+    return Skill(
+        document,
+        soft,
+        tuple(Pin(at, text) for at, text in facts["pins"]),
+        tuple(facts["resolutions"]),
+        facts["k"],
+        facts["method"],
+        facts["made_for"],
+        facts["evidence"],
+        facts["source"],
+    )
+
+
+def check_source(path: str | os.PathLike[str], skill: Skill) -> None:
+    """Refuse a skill whose SKILL.md, lying beside it, says something else by now."""
+    from skimlm.skills.document import read as read_document
+
+    source = Path(path).parent / skill.source
+    if not skill.source or not source.is_file():
+        return
+    if read_document(source).sha256 != skill.document.sha256:
+        raise SkimError(
+            f"{path}: {source.name} beside it has been edited since: run"
+            f" `skimlm skill compress {source} {path} --force` again"
+        )
+
+
+def soft_sha256(soft: Tensor) -> str:
+    """Hash of the vectors' bytes, little-endian bfloat16."""
+    return hashlib.sha256(soft.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_entries(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse other tensors, types and sizes before any is read."""
+    if set(entries) != {"soft", "text"}:
+        raise FormatError(f"holds {sorted(entries)}, a .skim holds soft and text", file=path)
+    shape, kind = entries["soft"]["shape"], entries["soft"]["dtype"]
+    if kind != "BF16" or len(shape) != 2:
+        raise FormatError(f"{kind} {shape}, must be BF16 [k, d]", file=path, tensor="soft")
+    if not (1 <= shape[0] <= MAX_ROWS and 1 <= shape[1] <= MAX_WIDTH):
+        raise FormatError(
+            f"{shape}: at most {MAX_ROWS:,} soft tokens of {MAX_WIDTH:,} numbers",
+            file=path,
+            tensor="soft",
+        )
+    shape, kind = entries["text"]["shape"], entries["text"]["dtype"]
+    if kind != "U8" or len(shape) != 1 or not 1 <= shape[0] <= MAX_BYTES:
+        raise FormatError(f"{kind} {shape}, must be U8 [bytes]", file=path, tensor="text")
+
+
+def _facts(path: Path, text: str | None) -> dict[str, Any]:
+    """Parse the metadata, every key of the type FORMAT.md gives it."""
+    kinds: dict[str, Any] = {
+        "format_version": int, "name": str, "text_sha256": str, "soft_sha256": str, "method": str,
+        "resolutions": list, "k": (int, type(None)), "pins": list, "wrapper": list,
+        "made_for": dict, "source": str, "evidence": dict,
+    }  # fmt: skip
+    try:
+        facts = json.loads(text or "")
+        assert isinstance(facts, dict)
+    except (ValueError, AssertionError, RecursionError):
+        raise FormatError(
+            f"not a compressed skill: no `{KEY}` in its metadata", file=path
+        ) from None
+    if facts.get("format_version") != FORMAT_VERSION:
+        raise FormatError(
+            f"format {facts.get('format_version')!r}, this skimlm reads {FORMAT_VERSION}", file=path
+        )
+    for key, kind in kinds.items():
+        if key not in facts or not isinstance(facts[key], kind) or isinstance(facts[key], bool):
+            raise FormatError(f"metadata: {key} is missing or of a wrong kind", file=path)
+    if facts["wrapper"] != list(WRAPPER):
+        raise FormatError("made for another wrapper: compress the skill again", file=path)
+    if facts["method"] not in METHODS:
+        raise FormatError(f"metadata: unknown method {facts['method'][:40]!r}", file=path)
+    made_for = facts["made_for"]
+    if any(not isinstance(made_for.get(key), str) for key in HASHES):
+        raise FormatError(f"metadata: made_for has no {', '.join(HASHES)}", file=path)
+    source = facts["source"]
+    if source != Path(source).name or source.startswith(".") or "\\" in source or "\0" in source:
+        raise FormatError(f"source {source[:80]!r} is not a plain file name", file=path)
+    return facts
+
+
+def _document(path: Path, raw: Tensor, facts: Mapping[str, Any]) -> Document:
+    try:
+        text = bytes(raw.numpy()).decode("utf-8")
+    except UnicodeDecodeError:
+        raise FormatError("not UTF-8", file=path, tensor="text") from None
+    document = parse(text, str(path))
+    if document.text != text or document.sha256 != facts["text_sha256"]:
+        raise FormatError("has been changed: compress the skill again", file=path, tensor="text")
+    if document.name != facts["name"]:
+        raise FormatError(f"named {facts['name'][:80]!r}, its text {document.name!r}", file=path)
+    return document
+
+
+def _check_pins(path: Path, facts: Mapping[str, Any], document: Document, rows: int) -> None:
+    """Refuse resolutions out of range, and pinned text that is not the skill's."""
+    ladder, k = facts["resolutions"], facts["k"]
+    if not ladder or any(type(r) is not int or not 1 <= r <= rows for r in ladder):
+        raise FormatError(f"resolutions must be 1 to {rows}", file=path)
+    if ladder != sorted(set(ladder)) or ladder[-1] != rows:
+        raise FormatError(f"resolutions must ascend to {rows}", file=path)
+    if k is not None and k not in ladder:
+        raise FormatError(f"k {k} is none of its resolutions", file=path)
+    last = 0
+    for pin in facts["pins"][: MAX_PINS + 1]:
+        good = isinstance(pin, list) and len(pin) == 2 and type(pin[0]) is int
+        if not good or not last <= pin[0] <= rows or not isinstance(pin[1], str) or not pin[1]:
+            raise FormatError("pins must be [place, text], ascending", file=path)
+        if pin[1].strip() not in document.text:
+            raise FormatError("pins text that is not the skill's", file=path)
+        last = pin[0]
+    if len(facts["pins"]) > MAX_PINS:
+        raise FormatError(f"more than {MAX_PINS:,} pins", file=path)
+
+
+def check_reach(model: Any, text_tokens: int, room: int, name: str) -> None:
+    """Refuse a text that the model cannot read at once with `room` tokens behind it."""
+    most = reach(model)
+    if most and text_tokens + room > most:
+        raise SkimError(
+            f"{name}: {text_tokens:,} tokens, with a question and its answer the model reads"
+            f" {most - room:,} of a skill: split it into several skills"
+        )
+
+
+def served(
+    path: str | os.PathLike[str], model: Any, tokenizer: Any
+) -> tuple[list[Piece], str | None]:
+    """Pieces to serve for a file, and a warning where its full text stands in for soft tokens.
+
+    A SKILL.md is its full text. A .skim made for another model or tokenizer is, too, and says so;
+    one that is damaged, or whose SKILL.md beside it was edited, is refused.
+    """
+    from skimlm.skills.document import read as read_document
+
+    if Path(path).suffix != SUFFIX:
+        return [token_ids(tokenizer, read_document(path).text)], None
+    skill = read(path)
+    check_source(path, skill)
+    if skill.k is None:
+        return pieces(skill, tokenizer), None
+    wrong = stale(skill, model, tokenizer)
+    if not wrong:
+        return pieces(skill, tokenizer), None
+    warning = f"{path}: made for another {' and '.join(wrong)}: its full text is used"
+    return [token_ids(tokenizer, skill.document.text)], warning
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Describe a .skim as plain values, JSON-ready; no model is needed."""
+    skill = read(path)
+    rungs = [row for row in skill.evidence.get("rungs", []) if isinstance(row, dict)]
+    return {
+        "path": str(path),
+        "format_version": FORMAT_VERSION,
+        "name": skill.document.name,
+        "description": skill.document.description,
+        "bytes": Path(path).stat().st_size,
+        "method": skill.method,
+        "k": skill.k,
+        "resolutions": list(skill.ladder),
+        "width": skill.soft.shape[1],
+        "pins": len(skill.pins),
+        "text_sha256": skill.document.sha256,
+        "norms": {
+            "mean": float(skill.soft.float().norm(dim=1).mean()),
+            "max": float(skill.soft.float().norm(dim=1).max()),
+        },
+        "made_for": dict(skill.made_for),
+        "source": skill.source,
+        "evidence": {k: v for k, v in skill.evidence.items() if k not in ("history", "rungs")},
+        "rungs": rungs,
+    }
+
+
+def inspect_text(facts: Mapping[str, Any]) -> str:
+    """Lay out what `inspect` returns."""
+    from skimlm.report import facts_text, table
+
+    flat = {k: v for k, v in facts.items() if k not in ("rungs", "evidence", "made_for", "norms")}
+    if flat["k"] is None:
+        flat["k"] = "none is good enough: the full text is served"
+    flat |= {key: facts["evidence"].get(key, "-") for key in ("text_tokens", "kl_no_skill")}
+    lines = [facts_text(flat)]
+    columns = ("method", "k", "tokens", "closure", "kl", "literal_recall")
+    if facts["rungs"]:
+        rows = [[_cell(row.get(column)) for column in columns] for row in facts["rungs"]]
+        lines += ["", "measured on dev questions:", table([list(columns), *rows])]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

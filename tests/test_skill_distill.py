@@ -1,0 +1,149 @@
+"""Distillation on tiny random models: what is trained, what is kept, and that it helps."""
+
+import copy
+
+import pytest
+import torch
+
+from skill_sample import TEXT, chat_tokenizer, skill_model
+from skimlm.skills import distill as distilling
+from skimlm.skills import rollout, splice
+from skimlm.skills.adaptive import rows_of, without
+from skimlm.skills.distill import distill, divergences, nested, study
+from skimlm.skills.document import parse
+from skimlm.skills.splice import Pin
+
+DOCUMENT = parse(TEXT)
+PINS = (Pin(3, "notes"), Pin(9, "`b`"), Pin(9, "c"))
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A model, tokenizer, ids of the text, its prefix, and studies."""
+    model, tokenizer = skill_model(), chat_tokenizer()
+    ids = splice.token_ids(tokenizer, DOCUMENT.text)
+    with torch.no_grad():
+        text = rollout.read(model, splice.opening(tokenizer, [[ids]]))
+    train = study(model, tokenizer, DOCUMENT, text, "train", 12, 8, seed=0)
+    dev = study(model, tokenizer, DOCUMENT, text, "dev", 6, 8, seed=100)
+    return model, tokenizer, ids, text, train, dev
+
+
+def test_the_full_text_has_no_divergence_from_itself(world):
+    model, _, _, text, _, dev = world
+    assert divergences(model, text, dev) == [0.0] * 6
+
+
+def test_the_teachers_answers_are_scored_as_in_one_piece(world):
+    model, tokenizer, ids, _, train, _ = world
+    pieces = splice.frame(tokenizer, [[ids]], train.asked[0])
+    whole = torch.cat([*pieces, train.answers[0][:-1]])[None]
+    with torch.no_grad():
+        want = model.get_decoder()(input_ids=whole).last_hidden_state[0, -len(train.answers[0]) :]
+    torch.testing.assert_close(train.teacher[0], want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pins", [(), PINS])
+def test_a_prefix_of_the_soft_tokens_is_the_smaller_resolution(world, pins):
+    model, tokenizer, ids, *_, dev = world
+    soft = rows_of(model, ids[:16]).float()
+    with torch.no_grad():
+        prefixes = nested(model, tokenizer, soft, pins, [4, 9, 16])
+        for k, prefix in prefixes.items():
+            pieces = splice.pieces_of(tokenizer, soft[:k], pins, k)
+            alone = rollout.read(model, splice.opening(tokenizer, [pieces]))
+            assert alone.length == prefix.length
+            got, want = divergences(model, prefix, dev), divergences(model, alone, dev)
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_only_soft_tokens_get_gradients(world):
+    model, tokenizer, ids, _, train, _ = world
+    model = copy.deepcopy(model)
+    soft = rows_of(model, ids[:12]).float().requires_grad_()
+    with distilling.frozen(model):
+        loss = distilling._loss(model, tokenizer, soft, (), [4, 12], train, [0, 1, 2], 1)
+        loss.backward()
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert (soft.grad.norm(dim=1) > 0).all()
+
+
+def test_the_loss_is_the_mean_divergence_per_token_of_the_rows_it_deals(world):
+    model, tokenizer, ids, _, train, _ = world
+    soft = rows_of(model, ids[:12]).float()
+    with torch.no_grad():
+        got = distilling._loss(model, tokenizer, soft, (), [4, 12], train, [5, 1, 7], 2)
+        total, tokens = 0.0, 0
+        for row, k in ((5, 4), (1, 12), (7, 4)):  # step 2: the first row goes to the first rung
+            pieces = splice.frame(tokenizer, [[soft[:k]]], train.asked[row])
+            tail = model.get_input_embeddings()(train.answers[row][:-1])
+            whole = torch.cat([splice.embed(model, pieces)[0], tail])[None]
+            logits = model(inputs_embeds=whole).logits[0, -len(train.answers[row]) :]
+            p = model.lm_head(train.teacher[row]).log_softmax(-1)
+            total += float((p.exp() * (p - logits.log_softmax(-1))).sum())
+            tokens += len(train.answers[row])
+    assert float(got) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_thirty_steps_reduce_the_divergence_they_train_on(world):
+    model, tokenizer, ids, _, train, _ = world
+    start = rows_of(model, ids[:16]).float()
+    done = distill(
+        model, tokenizer, start, (), [8, 16], train, train, steps=30, rows=6, lr=1e-2, check=15
+    )
+    assert done.step > 0
+    first = done.history[0]["dev_kl"]
+    last = min(done.history[1:], key=lambda entry: sum(entry["dev_kl"].values()))["dev_kl"]
+    assert all(last[k] < 0.8 * first[k] for k in (8, 16))
+    with torch.no_grad():
+        for k, prefix in nested(model, tokenizer, done.soft, (), [8, 16]).items():
+            kl = sum(divergences(model, prefix, train)) / train.tokens
+            assert kl == pytest.approx(last[k], rel=1e-3)
+
+
+def test_training_that_does_not_help_leaves_the_start(world):
+    model, tokenizer, ids, _, train, dev = world
+    start = model.get_input_embeddings()(ids).detach()  # all of the text: it cannot be beaten
+    options = dict(steps=40, rows=1, lr=1.0, check=4, patience=2)
+    done = distill(model, tokenizer, start, (), [len(start)], train, dev, **options)
+    assert done.step == 0 and torch.equal(done.soft, start)
+    assert [entry["step"] for entry in done.history] == [0, 4, 8]  # and ends early
+
+
+def test_no_vector_becomes_longer_than_any_words(world):
+    model, tokenizer, ids, _, train, _ = world
+    start = rows_of(model, ids[:8]).float()
+    seen = []
+
+    def watch(model, tokenizer, soft, pins, ladder):
+        seen.append(float(soft.detach().norm(dim=1).max()))
+        return nested(model, tokenizer, soft, pins, ladder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distilling, "nested", watch)
+        distill(model, tokenizer, start, (), [8], train, train, steps=6, rows=2, lr=1.0, check=6)
+    longest = float(model.get_input_embeddings().weight.detach().norm(dim=1).max())
+    assert max(seen) <= longest * 1.0001 and max(seen) > 0.99 * longest
+
+
+def test_the_same_seed_trains_the_same_vectors(world):
+    model, tokenizer, ids, _, train, dev = world
+    start = rows_of(model, ids[:8]).float()
+    made = [
+        distill(model, tokenizer, start, (), [8], train, dev, steps=4, rows=3, check=4, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(made[0].soft, made[1].soft) and made[0].history == made[1].history
+    assert made[0].history != made[2].history
+
+
+def test_without_a_skill_the_question_stands_alone(world):
+    model, tokenizer, *_, dev = world
+    total = 0.0
+    for asked, answer, teacher in zip(dev.asked, dev.answers, dev.teacher, strict=True):
+        ids = torch.cat([*splice.frame(tokenizer, [], asked), answer[:-1]])[None]
+        with torch.no_grad():
+            logits = model(ids).logits[0, -len(answer) :].log_softmax(-1)
+            p = model.lm_head(teacher).log_softmax(-1)
+        total += float((p.exp() * (p - logits)).sum())
+    assert sum(without(model, tokenizer, dev)) == pytest.approx(total, rel=1e-4)
