@@ -10,9 +10,18 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from conftest import at_once, quantized_linears, tiny_model
 from skimlm import decode, native
 from skimlm.checkpoint import save
-from skimlm.weights.pack import dequantize
+from skimlm.weights.pack import PLAIN, Parts, effective
+from test_pack import with_parts
 
 PROMPT = torch.tensor([[72, 101, 108, 108, 111, 7, 33]])
+PARTS = {  # of a linear with so many columns
+    "2:4": lambda c: Parts("2:4", c // 2),
+    "2:4, grid, 4-bit adapter": lambda c: Parts("2:4", c // 2, 32, 5, 4),
+    "bitmap, 16-bit adapter": lambda c: Parts("bitmap", c // 3, None, 3, 16),
+    "grid": lambda c: Parts(group=64),
+    "4-bit adapter": lambda c: Parts(rank=7, adapter_bits=4),
+    "plain": lambda c: PLAIN,
+}
 FUSED = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
 
 
@@ -20,14 +29,16 @@ FUSED = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
 def pair(tmp_path):
     """Makes (compressed model, dense model of the same numbers)."""
 
-    def make(family="llama", dtype=torch.float32, in_scale=False, **changes):
+    def make(family="llama", dtype=torch.float32, in_scale=False, kinds=("plain",), **changes):
         changes = {"sliding_window": None} | changes if family == "mistral" else changes
         dense = tiny_model(family, dtype, **changes)
         quantized = quantized_linears(dense, in_scale=in_scale)
+        for i, (name, q) in enumerate(quantized.items()):
+            quantized[name] = with_parts(q, PARTS[kinds[i % len(kinds)]](q.shape[1]))
         save(tmp_path / "out", dense, None, quantized, embed_bits=16, bits=3.2)
         for name, q in quantized.items():
             weight = dense.get_submodule(name).weight
-            weight.data = dequantize(q).to(dtype)
+            weight.data = effective(q).to(dtype)
         return AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype), dense
 
     return make
@@ -85,6 +96,16 @@ def test_shapes_biases_and_rotations(pair, calls, changes):
     assert calls
 
 
+# seven linears or four in a block, six kinds: each kind comes to stand at every place
+@pytest.mark.parametrize("kinds", [*([k] for k in PARTS), list(PARTS)], ids=" and ".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linears_with_parts_in_any_mix(pair, calls, isa, kinds, dtype):
+    family, changes = ("phi3", {}) if kinds == ["grid"] else ("llama", dict(attention_bias=True))
+    model, dense = pair(family, dtype, kinds=kinds, **changes)
+    assert close(follow(model)[0], follow(dense)[0])
+    assert len(calls) == 6
+
+
 def test_partial_rotation(pair, calls):
     rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
     model, dense = pair("phi3", rope_parameters=rope)
@@ -92,8 +113,9 @@ def test_partial_rotation(pair, calls):
     assert calls
 
 
-def test_threads_do_not_change_a_bit(pair):
-    model, _ = pair()
+@pytest.mark.parametrize("kinds", [["plain"], list(PARTS)], ids=["plain", "parts"])
+def test_threads_do_not_change_a_bit(pair, kinds):
+    model, _ = pair(kinds=kinds)
     want = follow(model)[0]
     try:
         for threads in (2, 3):
@@ -107,8 +129,9 @@ def test_threads_do_not_change_a_bit(pair):
         native.library().skimlm_use_openmp(*native._openmp())
 
 
-def test_several_threads_decode_at_once(pair):
-    model, _ = pair()
+@pytest.mark.parametrize("kinds", [["plain"], list(PARTS)], ids=["plain", "parts"])
+def test_several_threads_decode_at_once(pair, kinds):
+    model, _ = pair(kinds=kinds)
     want, wrong = follow(model, 20)[0], []
 
     def call():
@@ -210,7 +233,33 @@ def test_weights_that_moved_are_found_again(pair, calls):
     for layer in model.model.layers:
         norm = layer.input_layernorm
         norm.weight = torch.nn.Parameter(norm.weight.clone() * 2)
+    got = follow(model)[0]
+    assert not close(got, want) and close(got, follow(copy.deepcopy(model))[0])
+    assert len(calls) == 18
+
+
+def test_an_adapter_that_was_replaced_is_found_again(pair, calls):
+    model, _ = pair(kinds=["2:4, grid, 4-bit adapter"])
+    want = follow(model)[0]
+    for layer in model.model.layers:
+        layer.mlp.down_proj.lora_b = layer.mlp.down_proj.lora_b.flip(1)
+    got = follow(model)[0]
+    assert not close(got, want) and close(got, follow(copy.deepcopy(model))[0])
+    assert len(calls) == 18
+
+
+def test_an_adapter_in_training_is_used(pair, calls):
+    model, _ = pair(kinds=["2:4, grid, 4-bit adapter"])
+    want = follow(model)[0]
+    linear = model.model.layers[1].mlp.down_proj
+    a, b = linear.adapter_values()
+    linear.adapter = a, -b
     assert not close(follow(model)[0], want)
+    linear.adapter = a, b
+    assert close(follow(model)[0], want)
+    assert len(calls) == 6
+    linear.adapter = None
+    assert torch.equal(follow(model)[0], want)
     assert len(calls) == 12
 
 
@@ -332,5 +381,22 @@ def test_buffers_that_do_not_fit_are_an_error_not_a_crash(pair):
     model, _ = pair()
     _, cache = follow(model, 0)
     model.model.layers[1].mlp.up_proj.codebook = torch.zeros(3, dtype=torch.int8)
+    with pytest.raises(ValueError, match="do not fit"), torch.no_grad():
+        model(torch.tensor([[7]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("positions", torch.zeros(3, dtype=torch.uint8)),
+        ("row_scale", torch.zeros(3, dtype=torch.bfloat16)),
+        ("lora_b", torch.zeros(5, 3, dtype=torch.uint8)),
+        ("lora_a_scale", torch.zeros(5, 3)),
+    ],
+)
+def test_parts_that_do_not_fit_are_an_error_not_a_crash(pair, name, wrong):
+    model, _ = pair(kinds=["2:4, grid, 4-bit adapter"])
+    _, cache = follow(model, 0)
+    setattr(model.model.layers[1].mlp.up_proj, name, wrong)
     with pytest.raises(ValueError, match="do not fit"), torch.no_grad():
         model(torch.tensor([[7]]), past_key_values=cache)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -38,6 +38,7 @@ SIZED = ("weight", "codebook", "row_zero")
 # the name that transformers gives the cache: another one since 5.24
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 ROOM = 256  # tokens a cache is given ahead, at least
+MISFIT = "the buffers of the compressed linears do not fit each other"
 POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -53,6 +54,15 @@ class _Packed(ctypes.Structure):
     ]
 
 
+class _Linear(ctypes.Structure):
+    """`SkimlmLinear` of native/decode.cpp."""
+
+    _fields_ = [
+        ("packed", ctypes.POINTER(_Packed)),
+        ("sparse", ctypes.POINTER(native.Sparse)),
+    ]
+
+
 class _Block(ctypes.Structure):
     """`SkimlmBlock` of native/decode.cpp."""
 
@@ -60,10 +70,10 @@ class _Block(ctypes.Structure):
         ("in_count", SIZE),
         ("mlp_count", SIZE),
         *[(n, POINTER) for n in ("norm", "q_norm", "k_norm", "mlp_norm")],
-        ("into", _Packed * 3),
-        ("o", _Packed),
-        ("mlp", _Packed * 2),
-        ("down", _Packed),
+        ("into", _Linear * 3),
+        ("o", _Linear),
+        ("mlp", _Linear * 2),
+        ("down", _Linear),
     ]
 
 
@@ -83,9 +93,10 @@ class _Body(ctypes.Structure):
 class _Plan:
     """A body as the native call sees it, and what it points into."""
 
-    weights: list[Tensor]
+    weights: list[tuple[dict[str, Any], str]]  # what a module calls them: they may be replaced
     places: list[int]  # where they stood when the plan was made
     hooks: list[Any]  # those of all modules inside: they must be empty
+    adapted: list[CompressedLinear]  # none may be in training, with an adapter of floats
     body: _Body
     kept: list[Any]
 
@@ -210,7 +221,7 @@ def _one_token(
         torch.get_num_threads(),
     )
     if status:
-        raise ValueError("the buffers of the compressed linears do not fit each other")
+        raise ValueError(MISFIT)
     layers: list[Any] = cache.layers
     for layer, keys, values in zip(layers, grown.keys, grown.values, strict=True):
         layer.keys = keys.narrow(2, 0, length + 1)
@@ -246,8 +257,7 @@ def _room(cache: DynamicCache, length: int) -> _Grown:
 def _parts(block: Any) -> tuple[list[Any], list[Any]] | None:
     """(q/k/v, o, gate/up, down) and (norm, q_norm, k_norm, mlp_norm), None where there is none.
 
-    None for a block that does not qualify: a linear left dense, scaled, sparse, on a grid or with
-    an adapter, another activation.
+    None for a block that does not qualify: a linear left dense or scaled, another activation.
     """
     attention, mlp = block.self_attn, block.mlp
     if hasattr(attention, "qkv_proj"):
@@ -260,7 +270,7 @@ def _parts(block: Any) -> tuple[list[Any], list[Any]] | None:
         return None
     if not all(type(m) is CompressedLinear for m in linears):
         return None
-    if any(m.in_scale is not None or m.parts != PLAIN for m in linears):
+    if any(m.in_scale is not None for m in linears):
         return None
     norms = [block.input_layernorm, getattr(attention, "q_norm", None)]
     norms += [getattr(attention, "k_norm", None), block.post_attention_layernorm]
@@ -274,11 +284,17 @@ def _plan(model: Any) -> _Plan | None:
     if any(getattr(model.config, name, False) for name in RECORDED):
         return None
     plan = _plans.get(model)
-    if plan is None or [w.data_ptr() for w in plan.weights] != plan.places:
+    if plan is None or _places(plan.weights) != plan.places:
         plan = _make(model)
         if plan is not None:
             _plans[model] = plan
-    return None if plan is None or any(plan.hooks) else plan
+    if plan is None or any(plan.hooks) or any(m.adapter is not None for m in plan.adapted):
+        return None
+    return plan
+
+
+def _places(weights: list[tuple[dict[str, Any], str]]) -> list[int]:
+    return [0 if (w := owner.get(name)) is None else w.data_ptr() for owner, name in weights]
 
 
 def _make(model: Any) -> _Plan | None:
@@ -287,8 +303,9 @@ def _make(model: Any) -> _Plan | None:
     if dtype not in (torch.bfloat16, torch.float32) or model.norm.weight.device.type != "cpu":
         return None
     kept: list[Any] = []
-    weights: list[Tensor] = []
+    weights: list[tuple[dict[str, Any], str]] = []
     modules: list[nn.Module] = [model.norm, *model.layers]
+    adapted: list[CompressedLinear] = []
 
     def pointer(tensor: Tensor | None) -> int | None:
         if tensor is None:
@@ -299,22 +316,41 @@ def _make(model: Any) -> _Plan | None:
     def norm(module: Any) -> int | None:
         if module is None:
             return None
-        weights.append(module.weight.detach())
+        weights.append((module._parameters, "weight"))
         modules.append(module)
-        return module.weight.data_ptr()
+        return pointer(module.weight.detach())
 
-    def packed(linear: CompressedLinear) -> _Packed:
+    def packed(linear: CompressedLinear, *order: int | None) -> _Packed:
         stored = linear._buffers
-        weights.append(linear.weight)
-        modules.append(linear)
         at = [pointer(stored[n]) for n in ("weight", "widths", "codebook", "row_scale")]
-        at += [pointer(stored["row_zero"]), None]
-        at.append(pointer(None if linear.bias is None else linear.bias.detach().float()))
+        at += [pointer(stored["row_zero"]), None, pointer(bias_of(linear))]
         sizes = [0 if (t := stored[n]) is None else t.numel() for n in SIZED]
+        return _Packed(*at, *sizes, linear.out_features, linear.in_features, *order)
+
+    def sparse(linear: CompressedLinear, *order: int | None) -> native.Sparse:
+        stored, bias = linear.tensors(), bias_of(linear)
+        kept.extend([*stored.values(), bias])
+        shape, parts = (linear.out_features, linear.in_features), linear.parts
+        found = native.sparse(stored, bias, *shape, *astuple(parts))
+        if found is None:
+            raise ValueError(MISFIT)
+        found.order, found.counts = order
+        if parts.rank:
+            weights.extend((linear._buffers, name) for name in ("lora_a", "lora_b"))
+            adapted.append(linear)
+        return found
+
+    def bias_of(linear: CompressedLinear) -> Tensor | None:
+        return None if linear.bias is None else linear.bias.detach().float()
+
+    def stored(linear: CompressedLinear) -> _Linear:
+        weights.append((linear._buffers, "weight"))
+        modules.append(linear)
         order = torch.argsort(linear.widths, stable=True).int()
-        counts = torch.bincount(linear.widths.long(), minlength=9)
-        shape = (linear.out_features, linear.in_features)
-        return _Packed(*at, *sizes, *shape, pointer(order), pointer(counts))
+        places = pointer(order), pointer(torch.bincount(linear.widths.long(), minlength=9))
+        if linear.parts == PLAIN:
+            return _Linear(packed=ctypes.pointer(packed(linear, *places)))
+        return _Linear(sparse=ctypes.pointer(sparse(linear, *places)))
 
     blocks = (_Block * len(model.layers))()
     for block, layer in zip(blocks, model.layers, strict=True):
@@ -328,7 +364,7 @@ def _make(model: Any) -> _Plan | None:
         if any(not t.is_contiguous() for m in linears for t in m.buffers()):
             return None
         into = 1 if len(linears) == 4 else 3
-        *first, down = [packed(linear) for linear in linears]
+        *first, down = [stored(linear) for linear in linears]
         block.in_count, block.mlp_count = into, len(first) - into - 1
         block.norm, block.q_norm, block.k_norm, block.mlp_norm = map(norm, norms)
         block.into[:into], block.o = first[:into], first[into]
@@ -348,4 +384,4 @@ def _make(model: Any) -> _Plan | None:
         blocks=blocks,
     )
     hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-    return _Plan(weights, [w.data_ptr() for w in weights], hooks, body, kept)
+    return _Plan(weights, _places(weights), hooks, adapted, body, kept)

@@ -184,7 +184,7 @@ def matmul(
     return status == 0
 
 
-class _Sparse(ctypes.Structure):
+class Sparse(ctypes.Structure):
     """`SkimlmSparse` of kernels.h."""
 
     _fields_ = [
@@ -192,10 +192,11 @@ class _Sparse(ctypes.Structure):
         *((f"{name}_size", ctypes.c_int64) for name in _SIZED),
         *((name, ctypes.c_int64) for name in ("rows", "cols", "sparsity", "kept", "group")),
         *((name, ctypes.c_int64) for name in ("rank", "adapter_bits")),
+        *((name, ctypes.c_void_p) for name in ("order", "counts")),
     ]
 
 
-def _sparse(
+def sparse(
     stored: Mapping[str, torch.Tensor | None],
     bias: torch.Tensor | None,
     rows: int,
@@ -205,7 +206,7 @@ def _sparse(
     group: int | None,
     rank: int,
     adapter_bits: int,
-) -> _Sparse | None:
+) -> Sparse | None:
     """Tensors by their names in FORMAT.md as native code sees them; None if they cannot be that.
 
     Types and layout are checked here, and the lengths that the structure leaves out; the sizes in
@@ -231,7 +232,7 @@ def _sparse(
         if name in _SIZED:
             sizes.append(tensor.numel())
     how = _SPARSITY.get(sparsity, -1)
-    return _Sparse(*at, *sizes, rows, cols, how, kept, group or 0, rank, adapter_bits)
+    return Sparse(*at, *sizes, rows, cols, how, kept, group or 0, rank, adapter_bits)
 
 
 @functools.cache
@@ -257,7 +258,7 @@ def sparse_matmul(
     `x` [count, cols] and `out` [count, rows] are contiguous, on the CPU, float32 or bfloat16 alike;
     `bias` is float32.
     """
-    linear = _sparse(stored, bias, rows, cols, *how)
+    linear = sparse(stored, bias, rows, cols, *how)
     if linear is None:
         return False
     status = _sparse_matmul(library())(
@@ -286,7 +287,7 @@ def sparse_unpack(
     contiguous, on the CPU, float32 or bfloat16.
     """
     last, at_start = (rows, False) if end is None else (end, True)
-    linear = _sparse(stored, None, rows, cols, *how)
+    linear = sparse(stored, None, rows, cols, *how)
     if linear is None or out.numel() < (last - begin) * cols:
         return False
     status = library().skimlm_sparse_unpack(

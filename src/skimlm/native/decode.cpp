@@ -15,13 +15,21 @@
 #include "vector.h"
 
 // What does not change from token to token; decode.py has the same structures.
+struct SkimlmLinear {  // one of the two, the other is null
+  const Packed* packed;
+  const SkimlmSparse* sparse;
+  int64_t r() const { return packed ? packed->r : sparse->r; }
+  int64_t c() const { return packed ? packed->c : sparse->c; }
+  int64_t rank() const { return packed ? 0 : sparse->rank; }
+};
+
 struct SkimlmBlock {
   int64_t in_count, mlp_count;
   const void *norm, *q_norm, *k_norm, *mlp_norm;  // the middle two may be null
-  Packed in[3];  // q, k, v, or all in one
-  Packed o;
-  Packed mlp[2];  // gate, up, or both in one
-  Packed down;
+  SkimlmLinear in[3];  // q, k, v, or all in one
+  SkimlmLinear o;
+  SkimlmLinear mlp[2];  // gate, up, or both in one
+  SkimlmLinear down;
 };
 
 struct SkimlmBody {
@@ -73,7 +81,7 @@ struct Past {
 
 // What the threads of a team share: results of one step that the next step reads whole.
 struct Shared {
-  std::vector<float> qkv, mixed, attended, gate_up, out;
+  std::vector<float> qkv, mixed, attended, gate_up, out, u;
   std::vector<std::atomic<int64_t>> next;  // per step: the part whose turn it is
 };
 
@@ -82,6 +90,7 @@ struct Own {
   std::vector<float> state, normed, weight, turn;
   std::vector<Stored> stored{3};
   std::vector<Product> products;
+  std::vector<SparseProduct> sparse;
 };
 
 // x / rms(x) * weight
@@ -94,15 +103,27 @@ void rms_norm(const float* x, int64_t n, const void* weight, bool bf16, double e
 }
 
 // Products of several linears with the same x, their outputs one after the other; this thread's share.
-void times(const Packed* linears, int64_t count, const float* x, Own& own, float* out, int threads,
-           std::atomic<int64_t>& next) {
+// `u` holds the ranks of all of them; `next` are three counters.
+void times(const SkimlmLinear* linears, int64_t count, const float* x, Own& own, float* out, float* u,
+           Team& team, std::atomic<int64_t>* next) {
   own.products.clear();
+  own.sparse.clear();
   for (int64_t i = 0; i < count; ++i) {
-    lay_out(linears[i], own.stored[i]);
-    own.products.push_back({linears[i], own.stored[i], {out, false, linears[i].r, linears[i].bias}});
-    out += linears[i].r;
+    const auto& [packed, sparse] = linears[i];
+    if (packed) {
+      lay_out(*packed, own.stored[i]);
+      own.products.push_back({*packed, own.stored[i], {out, false, packed->r, packed->bias}});
+    } else {
+      own.sparse.push_back({*sparse, u, {out, false, sparse->r, sparse->bias}});
+      u += sparse->rank;
+    }
+    out += linears[i].r();
   }
-  multiply(own.products.data(), count, to_integers(x, 1, linears[0].c), threads, &next);
+  if (!own.products.empty())
+    multiply(own.products.data(), int64_t(own.products.size()), to_integers(x, 1, linears[0].c()),
+             team.size, next);
+  if (!own.sparse.empty())
+    multiply(own.sparse.data(), int64_t(own.sparse.size()), x, team, next + 1);
 }
 
 void rotate(float* x, const float* cos, const float* sin, int64_t n) {
@@ -144,20 +165,20 @@ void attend(const float* q, const T* keys, const T* values, int64_t length, int6
   for (int64_t i = 0; i < d; ++i) out[i] *= inverse;
 }
 
-constexpr int64_t STEPS = 5;  // of a block
+constexpr int64_t STEPS = 13;  // of a block: three of every product, and attention
 
 void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, Own& own, Team& team,
          int thread) {
   const SkimlmBlock& b = m.blocks[index];
   char *keys = static_cast<char*>(past.keys[index]), *values = static_cast<char*>(past.values[index]);
   const int64_t d = m.head_dim, nq = m.heads * d, nk = m.kv_heads * d, length = past.length;
-  const int64_t size = m.bf16 ? 2 : 4, group = m.heads / m.kv_heads, inner = b.down.c;
+  const int64_t size = m.bf16 ? 2 : 4, group = m.heads / m.kv_heads, inner = b.down.c();
   const float *cos = own.turn.data(), *sin = cos + past.rotary;
   std::atomic<int64_t>* next = &shared.next[index * STEPS];
-  float *state = own.state.data(), *normed = own.normed.data();
+  float *state = own.state.data(), *normed = own.normed.data(), *u = shared.u.data();
 
   rms_norm(state, m.width, b.norm, m.bf16, m.eps, own.weight, normed);
-  times(b.in, b.in_count, normed, own, shared.qkv.data(), team.size, next[0]);
+  times(b.in, b.in_count, normed, own, shared.qkv.data(), u, team, next);
   team.wait();
   for (int64_t h = thread; h < m.kv_heads; h += team.size) {
     float* head = &shared.qkv[nq + h * d];
@@ -168,7 +189,7 @@ void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, O
     from_float(head + nk, m.bf16, d, values + at);
   }
   team.wait();
-  for (int64_t h; (h = next[1].fetch_add(1)) < m.heads;) {
+  for (int64_t h; (h = next[3].fetch_add(1)) < m.heads;) {
     float* q = &shared.qkv[h * d];
     if (b.q_norm) rms_norm(q, d, b.q_norm, m.bf16, m.eps, own.weight, q);
     rotate(q, cos, sin, past.rotary);
@@ -183,40 +204,47 @@ void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, O
              reinterpret_cast<const float*>(values + at), length + 1, d, scale, &shared.mixed[h * d]);
   }
   team.wait();
-  times(&b.o, 1, shared.mixed.data(), own, shared.attended.data(), team.size, next[2]);
+  times(&b.o, 1, shared.mixed.data(), own, shared.attended.data(), u, team, next + 4);
   team.wait();
   for (int64_t j = 0; j < m.width; ++j) state[j] += shared.attended[j];
   rms_norm(state, m.width, b.mlp_norm, m.bf16, m.eps, own.weight, normed);
-  times(b.mlp, b.mlp_count, normed, own, shared.gate_up.data(), team.size, next[3]);
+  times(b.mlp, b.mlp_count, normed, own, shared.gate_up.data(), u, team, next + 7);
   team.wait();
   const float *gate = shared.gate_up.data(), *up = gate + inner;
   for (int64_t j = 0; j < inner; ++j) {  // x / (1 + e^-x), with the exponential of what is negative
     const float e = exp_negative(-std::fabs(gate[j]));
     normed[j] = gate[j] * up[j] * (gate[j] >= 0 ? 1.f : e) / (1 + e);
   }
-  times(&b.down, 1, normed, own, shared.out.data(), team.size, next[4]);
+  times(&b.down, 1, normed, own, shared.out.data(), u, team, next + 10);
   team.wait();
   for (int64_t j = 0; j < m.width; ++j) state[j] += shared.out[j];
 }
 
-bool fits(const Packed& p, int64_t c) {
+bool fits(const SkimlmLinear& linear, int64_t c) {
+  if (!linear.packed == !linear.sparse || linear.c() != c) return false;
   Stored stored;
-  return p.c == c && lay_out(p, stored);
+  return linear.packed ? lay_out(*linear.packed, stored) : ::fits(*linear.sparse);
 }
 
 bool fits(const SkimlmBody& m, const SkimlmBlock& b) {
-  const int64_t nq = m.heads * m.head_dim, inner = b.down.c;
+  const int64_t nq = m.heads * m.head_dim, inner = b.down.c();
   int64_t in = 0, mlp = 0;
   for (int64_t i = 0; i < b.in_count; ++i) {
     if (!fits(b.in[i], m.width)) return false;
-    in += b.in[i].r;
+    in += b.in[i].r();
   }
   for (int64_t i = 0; i < b.mlp_count; ++i) {
     if (!fits(b.mlp[i], m.width)) return false;
-    mlp += b.mlp[i].r;
+    mlp += b.mlp[i].r();
   }
   return in == nq + 2 * m.kv_heads * m.head_dim && mlp == 2 * inner && fits(b.o, nq) &&
-         b.o.r == m.width && fits(b.down, inner) && b.down.r == m.width;
+         b.o.r() == m.width && fits(b.down, inner) && b.down.r() == m.width;
+}
+
+int64_t ranks(const SkimlmLinear* linears, int64_t count) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += linears[i].rank();
+  return sum;
 }
 
 }  // namespace
@@ -227,16 +255,20 @@ int skimlm_decode(const SkimlmBody* m, const void* x, const void* cos, const voi
   if (length < 0 || length >= capacity || rotary > m->head_dim || rotary % 2 ||
       m->heads % m->kv_heads)
     return 1;
-  int64_t inner = 0;
+  int64_t inner = 0, rank = 0;
   for (int64_t i = 0; i < m->count; ++i) {
-    if (!fits(*m, m->blocks[i])) return 1;
-    inner = std::max(inner, m->blocks[i].down.c);
+    const SkimlmBlock& b = m->blocks[i];
+    if (!fits(*m, b)) return 1;
+    inner = std::max(inner, b.down.c());
+    rank = std::max({rank, ranks(b.in, b.in_count), ranks(&b.o, 1), ranks(b.mlp, b.mlp_count),
+                     ranks(&b.down, 1)});
   }
   const Past places{past, past + m->count, capacity, length, rotary};
   const int64_t nq = m->heads * m->head_dim, nk = m->kv_heads * m->head_dim;
   Shared shared{std::vector<float>(nq + 2 * nk), std::vector<float>(nq),
                 std::vector<float>(m->width),    std::vector<float>(2 * inner),
-                std::vector<float>(m->width),    std::vector<std::atomic<int64_t>>(STEPS * m->count)};
+                std::vector<float>(m->width),    std::vector<float>(rank),
+                std::vector<std::atomic<int64_t>>(STEPS * m->count)};
   run_team(threads, [&](Team& team, int thread) {
     Own own;
     own.state.resize(m->width);

@@ -95,6 +95,10 @@ struct SkimlmSparse {
   int64_t weight_size, codebook_size, scale_size, zeros_size, positions_size;
   int64_t a_size, b_size, a_scale_size, b_scale_size;
   int64_t r, c, sparsity, kept, group, rank, adapter_bits;
+  // What follows from `widths`, if it is known already, else null: which row stands at a stored place,
+  // [r], and how many rows have each width, [9].
+  const int32_t* order;
+  const int64_t* counts;
 };
 
 // out [n, r] = x [n, c] times such a linear transposed, plus its adapter's part and bias; few tokens. x and

@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "codes.h"
+#include "kernels.h"
+#include "parallel.h"
 
 constexpr int64_t MAX_B = 8;
 constexpr int64_t WORK = 1 << 14;  // bytes of weights that one turn of a thread takes, at least
@@ -121,6 +123,20 @@ struct Product {
 // team that call it with the same arguments and the same counter at 0; else on threads of its own.
 void multiply(const Product* products, int64_t count, const Integers& x, int threads,
               std::atomic<int64_t>* next = nullptr);
+
+// The same for linears with parts: one token, in_scale left out.
+struct SparseProduct {
+  const SkimlmSparse& linear;
+  float* u;  // [rank], room for x A^T that the team shares
+  Output out;  // float
+};
+
+// By all threads of a team that call it with the same arguments and both counters at 0.
+void multiply(const SparseProduct* products, int64_t count, const float* x, Team& team,
+              std::atomic<int64_t>* next);
+
+// False if the sizes are not those of the widths and of what the linear has.
+bool fits(const SkimlmSparse& linear);
 
 // Many tokens, with VBMI: a few rows at a time become bfloat16 in cache. x [n, c] float or bfloat16.
 void multiply_many(const Product& product, const void* x, bool bf16, int64_t n, int threads);

@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
+#include <optional>
 
 #include "lanes.h"
 #include "parallel.h"
@@ -37,17 +39,19 @@ struct Matrix {
   int64_t places;             // bytes of them in a row
   const uint16_t* row_scale;  // [r, scales]
   int64_t scales, span;       // how many a row has, and the columns of one
-  std::vector<int32_t> order;  // which row stands at a stored place; empty: the same
+  const int32_t* order;       // which row stands at a stored place; null: the same
+  std::vector<int32_t> found;
   std::vector<Group> groups;
 
-  int64_t row(int64_t stored) const { return order.empty() ? stored : order[stored]; }
+  int64_t row(int64_t stored) const { return order ? order[stored] : stored; }
   int64_t end_of(int64_t scale) const { return scale + 1 == scales ? c : (scale + 1) * span; }
 };
 
 // False if the sizes are not those of the widths and of what the linear has.
 bool lay_out(const SkimlmSparse& w, Matrix& m) {
   if (w.r < 1 || w.c < 1 || w.sparsity < DENSE || w.sparsity > BITMAP || w.group < 0) return false;
-  m = {Sparsity(w.sparsity), w.group > 0, w.r, w.c, w.c, w.positions, 0, w.row_scale, 1, w.c, {}, {}};
+  m = {Sparsity(w.sparsity), w.group > 0, w.r, w.c, w.c, w.positions, 0, w.row_scale, 1, w.c,
+       w.order, {}, {}};
   if (m.sparsity != DENSE) m.kept = w.kept;
   if (m.kept < 1 || m.kept > w.c) return false;
   if (m.sparsity == PAIRS) {
@@ -59,10 +63,14 @@ bool lay_out(const SkimlmSparse& w, Matrix& m) {
     m.span = std::min(w.group, w.c);
     m.scales = divide_up(w.c, m.span);
   }
-  m.order.resize(w.r);
+  if (!w.order) {
+    m.found.resize(w.r);
+    m.order = m.found.data();
+  }
   int64_t rows = 0, bytes = 0, levels = 0, zeros = 0;
   for (int b = 1; b <= MAX_B; ++b) {
-    const int64_t count = rows_of_width(b, w.widths, w.r, m.order.data() + rows);
+    const int64_t count =
+        w.order ? w.counts[b] : rows_of_width(b, w.widths, w.r, m.found.data() + rows);
     const int64_t stride = divide_up(m.kept * b, 8);
     if (count)
       m.groups.push_back({b, count, rows, w.weight + bytes, w.codebook + levels, w.row_zero + zeros,
@@ -88,14 +96,17 @@ bool lay_out_adapter(const SkimlmSparse& w, Matrix& m) {
       w.b_scale_size != w.rank * (four ? divide_up(w.r, ADAPTER) : 0))
     return false;
   if (four)
-    m = {DENSE, true, w.rank, w.c, w.c, nullptr, 0, w.lora_a_scale, groups, ADAPTER, {},
+    m = {DENSE, true, w.rank, w.c, w.c, nullptr, 0, w.lora_a_scale, groups, ADAPTER, nullptr, {},
          {{4, w.rank, 0, static_cast<const uint8_t*>(w.lora_a), nullptr, nullptr, a}}};
   return true;
 }
 
-// x as a matrix reads it.
+// x as matrices read it that have the same columns in a scale.
 struct Input {
   const Integers& x;
+  Sparsity sparsity;
+  bool narrow;
+  int64_t span;
   // with planes:
   std::vector<int64_t> sums;   // [n, scales] over the columns of a scale
   Lines<int32_t> lanes;        // [n, scales, 16] of them, for scales of one or two chunks: mod 2^32
@@ -111,7 +122,7 @@ int64_t column_of(int64_t half, int64_t byte) { return byte / 8 * 16 + half * 8 
 bool is_narrow(const Matrix& m) { return m.grid && (m.span == CHUNK || m.span == UNIT); }
 
 Input to_input(const Integers& x, const Matrix& m) {
-  Input in{x, {}, {}, {}, {}, {}};
+  Input in{x, m.sparsity, is_narrow(m), m.span, {}, {}, {}, {}, {}};
   if (!x.planes) return in;
   const int64_t padded = x.chunks * CHUNK;
   in.sums.resize(x.n * m.scales);
@@ -140,10 +151,8 @@ Input to_input(const Integers& x, const Matrix& m) {
     for (int64_t k = 0; k < units; ++k)
       for (int p = 0; p < PLANES; ++p) {
         uint8_t* to = &in.biased[(k * PLANES + p) * UNIT];
-        for (int64_t j = 0; j < UNIT; ++j) {
-          const int64_t at = k * UNIT + j;
-          to[j] = uint8_t(((at < padded ? whole[at] : 0) + (1 << 23)) >> 8 * p);
-        }
+        const int32_t* from = &whole[k * UNIT];
+        for (int64_t j = 0; j < UNIT; ++j) to[j] = uint8_t((from[j] + (1 << 23)) >> 8 * p);
       }
   }
   if (m.sparsity == DENSE && x.n == 1 && is_narrow(m)) {
@@ -152,13 +161,17 @@ Input to_input(const Integers& x, const Matrix& m) {
     in.paired_lanes = Lines<int32_t>(units * 16);
     for (int64_t k = 0; k < units; ++k) {
       uint32_t lane[16] = {};
-      for (int64_t j = 0; j < UNIT; ++j) {
+      for (int64_t j = 0; j < UNIT; j += 8) {  // eight columns that stay side by side
         const int64_t at = k * UNIT + column_of(j / CHUNK, j % CHUNK);
-        const bool real = at < padded;
-        const int8_t* p = &x.planes[(real ? at / CHUNK : 0) * PLANES * CHUNK + at % CHUNK];
-        for (int q = 0; q < PLANES; ++q)
-          in.paired[(k * PLANES + q) * UNIT + j] = real ? p[q * CHUNK] : int8_t(0);
-        lane[j % CHUNK / 4] += real ? uint32_t(whole[at]) : 0;
+        const int8_t* p = &x.planes[at / CHUNK * PLANES * CHUNK + at % CHUNK];
+        for (int q = 0; q < PLANES; ++q) {
+          int8_t* to = &in.paired[(k * PLANES + q) * UNIT + j];
+          if (at < padded)
+            std::memcpy(to, p + q * CHUNK, 8);
+          else
+            std::memset(to, 0, 8);
+        }
+        for (int64_t i = 0; i < 8; ++i) lane[(j + i) % CHUNK / 4] += uint32_t(whole[at + i]);
       }
       std::memcpy(&in.paired_lanes[k * 16], lane, sizeof lane);
     }
@@ -1048,59 +1061,127 @@ void split(const Matrix& m, const Input& in, const Output& out, int64_t turn, st
   }
 }
 
+// The numbers of x, and what matrices read of them: those that read the same share it.
+struct Inputs {
+  const float* x;  // [n, c]
+  Integers whole;
+  std::deque<Input> made;  // where they stand does not change
+  Inputs(const float* x, int64_t n, int64_t c) : x(x), whole(to_integers(x, n, c, 1)) {}
+
+  const Input& of(const Matrix& m) {
+    for (const Input& in : made)
+      if (in.sparsity == m.sparsity && in.narrow == is_narrow(m) && in.span == m.span) return in;
+    made.push_back(to_input(whole, m));
+    return made.back();
+  }
+};
+
+// One linear times x: turns that may go in any order, then, of an adapter, blocks that add its part.
+// Neither copied nor moved once it is made: turns point into it.
+struct Work {
+  const SkimlmSparse& w;
+  const Matrix &m, &a;
+  const float* x;  // [n, c], in_scale left out
+  int64_t n, bytes;
+  float *u, *y;  // [n, rank] and, with an adapter, [n, r]: x A^T, x W^T
+  Output components, sparse, result;
+  std::vector<Part> turns;
+
+  Work(const SkimlmSparse& w, const Matrix& m, const Matrix& a, Inputs& scaled, Inputs& plain,
+       int64_t n, float* u, float* y, const Output& out, int threads)
+      : w(w), m(m), a(a), x(plain.x), n(n), bytes(size(w)), u(u), y(y),
+        components{u, false, w.rank, nullptr},
+        sparse(w.rank ? Output{y, false, w.r, nullptr} : out), result(out) {
+    const int64_t turn = std::max(WORK, bytes / (TURNS * threads));
+    if (!a.groups.empty()) split(a, plain.of(a), components, turn, turns);
+    if (w.rank && a.groups.empty())
+      for (int64_t k = 0, step = std::max<int64_t>(1, turn / (2 * w.c)); k < w.rank; k += step)
+        turns.push_back({nullptr, nullptr, nullptr, &components, k, std::min(k + step, w.rank)});
+    split(m, scaled.of(m), sparse, turn, turns);
+  }
+  Work(const Work&) = delete;
+
+  static int64_t size(const SkimlmSparse& w) {
+    return w.weight_size + w.positions_size + 2 * w.scale_size +
+           (w.a_size + w.b_size) * (w.adapter_bits == 4 ? 1 : 2);
+  }
+
+  void turn(int64_t at) const {
+    const Part& p = turns[at];
+    if (p.matrix) return multiply_rows(*p.matrix, *p.group, p.begin, p.end, *p.input, *p.out);
+    const Factor factor{false, w.lora_a, w.c};
+    for (int64_t t = 0; t < n; ++t)
+      for (int64_t k = p.begin; k < p.end; ++k)
+        u[t * w.rank + k] = dot_bf16(factor, k, x + t * w.c, w.c);
+  }
+
+  int64_t blocks() const { return w.rank ? divide_up(w.r, ADAPTER) : 0; }
+  void block(int64_t at) const {
+    add_adapter(w, u, y, n, at * ADAPTER, std::min((at + 1) * ADAPTER, w.r), result);
+  }
+};
+
 }  // namespace
+
+bool fits(const SkimlmSparse& w) {
+  Matrix m{}, a{};
+  return lay_out(w, m) && lay_out_adapter(w, a);
+}
+
+void multiply(const SparseProduct* products, int64_t count, const float* x, Team& team,
+              std::atomic<int64_t>* next) {
+  Inputs inputs(x, 1, products[0].linear.c);
+  std::deque<Matrix> matrices;
+  std::deque<Work> works;
+  bool adapters = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto& [w, u, out] = products[i];
+    Matrix &m = matrices.emplace_back(), &a = matrices.emplace_back();
+    lay_out(w, m);
+    lay_out_adapter(w, a);
+    // y stands where the sum goes: a block reads what it replaces
+    works.emplace_back(w, m, a, inputs, inputs, 1, u, static_cast<float*>(out.data), out, team.size);
+    adapters |= w.rank > 0;
+  }
+  auto all = [&](auto size, auto run, std::atomic<int64_t>& from) {
+    int64_t first = 0, at = from.fetch_add(1);
+    for (const Work& work : works) {
+      for (; at < first + size(work); at = from.fetch_add(1)) run(work, at - first);
+      first += size(work);
+    }
+  };
+  all([](const Work& w) { return int64_t(w.turns.size()); },
+      [](const Work& w, int64_t at) { w.turn(at); }, next[0]);
+  if (!adapters) return;
+  team.wait();
+  all([](const Work& w) { return w.blocks(); }, [](const Work& w, int64_t at) { w.block(at); },
+      next[1]);
+}
 
 int skimlm_sparse_matmul(const SkimlmSparse* linear, const void* x, int64_t x_bf16, void* out,
                          int64_t n, int threads) {
   const SkimlmSparse& w = *linear;
   Matrix m{}, a{};
   if (!lay_out(w, m) || !lay_out_adapter(w, a)) return 1;
-  const bool four = w.rank && w.adapter_bits == 4;
-
   const std::vector<float> values = to_floats(x, x_bf16, w.in_scale, n, w.c);
-  const Integers whole = to_integers(values.data(), n, w.c, 1);
-  const bool same = !w.in_scale;
-  const std::vector<float> plain =
-      w.rank && !same ? to_floats(x, x_bf16, nullptr, n, w.c) : std::vector<float>();
-  const float* raw = same ? values.data() : plain.data();
-  Integers raw_whole{};
-  if (four && !same) raw_whole = to_integers(raw, n, w.c, 1);
-  const Input in = to_input(whole, m), a_in = to_input(four && !same ? raw_whole : whole, a);
-
-  std::vector<float> u(n * w.rank), y(w.rank ? n * w.r : 0);
-  const Output result{out, x_bf16 != 0, w.r, w.bias};
-  const Output sparse = w.rank ? Output{y.data(), false, w.r, nullptr} : result;
-  const Output components{u.data(), false, w.rank, nullptr};
-
-  const int64_t bytes = w.weight_size + w.positions_size + 2 * w.scale_size +
-                        (w.a_size + w.b_size) * (four ? 1 : 2);
+  Inputs scaled(values.data(), n, w.c);
+  std::vector<float> raw;
+  std::optional<Inputs> own;
+  if (w.rank && w.in_scale) {
+    raw = to_floats(x, x_bf16, nullptr, n, w.c);
+    own.emplace(raw.data(), n, w.c);
+  }
   // A second thread for a few microseconds of work costs more than it brings.
-  threads = int(std::clamp<int64_t>(bytes / PER_THREAD, 1, threads));
-  const int64_t turn = std::max(WORK, bytes / (TURNS * threads));
-  std::vector<Part> parts;
-  if (four) split(a, a_in, components, turn, parts);
-  if (w.rank && !four)
-    for (int64_t k = 0, step = std::max<int64_t>(1, turn / (2 * w.c)); k < w.rank; k += step)
-      parts.push_back({nullptr, nullptr, nullptr, &components, k, std::min(k + step, w.rank)});
-  split(m, in, sparse, turn, parts);
-  parallel_rows(int64_t(parts.size()), 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t at = from; at < to; ++at) {
-      const Part& p = parts[at];
-      if (p.matrix) {
-        multiply_rows(*p.matrix, *p.group, p.begin, p.end, *p.input, *p.out);
-        continue;
-      }
-      const Factor factor{false, w.lora_a, w.c};
-      for (int64_t t = 0; t < n; ++t)
-        for (int64_t k = p.begin; k < p.end; ++k)
-          u[t * w.rank + k] = dot_bf16(factor, k, raw + t * w.c, w.c);
-    }
+  threads = int(std::clamp<int64_t>(Work::size(w) / PER_THREAD, 1, threads));
+  std::vector<float> u(n * w.rank), y(w.rank ? n * w.r : 0);
+  const Work work(w, m, a, scaled, own ? *own : scaled, n, u.data(), y.data(),
+                  {out, x_bf16 != 0, w.r, w.bias}, threads);
+  parallel_rows(int64_t(work.turns.size()), 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; ++at) work.turn(at);
   });
-  if (w.rank)
-    parallel_rows(divide_up(w.r, ADAPTER), 1, threads, [&](int64_t from, int64_t to) {
-      for (int64_t at = from; at < to; ++at)
-        add_adapter(w, u.data(), y.data(), n, at * ADAPTER, std::min((at + 1) * ADAPTER, w.r), result);
-    });
+  parallel_rows(work.blocks(), 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; ++at) work.block(at);
+  });
   return 0;
 }
 
