@@ -108,7 +108,7 @@ def test_rms_is_of_the_inputs():
 
 def test_states_on_entry_are_the_embeddings_and_every_window_comes_once():
     model = tiny_model("llama")
-    states, options = entry(model, IDS, 2)
+    states, options, _ = entry(model, IDS, 2)
     torch.testing.assert_close(torch.cat(states), model.get_input_embeddings()(IDS))
     assert len(options) == 2 and all("position_embeddings" in kwargs for kwargs in options)
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from skimlm import checkpoint
 from skimlm.errors import SkimError
-from skimlm.hooks import forward_replaced, forwards_replaced, frozen
+from skimlm.head import final_hidden
+from skimlm.hooks import forwards_replaced, frozen
 from skimlm.shards import finite
 
 
@@ -71,7 +72,7 @@ def walk(
     weights in the model's dtype.
     """
     with torch.no_grad(), frozen(model):
-        states, options = entry(model, ids, batch)
+        states, options, _ = entry(model, ids, batch)
         original = list(states) if matched else None
         done = 0
         for (prefix, block), kwargs in zip(checkpoint.blocks(model), options, strict=True):
@@ -93,12 +94,17 @@ def walk(
             _advance(block, kwargs, states)
 
 
-def entry(model: Any, ids: Tensor, batch: int) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Hidden states on entry of the first block, per batch, and each block's other arguments."""
+def entry(model: Any, ids: Tensor, batch: int) -> tuple[list[Tensor], list[dict[str, Any]], bool]:
+    """Hidden states on entry of the first block, per batch; each block's other arguments; whether
+    blocks return tuples.
+
+    Of the blocks only the first one is run.
+    """
     blocks = dict(checkpoint.blocks(model))
+    first = next(iter(blocks))
     options: dict[str, dict[str, Any]] = {}
     states: list[Tensor] = []
-    body = model.get_decoder()
+    tuples: list[bool] = []
 
     def record(name: str, block: Any) -> Callable[..., Any]:
         usual = block.forward
@@ -107,32 +113,35 @@ def entry(model: Any, ids: Tensor, batch: int) -> tuple[list[Tensor], list[dict[
             if args:
                 raise SkimError(f"{type(block).__name__} takes unnamed arguments: not supported")
             options[name] = kwargs
-            return usual(hidden, **kwargs)
+            if name == first:
+                states.append(hidden)
+                if not tuples:
+                    tuples.append(isinstance(usual(hidden, **kwargs), tuple))
+            return (hidden,) if tuples[0] else hidden
 
         return forward
 
+    body = model.get_decoder()
     with forwards_replaced(blocks, record):
         body(input_ids=ids[:batch], use_cache=False)
-
-    def stop(hidden: Tensor, **_kwargs: Any) -> Any:
-        states.append(hidden)
-        raise _Stopped
-
-    first = next(iter(blocks.values()))
-    for part in ids.split(batch):
-        with forward_replaced(first, stop):
-            try:
-                body(input_ids=part, use_cache=False)
-            except _Stopped:
-                pass
-    return states, [options[name] for name in blocks]
+    kept = [options[name] for name in blocks]
+    with forwards_replaced(blocks, record):
+        for part in ids[batch:].split(batch):
+            body(input_ids=part, use_cache=False)
+    return states, kept, tuples[0]
 
 
-class _Stopped(Exception):
-    """The body is left on entry of its first block."""
+def remainder(model: Any, ids: Tensor, hidden: Tensor, tupled: bool) -> Tensor:
+    """What the body makes of the last block's output: its norm, and what else may follow."""
+
+    def give(_name: str, _block: Any) -> Callable[..., Any]:
+        return lambda *_args, **_kwargs: (hidden,) if tupled else hidden
+
+    with forwards_replaced(dict(checkpoint.blocks(model)), give):
+        return final_hidden(model, ids)
 
 
-def _run(block: nn.Module, kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
+def run(block: nn.Module, kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
     """A block's output; arguments that are as long as the first batch are cut for a shorter one."""
     n = len(hidden)
     fitting = {k: _cut(v, n) for k, v in kwargs.items()}
@@ -148,7 +157,7 @@ def _cut(value: Any, n: int) -> Any:
 
 def _advance(block: nn.Module, kwargs: dict[str, Any], states: list[Tensor]) -> None:
     for i, hidden in enumerate(states):
-        states[i] = _run(block, kwargs, hidden)
+        states[i] = run(block, kwargs, hidden)
 
 
 @contextmanager
@@ -179,7 +188,7 @@ def _stages(
             stages.append([name])
 
     with _watched(linears, see):
-        _run(block, kwargs, states[0][:1])
+        run(block, kwargs, states[0][:1])
     missing = [n for n in linears if not any(n in s for s in stages)]
     return stages + ([missing] if missing else [])
 
@@ -192,7 +201,7 @@ def _inputs(
     for hidden in states:
         seen.append({})
         with _watched(linears, lambda name, x: seen[-1].__setitem__(name, x)):
-            _run(block, kwargs, hidden)
+            run(block, kwargs, hidden)
     return seen
 
 
@@ -229,7 +238,7 @@ def _gather(
 
     with _watched(linears, see):
         for number, hidden in enumerate(states):  # noqa: B007
-            _run(block, kwargs, hidden)
+            run(block, kwargs, hidden)
             latest.clear()
     for name, gram in grams.items():
         if not finite(gram.h):

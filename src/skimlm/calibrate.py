@@ -17,7 +17,7 @@ import json
 import os
 import random
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,8 @@ from skimlm.hooks import forwards_replaced, frozen
 from skimlm.shards import finite
 
 TEXT_KEYS = ("text", "prefix,gold_completion")
+BATCH = 2  # windows that go through the model together
+Observe = Callable[[str, Tensor, Tensor], None]
 
 
 @dataclass
@@ -198,53 +200,43 @@ class _Observe(torch.autograd.Function):
 
 
 @contextmanager
-def observed(model: Any, linears: dict[str, nn.Linear], observe) -> Iterator[None]:
+def observed(linears: Mapping[str, nn.Linear], observe: Observe) -> Iterator[None]:
     """Within the block, every backward pass calls observe(name, x [n, t, c], dz [n, t, r])."""
 
     def watch(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         return lambda x: _Observe.apply(x, linear.weight, linear.bias, partial(observe, name))
 
-    entry = model.get_input_embeddings().register_forward_hook(lambda *a: a[2].requires_grad_())
-    try:
-        with frozen(model), forwards_replaced(linears, watch):
-            yield
-    finally:
-        entry.remove()
+    with forwards_replaced(linears, watch):
+        yield
 
 
-def statistics(
-    model: Any,
-    linears: dict[str, nn.Linear],
-    ids: Tensor,
-    *,
-    layerwise: bool = False,
-    fisher_windows: int = 64,
-    batch: int = 2,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Statistics]:
-    """Statistics of every linear over the token windows `ids` [n, t], `batch` windows at a time.
+class Sums:
+    """The sums of `Statistics` for some linears while they are taken, a batch of windows at a time.
 
-    A linear that saw no token (an expert never routed to) keeps zero sums. `layerwise` also
-    collects H.
+    The same windows in the same batches give the same bits, whichever linears are taken together.
     """
-    device = next(model.parameters()).device
-    result = {}
-    for name, linear in linears.items():
-        r, c = linear.weight.shape
-        result[name] = Statistics(
-            torch.zeros(c, c),
-            torch.zeros(r, c),
-            torch.zeros(r),
-            torch.zeros(c, c) if layerwise else None,
-        )
 
-    count, fisher_left = 0, 0
+    def __init__(
+        self, linears: Mapping[str, nn.Linear], layerwise: bool, fisher_windows: int
+    ) -> None:
+        self.of: dict[str, Statistics] = {}
+        self.fisher_windows = fisher_windows
+        self.first, self.count = 0, 0
+        for name, linear in linears.items():
+            r, c = linear.weight.shape
+            sums = torch.zeros(c, c), torch.zeros(r, c), torch.zeros(r)
+            self.of[name] = Statistics(*sums, torch.zeros(c, c) if layerwise else None)
 
-    def observe(name: str, x: Tensor, g: Tensor) -> None:
-        s = result[name]
+    def begin(self, first: int, count: int) -> None:
+        """What is observed next belongs to `count` windows from number `first` on."""
+        self.first, self.count = first, count
+
+    def observe(self, name: str, x: Tensor, g: Tensor) -> None:
+        """Add the inputs x [n, t, c] and the gradients g [n, t, r] of a linear's outputs."""
+        s = self.of[name]
         # Some families (opt) flatten windows and tokens before a linear.
-        x, g = x.reshape(count, -1, x.shape[-1]), g.reshape(count, -1, g.shape[-1])
-        for window in range(min(count, fisher_left)):
+        x, g = x.reshape(self.count, -1, x.shape[-1]), g.reshape(self.count, -1, g.shape[-1])
+        for window in range(min(self.count, self.fisher_windows - self.first)):
             s.fisher += (g[window].T @ x[window]).float().square_().cpu()
         x, g = x.flatten(0, 1), g.flatten(0, 1)
         squares = g.float().square()
@@ -255,22 +247,53 @@ def statistics(
             s.hessian += (x.T @ x).float().cpu()
         s.tokens += len(x)
 
-    with observed(model, linears, observe):
-        for i in range(0, len(ids), batch):
-            part = ids[i : i + batch].to(device)
-            count, fisher_left = len(part), fisher_windows - i
-            hidden = final_hidden(model, part)
-            targets = torch.cat([part[:, 1:], part.new_full((len(part), 1), -1)], dim=1).flatten()
-            backward_from_loss(hidden, cross_entropy_gradient(model, targets))
-            if progress:
-                progress(min(i + batch, len(ids)), len(ids))
-    for name, s in result.items():
-        mean = s.row_weight.mean()
-        s.row_weight = s.row_weight / mean if mean > 0 else torch.ones_like(s.row_weight)
-        for matrix in (s.end_hessian, s.fisher, s.hessian):
-            if matrix is not None and not finite(matrix):
-                raise SkimError(
-                    f"{name}: calibration overflowed (not finite): the model's activations do not "
-                    f"fit {next(model.parameters()).dtype}; use other text"
-                )
-    return result
+    def finished(self, dtype: torch.dtype) -> dict[str, Statistics]:
+        """The sums, row weights with mean 1; SkimError where the model overflowed its `dtype`."""
+        for name, s in self.of.items():
+            mean = s.row_weight.mean()
+            s.row_weight = s.row_weight / mean if mean > 0 else torch.ones_like(s.row_weight)
+            for matrix in (s.end_hessian, s.fisher, s.hessian):
+                if matrix is not None and not finite(matrix):
+                    raise SkimError(
+                        f"{name}: calibration overflowed (not finite): the model's activations do "
+                        f"not fit {dtype}; use other text"
+                    )
+        return self.of
+
+
+def next_tokens(ids: Tensor) -> Tensor:
+    """What the tokens `ids` [n, t] should predict, [n t]; -1 at the end of a window."""
+    return torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1).flatten()
+
+
+def statistics(
+    model: Any,
+    linears: dict[str, nn.Linear],
+    ids: Tensor,
+    *,
+    layerwise: bool = False,
+    fisher_windows: int = 64,
+    batch: int = BATCH,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Statistics]:
+    """Statistics of every linear over the token windows `ids` [n, t], `batch` windows at a time.
+
+    A linear that saw no token (an expert never routed to) keeps zero sums. `layerwise` also
+    collects H.
+    """
+    device = next(model.parameters()).device
+    sums = Sums(linears, layerwise, fisher_windows)
+    table = model.get_input_embeddings()
+    entry = table.register_forward_hook(lambda *a: a[2].requires_grad_())
+    try:
+        with frozen(model), observed(linears, sums.observe):
+            for i in range(0, len(ids), batch):
+                part = ids[i : i + batch].to(device)
+                sums.begin(i, len(part))
+                hidden = final_hidden(model, part)
+                backward_from_loss(hidden, cross_entropy_gradient(model, next_tokens(part)))
+                if progress:
+                    progress(min(i + batch, len(ids)), len(ids))
+    finally:
+        entry.remove()
+    return sums.finished(next(model.parameters()).dtype)

@@ -34,6 +34,7 @@ from skimlm.weights.pack import PLAIN, Parts, QuantizedWeight, histogram, layout
 
 METHOD = "skimlm"  # quant_method in config.json
 FORMAT_VERSION = 2  # the newest; a folder without any of its parts says 1
+MAX_SHARD = "5GB"
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -116,6 +117,81 @@ def load(
     if source.gguf:
         _check_model_finite(source.path, model)
     return model.eval(), tokenizer
+
+
+def load_outside(source: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """A model whose decoder blocks are on the meta device, all else loaded, and its tokenizer.
+
+    Raises SkimError for a checkpoint whose tensors are not named as the model names them.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    with _one_line(source.path, "cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):  # buffers are made, not stored
+            model: Any = AutoModelForCausalLM.from_config(
+                source.config, dtype=dtype, trust_remote_code=False
+            )
+        if (source.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(source.path)
+    inside = tuple(f"{prefix}." for prefix, _ in blocks(model))
+    names = [name for name in model.state_dict() if not name.startswith(inside)]
+    tied = [name for name in model.all_tied_weights_keys if name not in source.files]
+    _put(source, model, [name for name in names if name not in tied], dtype)
+    model.tie_weights()
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def loaded_block(source: Checkpoint, model: nn.Module, prefix: str) -> Iterator[nn.Module]:
+    """A decoder block with its numbers, which are on the meta device before and after."""
+    block = model.get_submodule(prefix)
+    names = [f"{prefix}.{name}" for name in block.state_dict()]
+    empty = {name: _slot(model, name)[0][_slot(model, name)[1]] for name in names}
+    try:
+        _put(source, model, names, next(block.parameters()).dtype)
+        yield block
+    finally:
+        for name, tensor in empty.items():
+            place, own = _slot(model, name)
+            place[own] = tensor
+
+
+def _put(source: Checkpoint, model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
+    """Read tensors of a checkpoint into the model, floats as `dtype`."""
+    files: dict[Path, list[str]] = {}
+    for name in names:
+        if name not in source.files:
+            raise FormatError(
+                "is not in the checkpoint under this name: such a model must fit in memory to be "
+                "compressed",
+                file=source.path,
+                tensor=name,
+            )
+        files.setdefault(source.files[name], []).append(name)
+    for file, here in files.items():
+        with safe_open(file, framework="pt") as stream:
+            for name in here:
+                tensor = stream.get_tensor(name)
+                # a copy: views of a file are not aligned, and stay in memory while they are used
+                tensor = tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor
+                place, own = _slot(model, name)
+                if tensor.shape != place[own].shape:
+                    raise FormatError(
+                        f"shape {list(tensor.shape)}, the model has {list(place[own].shape)}",
+                        file=file,
+                        tensor=name,
+                    )
+                parameter = isinstance(place[own], nn.Parameter)
+                place[own] = nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+
+
+def _slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Where a module keeps the tensor called `name`."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if own in module._parameters else module._buffers), own
 
 
 def _resolve(
@@ -344,20 +420,85 @@ def save(
     bits: float,
     provenance: Mapping[str, Any] | None = None,
     force: bool = False,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD,
 ) -> Path:
     """Write a compressed folder: `quantized` replaces those linears, the rest is the model's."""
     out = Path(out)
     check_out(out, force)
+    with shards.whole_folder(out) as folder:
+        write(
+            folder,
+            model,
+            tokenizer,
+            quantized,
+            embed_bits=embed_bits,
+            bits=bits,
+            provenance=provenance,
+            max_shard_size=max_shard_size,
+        )
+    return out
+
+
+def write(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    quantized: Mapping[str, QuantizedWeight],
+    *,
+    embed_bits: int,
+    bits: float,
+    provenance: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = MAX_SHARD,
+) -> None:
+    """The files of a compressed folder, into an empty one; see `save`."""
     tensors = _tensors(model, quantized, embed_bits)
     entries = {
         name: _entry(histogram(q.widths), q.in_scale is not None, Parts.of(q))
         for name, q in quantized.items()
     }
-    with shards.whole_folder(out) as folder:
-        _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance)
-        shards.write(folder, shards.split(tensors, max_shard_size))
-    return out
+    _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance)
+    shards.write(folder, shards.split(tensors, max_shard_size))
+
+
+def write_packed(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    counts: Mapping[str, Mapping[int, int]],
+    read: Callable[[str], Tensor],
+    *,
+    in_scale: bool,
+    embed_bits: int,
+    bits: float,
+    provenance: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = MAX_SHARD,
+) -> None:
+    """The same files for a model whose blocks are on the meta device.
+
+    `counts` has the width histogram of every compressed linear; what its blocks hold is had by
+    `read(name)`, a tensor at a time.
+    """
+    packed = _packed_plan(linears(model), counts, in_scale, {})
+    tensors = _other_tensors(model, counts, embed_bits, quantize_table) | packed
+    entries = {name: _entry(count, in_scale, PLAIN) for name, count in counts.items()}
+    _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance)
+    shards.write(folder, shards.split(tensors, max_shard_size), read)
+
+
+def _packed_plan(
+    layers: Mapping[str, nn.Linear],
+    counts: Mapping[str, Mapping[int, int]],
+    in_scale: bool,
+    parts: Mapping[str, Parts],
+) -> dict[str, Tensor]:
+    """The tensors that linears with these width histograms are stored in, on the meta device."""
+    return {
+        f"{name}.{part}": torch.empty(shape, dtype=dtype, device="meta")
+        for name, count in counts.items()
+        for part, (dtype, shape) in layout(
+            count, layers[name].in_features, in_scale, parts.get(name, PLAIN)
+        ).items()
+    }
 
 
 def check_out(out: str | os.PathLike[str], force: bool = False, mark: str = "config.json") -> None:
@@ -413,7 +554,7 @@ def plan_bytes(
     parts: Mapping[str, Parts] | None = None,
     bits: float = 1 / 3,
     provenance: Mapping[str, Any] | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = MAX_SHARD,
 ) -> int:
     """Bytes OUT will have besides the tensors of the compressed linears.
 
@@ -428,13 +569,7 @@ def plan_bytes(
     if counts is None:
         chosen = layers if names is None else {name: layers[name] for name in names}
         counts = {name: {8: layer.out_features} for name, layer in chosen.items()}
-    packed = {
-        f"{name}.{part}": torch.empty(shape, dtype=dtype, device="meta")
-        for name, count in counts.items()
-        for part, (dtype, shape) in layout(
-            count, layers[name].in_features, in_scale, parts.get(name, PLAIN)
-        ).items()
-    }
+    packed = _packed_plan(layers, counts, in_scale, parts)
     if bound:  # linears of narrow rows have a codebook too
         packed |= {
             f"{name}.codebook": torch.empty(

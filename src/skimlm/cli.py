@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,20 +198,36 @@ def _load(model: str, device: str, revision: str | None) -> tuple[Any, Any]:
     "--exclude", multiple=True, metavar="PATTERN", help="Leave these linears as they are."
 )
 @CACHE_DIR
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists; begin anew.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was stopped.")
+@click.option(
+    "--max-memory",
+    type=Size(),
+    help="Memory to use: 8GB. A model that needs more is streamed.  [default: what is free]",
+)
+@click.option(
+    "--workers",
+    type=POSITIVE,
+    metavar="N",
+    help="Processes that share the work on a streamed model.",
+)
+@click.option("--ray", metavar="ADDRESS", help="Ray cluster that shares it: auto, or HOST:PORT.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, write nothing.")
 @REVISION
 @THREADS
 @JSON
 def compress(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Compress MODEL (folder, hub id or .gguf) into the folder OUT."""
+    if options["workers"] and options["ray"]:
+        raise click.UsageError("give one of --workers and --ray")
     if sum(options[name] is not None for name in ("bits", "size", "index_bits")) > 1:
         raise click.UsageError("give one of --bits, --size and --index-bits")
     from skimlm.compress import compress
     from skimlm.report import facts_text, progress_bars
 
     with progress_bars() as progress:
-        report = compress(model, out, progress=progress, **options)
+        notice = partial(click.echo, err=True)
+        report = compress(model, out, progress=progress, notice=notice, **options)
     _print(report.to_json(), facts_text, as_json)
 
 

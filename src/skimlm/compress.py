@@ -20,6 +20,7 @@ lose and gain those first, and what they cost is paid from the same bits. slim g
 import dataclasses
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +32,16 @@ import torch
 from torch import Tensor, nn
 
 import skimlm
-from skimlm import analysis, blockwise, budget, checkpoint
-from skimlm.calibrate import default_text, read_documents, windows
+from skimlm import (
+    analysis,
+    blockwise,
+    budget,
+    checkpoint,
+    journal,
+    resources,
+    stream,
+)
+from skimlm.calibrate import BATCH, default_text, read_documents, windows
 from skimlm.errors import SkimError
 from skimlm.recipes import METHODS, RECIPES, Recipe, fit_linear, settled
 from skimlm.report import peak_rss_bytes
@@ -49,6 +58,7 @@ from skimlm.weights.pack import (
     histogram,
 )
 from skimlm.weights.train import train
+from skimlm.workers import Submit, here, pool
 
 Progress = Callable[[str, int, int], None]
 
@@ -71,6 +81,8 @@ class Report:
     calibration: dict[str, Any]
     analysis_kept: bool  # no calibration was needed: the analysis was there from another run
     analysis_bytes: int  # what it takes in the cache; `skimlm cache --prune` frees it
+    streamed: bool  # block by block, the model never being in memory
+    planned: dict[str, float]  # memory and scratch in bytes, seconds
     seconds: dict[str, float]  # per phase
     held_out_kl: list[float] = field(default_factory=list)  # nats per token along the training
     peak_rss_bytes: int = 0
@@ -78,6 +90,12 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "Report":
+        """The report again."""
+        widths = {int(width): rows for width, rows in facts["rows_by_width"].items()}
+        return cls(**{**facts, "rows_by_width": widths})
 
 
 def compress(
@@ -104,36 +122,129 @@ def compress(
     cache_dir: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     dry_run: bool = False,
+    resume: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> Report:
     """Compress a model to `bits` per weight all-in, to `size` bytes on disk, or to a fixed width.
 
     With the method slim `bits` (4) is the width of the weights that stay. `sparsity` ("none",
     "2:4", "0.5") and `rank` (0) of adapters in `adapter_bits` (4, 16) are for both methods; slim's
-    defaults are 2:4 and 0.1. Raises SkimError for everything a user can get wrong; OUT is whole or
-    absent.
+    defaults are 2:4 and 0.1. A model that does not fit in memory, or in `max_memory` bytes, is
+    streamed (stream.py), its linears worked on by `workers` processes or the cluster at `ray`.
+    `resume` goes on with a run that was stopped. Raises SkimError for everything a user can get
+    wrong; OUT is whole or absent.
     """
     bits = (4.0 if method == "slim" else 3.2) if bits is None else bits
     plan = _checked(method, recipe, bits, index_bits, embed_bits, samples, seq_len)
     options = _options(method, recipe, plan, bits, index_bits, size, sparsity, rank, adapter_bits)
-    progress = progress or (lambda *_: None)
-    checkpoint.check_out(out, force)
-    if Path(source).exists() and Path(source).resolve() == Path(out).resolve():
+    out, clock = Path(out), Clock()
+    if Path(source).exists() and Path(source).resolve() == out.resolve():
         raise SkimError(f"{out}: is the model itself; name another folder")
-    clock = Clock()
-    with clock("load"):
-        given = _load(source, plan, revision, include, exclude, text, text_key, seed)
-    model, linears = given.model, given.linears
-    parts = parts_of(linears, options)
+    asked = Asked(
+        method, recipe, plan, options, budget.Target(bits, size, index_bits), embed_bits, seed
+    )
+    tools = Tools(clock, progress or (lambda *_: None), notice or (lambda _: None), cache_dir)
+
+    def given(work: Path | None) -> Given:
+        with clock("load"):
+            return _load(
+                source, asked, revision, include, exclude, text, text_key, max_memory, work
+            )
+
+    if dry_run:
+        checkpoint.check_out(out, force)
+        return _report(given(None), asked, tools, out)
+    resumable = resume and journal.place(out).exists()
+    if not resumable or not journal.is_finished(out):
+        checkpoint.check_out(out, force)
+    with journal.unfinished(out, resume, force) as work:
+        if resume and (done := journal.finished(work)):
+            report = Report.from_json(done)
+        else:
+            with pool(workers, ray) as submit:
+                report = _run(given(work), asked, tools, out, work, submit)
+        shutil.rmtree(work)
+    report.peak_rss_bytes = peak_rss_bytes(workers or 1)
+    return report
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user wants, checked."""
+
+    method: str
+    recipe: str
+    plan: Recipe
+    options: slim.Options | None  # None: codes alone
+    target: budget.Target
+    embed_bits: int
+    seed: int
+
+    def facts(self, given: "Given") -> dict[str, Any]:
+        """What must be the same when the run is resumed."""
+        return {
+            "skimlm": skimlm.__version__,
+            "model": analysis.files(given.path),
+            "text": hashlib.sha256(given.ids.numpy().tobytes()).hexdigest(),
+            "linears": hashlib.sha256("\n".join(given.linears).encode()).hexdigest(),
+            "method": self.method,
+            "recipe": self.recipe,
+            "samples": self.plan.samples,
+            "seq-len": self.plan.seq_len,
+            "seed": self.seed,
+            "bits": self.target.bits,
+            "size": self.target.size,
+            "index-bits": self.target.index_bits,
+            "embed-bits": self.embed_bits,
+            "options": repr(self.options),
+        }
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Where a run tells what it does, and keeps what the next one may use."""
+
+    clock: "Clock"
+    progress: Progress
+    notice: Callable[[str], None]
+    cache_dir: str | os.PathLike[str] | None
+
+    @property
+    def cache(self) -> Path:
+        """The folder of analyses."""
+        return analysis.folder(self.cache_dir)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The widths of all rows, and what they cost."""
+
+    widths: budget.Widths
+    bits: float  # per weight
+    bytes: int  # of OUT
+    key: str  # of the analysis, empty for slim
+    kept: bool  # the analysis was there
+    stored: Mapping[str, analysis.Analysis]
+    first: dict[str, QuantizedWeight]  # sparse and low-rank fits to begin with
+
+
+def _allocate(given: "Given", asked: Asked, tools: Tools, submit: Submit) -> Plan:
+    """Analyse the model and choose the widths; slim has one width for all."""
+    linears, plan, target = given.linears, asked.plan, asked.target
+    parts = parts_of(linears, asked.options)
     price = budget.prices(linears, plan.scale, parts)
-    provenance = _provenance(method, recipe, options, given.calibration)
+    provenance = _provenance(asked, given)
 
     def planned_bytes(widths: budget.Widths) -> int:
         """Bytes of OUT with these widths, every file counted."""
         others = checkpoint.plan_bytes(
-            model,
+            given.model,
             given.tokenizer,
-            embed_bits,
+            asked.embed_bits,
             {n: histogram(w) for n, w in widths.items()},
             in_scale=plan.scale,
             parts=parts,
@@ -142,65 +253,124 @@ def compress(
         )
         return others + round(price.bits(widths) / 8)
 
-    cache, key, cached = analysis.folder(cache_dir), "", False
-    stored: dict[str, analysis.Analysis] = {}
-    first: dict[str, QuantizedWeight] = {}
-    if method == "slim":
-        widths = budget.uniform(linears, round(bits))
-    else:
-        target = budget.Target(bits, size, index_bits)
-        budget.check(target, linears, price, planned_bytes)
-        with clock("analyse"):
-            key = analysis.key(given.path, given.ids, plan, sorted(linears))
-            stored, cached = analysis.get(cache, key, model, linears, given.ids, plan, progress)
-            errors = {n: stored[n].errors for n in linears}
-            if options is not None:
-                first, errors = decompose(linears, stored, options, progress)
-        with clock("allocate"):
-            widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
-    report = Report(
-        out=str(out),
-        method=method,
-        recipe=recipe,
-        bits_per_weight=price.bits(widths) / price.total,
-        bytes=planned_bytes(widths) if dry_run else 0,
-        linears=len(linears),
-        weights=price.total,
-        rows_by_width=histogram(torch.cat(list(widths.values()))),
-        calibration=given.calibration,
-        analysis_kept=cached,
-        analysis_bytes=analysis.nbytes(cache, key) if key else 0,
-        seconds=clock.seconds,
-    )
-    if not dry_run:
-        # A run that was interrupted during the training finds its state here and goes on.
-        state = cache / f"{key}-{_digest(widths)}.state"
-        if options is None:
-            quantized, report.held_out_kl = quantize(
-                model, linears, stored, widths, plan, given.ids, progress, clock, state
+    def made(widths: budget.Widths, *known: Any) -> Plan:
+        return Plan(widths, price.bits(widths) / price.total, planned_bytes(widths), *known)
+
+    if asked.method == "slim":
+        return made(budget.uniform(linears, round(target.bits)), "", False, {}, {})
+    budget.check(target, linears, price, planned_bytes)
+    with tools.clock("analyse"):
+        key = analysis.key(given.path, given.ids, plan, sorted(linears))
+        if given.streamed is None:
+            stored, kept = analysis.get(
+                tools.cache, key, given.model, linears, given.ids, plan, tools.progress
             )
         else:
-            with clock("fit"):
-                quantized = (
-                    fit_blocks(model, linears, given.ids, recipe, plan, options, progress)
-                    if method == "slim"
-                    else compose(linears, stored, widths, options, first, progress)
-                )
-        with clock("write"):
-            checkpoint.save(
-                out,
-                model,
-                given.tokenizer,
-                quantized,
-                embed_bits=embed_bits,
-                bits=report.bits_per_weight,
-                provenance=provenance,
-                force=force,
+            stored = analysis.stored(tools.cache, key, linears)
+            kept = stream.analyse(given.streamed, stored, given.ids, plan, submit, tools.progress)
+        errors = {n: stored.errors(n) for n in linears}
+        first: dict[str, QuantizedWeight] = {}
+        if asked.options is not None:
+            first, errors = decompose(linears, stored, asked.options, tools.progress)
+    with tools.clock("allocate"):
+        widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
+    return made(widths, key, kept, stored, first)
+
+
+def _report(
+    given: "Given", asked: Asked, tools: Tools, out: Path, chosen: Plan | None = None
+) -> "Report":
+    """What is known of a run before OUT is written; without `chosen`, of a dry run."""
+    if chosen is None:
+        if given.streamed is not None:
+            raise SkimError(
+                f"{given.path}: does not fit in memory, so a dry run would take as long as the run "
+                f"itself; {resources.describe(given.needs, True)}"
             )
-        state.unlink(missing_ok=True)
-        report.bytes = checkpoint.folder_bytes(out)
-    report.peak_rss_bytes = peak_rss_bytes()
+        chosen = _allocate(given, asked, tools, here)
+    return Report(
+        out=str(out),
+        method=asked.method,
+        recipe=asked.recipe,
+        bits_per_weight=chosen.bits,
+        bytes=chosen.bytes,
+        linears=len(given.linears),
+        weights=sum(m.weight.numel() for m in given.linears.values()),
+        rows_by_width=histogram(torch.cat(list(chosen.widths.values()))),
+        calibration=given.calibration,
+        analysis_kept=chosen.kept,
+        analysis_bytes=analysis.nbytes(tools.cache, chosen.key) if chosen.key else 0,
+        streamed=given.streamed is not None,
+        planned=dataclasses.asdict(given.needs),
+        seconds=tools.clock.seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def _run(
+    given: "Given", asked: Asked, tools: Tools, out: Path, work: Path, submit: Submit
+) -> "Report":
+    """Allocate, fit and write OUT by way of `work`."""
+    journal.begin(work, asked.facts(given))
+    tools.notice(resources.describe(given.needs, given.streamed is not None))
+    chosen = _allocate(given, asked, tools, submit)
+    report = _report(given, asked, tools, out, chosen)
+    how: dict[str, Any] = {"embed_bits": asked.embed_bits, "bits": chosen.bits}
+    how["provenance"] = _provenance(asked, given)
+    # A run that was interrupted during the training finds its state here and goes on.
+    state = tools.cache / f"{chosen.key}-{_digest(chosen.widths)}.state"
+    if given.streamed is not None:
+        with tools.clock("fit"):
+            stream.fit(
+                given.streamed, chosen.stored, chosen.widths, asked.plan, submit, tools.progress
+            )
+    else:
+        quantized, report.held_out_kl = _quantized(given, asked, tools, chosen, state)
+    with tools.clock("write"), journal.model_folder(work, out) as folder:
+        if given.streamed is not None:
+            counts = {n: histogram(w) for n, w in chosen.widths.items()}
+            checkpoint.write_packed(
+                folder,
+                given.model,
+                given.tokenizer,
+                counts,
+                stream.packed(given.streamed),
+                in_scale=asked.plan.scale,
+                **how,
+            )
+        else:
+            checkpoint.write(folder, given.model, given.tokenizer, quantized, **how)
+        report.bytes = checkpoint.folder_bytes(folder)
+        journal.write_report(work, report.to_json())
+    state.unlink(missing_ok=True)
     return report
+
+
+def _quantized(
+    given: "Given", asked: Asked, tools: Tools, chosen: Plan, state: Path
+) -> tuple[dict[str, QuantizedWeight], list[float]]:
+    """All linears of a model in memory, and the held-out losses of a training."""
+    model, linears, plan = given.model, given.linears, asked.plan
+    if asked.options is None:
+        return quantize(
+            model,
+            linears,
+            chosen.stored,
+            chosen.widths,
+            plan,
+            given.ids,
+            tools.progress,
+            tools.clock,
+            state,
+        )
+    with tools.clock("fit"):
+        if asked.method == "slim":
+            return fit_blocks(
+                model, linears, given.ids, asked.recipe, plan, asked.options, tools.progress
+            ), []
+        return compose(
+            linears, chosen.stored, chosen.widths, asked.options, chosen.first, tools.progress
+        ), []
 
 
 @dataclass(frozen=True)
@@ -213,47 +383,74 @@ class Given:
     linears: dict[str, nn.Linear]
     ids: Tensor  # [windows, tokens]
     calibration: dict[str, Any]  # how the windows came about, for the provenance
+    needs: resources.Needs
+    streamed: stream.Streamed | None  # None: the model is in memory
 
 
 def _load(
     source: str | os.PathLike[str],
-    plan: Recipe,
+    asked: Asked,
     revision: str | None,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     text: str | os.PathLike[str] | None,
     text_key: str | None,
-    seed: int,
+    max_memory: int | None,
+    work: Path | None,
 ) -> Given:
-    """Read model and text; SkimError for a model that is compressed and for too little text."""
+    """Read text and model, or what stands outside its blocks where the whole does not fit."""
+    plan = asked.plan
     documents = default_text() if text is None else read_documents(text, text_key)
     opened = checkpoint.open_checkpoint(source, revision=revision)
     if opened.compressed:
         raise SkimError(f"{source}: is compressed already; give the original model")
-    model, tokenizer = checkpoint.load(opened)
+    shape = checkpoint.skeleton(opened.path, opened.config)
+    wanted = checkpoint.linears(shape, include, exclude)
+    whole, part = resources.needs(resources.sizes(shape, wanted), plan, plan.samples, BATCH)
+    streamed = resources.streams(whole, part, max_memory, _resident(asked, opened), plan.samples)
+    if streamed:
+        resources.check_disk(Path.cwd() if work is None else work, part)
+    load = checkpoint.load_outside if streamed else checkpoint.load
+    model, tokenizer = load(opened)
     origin = "the built-in text" if text is None else str(text)
-    ids = windows(documents, tokenizer, plan.samples, plan.seq_len, seed, origin)
+    ids = windows(documents, tokenizer, plan.samples, plan.seq_len, asked.seed, origin)
     if plan.steps and len(ids) < 2:
         raise SkimError(f"{origin}: one window is too little to train on; give more text")
     calibration = {
         "text": Path(origin).name,
         "windows": len(ids),
         "seq_len": ids.shape[1],
-        "seed": seed,
+        "seed": asked.seed,
     }
     linears = checkpoint.linears(model, include, exclude)
-    return Given(opened.path, model, tokenizer, linears, ids, calibration)
+    by_block = stream.Streamed(opened, model, linears, work or Path.cwd()) if streamed else None
+    needs = part if streamed else whole
+    return Given(opened.path, model, tokenizer, linears, ids, calibration, needs, by_block)
 
 
-def _provenance(
-    method: str, recipe: str, options: slim.Options | None, calibration: dict[str, Any]
-) -> dict[str, Any]:
+def _resident(asked: Asked, opened: checkpoint.Checkpoint) -> str | None:
+    """Why a model must be in memory as a whole, None where it need not."""
+    if opened.gguf:
+        return "a .gguf file is loaded whole; give a folder of safetensors"
+    if asked.method == "slim" or asked.options is not None:
+        return "with sparsity or adapters a model must fit; --method skim without them need not"
+    if asked.plan.steps:
+        return f"recipe {asked.recipe} trains the whole model; give --recipe fast"
+    return None
+
+
+def _provenance(asked: Asked, given: Given) -> dict[str, Any]:
     """How the folder was made, for its config.json."""
-    facts: dict[str, Any] = {"skimlm": skimlm.__version__, "method": method, "recipe": recipe}
-    if options is not None:
+    facts: dict[str, Any] = {
+        "skimlm": skimlm.__version__,
+        "method": asked.method,
+        "recipe": asked.recipe,
+    }
+    if asked.options is not None:
+        options = asked.options
         facts |= {"sparsity": str(options.sparsity or "none"), "rank": options.rank}
         facts |= {"adapter_bits": options.adapter_bits} if options.rank else {}
-    return facts | {"calibration": calibration}
+    return facts | {"calibration": given.calibration}
 
 
 def _checked(

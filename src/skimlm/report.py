@@ -244,14 +244,22 @@ def environment() -> dict[str, Any]:
     }
 
 
-def peak_rss_bytes() -> int:
-    """Return the most memory this process has held at once."""
+def peak_rss_bytes(workers: int = 1) -> int:
+    """Return the most memory this process has held at once.
+
+    With several workers the most one of them has held is added for each: an upper bound.
+    """
     try:  # ru_maxrss would inherit the parent's peak across exec
         status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        own = int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        own = _maxrss(resource.RUSAGE_SELF)
+    return own + (workers * _maxrss(resource.RUSAGE_CHILDREN) if workers > 1 else 0)
+
+
+def _maxrss(who: int) -> int:
+    peak = resource.getrusage(who).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

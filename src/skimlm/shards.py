@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,14 +169,32 @@ def index_text(shards: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return json.dumps(index, indent=2) + "\n"
 
 
-def write(folder: Path, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write shards and index; on-disk before it returns."""
+def write(
+    folder: Path,
+    shards: Mapping[str, Mapping[str, Tensor]],
+    read: Callable[[str], Tensor] | None = None,
+) -> None:
+    """Write shards and index. What is on the meta device is had by `read` when its turn comes."""
     for file, part in shards.items():
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in part.items()}
-        save_file(whole, folder / file, metadata=METADATA)
-        (folder / file).chmod(0o666 & ~_umask())  # safetensors makes it private
+        _write_one(folder / file, part, read)
     if text := index_text(shards):
         (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def _write_one(
+    file: Path, tensors: Mapping[str, Tensor], read: Callable[[str], Tensor] | None
+) -> None:
+    """One file, as safetensors' own `save_file` makes it, a tensor in memory at a time."""
+    header, order = _header(tensors)
+    with file.open("wb") as stream:
+        stream.write(header)
+        for name in order:
+            tensor = tensors[name].detach()
+            if tensor.is_meta and read is not None:
+                tensor = read(name)
+                if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
+                    raise FormatError("is not what was planned", file=file, tensor=name)
+            stream.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def write_file(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -207,25 +225,40 @@ def sync(folder: Path) -> None:
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
     """The size of the file that holds these tensors: they may be on the meta device."""
+    return len(_header(tensors)[0]) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+    """The first bytes of the file that holds these tensors, and the order in which they follow."""
     order = list(DTYPES.values())
     kinds = {name: DTYPES[tensor.dtype] for name, tensor in tensors.items()}
+    names = sorted(tensors, key=lambda name: (order.index(kinds[name]), name))
     header: dict[str, Any] = {"__metadata__": METADATA}
     end = 0
-    for name in sorted(tensors, key=lambda name: (order.index(kinds[name]), name)):
+    for name in names:
         begin, end = end, end + tensors[name].nbytes
         shape = list(tensors[name].shape)
         header[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(text) // 8) * 8 + end
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, names
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name when the body succeeds, and vanishes otherwise."""
+def whole_folder(out: Path, part: Path | None = None) -> Iterator[Path]:
+    """A folder that takes the name of `out` when the body succeeds, and vanishes otherwise.
+
+    It is one beside `out`, or `part`, on the same disk, which is left to the caller if all fails.
+    """
     folder = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        if part is None:
+            folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        else:
+            folder = part
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
         folder.chmod(0o777 & ~_umask())  # mkdtemp's 0700 is not what a model folder should have
         yield folder
         sync(folder)
@@ -233,7 +266,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise SkimError(f"{out}: could not be written: {first_line(error)}") from error
     finally:
-        if folder is not None:
+        if folder is not None and part is None:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,0 +1,259 @@
+"""A model larger than memory: one decoder block at a time, every step on disk, to be resumed.
+
+    analyse    inputs of every block, first to last; the loss; then backwards, last block first:
+               each is run again with gradients, its linears analysed, the gradient passed on
+    fit        block after block: codebooks and codes of its linears, packed
+    write      all of it into the files of OUT
+
+What the blocks are given is exactly what `calibrate.statistics` gives them inside the whole model,
+in the same batches: the results are the same, bit for bit. In `work` (journal.py) lie, each whole:
+    inputs-I      hidden states before block I [n, t, d], deleted once block I is analysed
+    gradient-I    d loss / d inputs-I: the analysis of block I and all after it is kept
+    packed-I      what OUT holds of block I
+A block is loaded, used and dropped. The analysis of a linear goes to the cache (analysis.py).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from skimlm import analysis, blockwise, checkpoint, shards
+from skimlm.calibrate import (
+    BATCH,
+    Sums,
+    backward_from_loss,
+    cross_entropy_gradient,
+    next_tokens,
+    observed,
+)
+from skimlm.errors import SkimError
+from skimlm.hooks import frozen
+from skimlm.recipes import Recipe, packed_linear
+from skimlm.workers import Submit, here
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A model of which blocks are loaded when their turn comes."""
+
+    source: checkpoint.Checkpoint
+    model: Any  # blocks on the meta device
+    linears: dict[str, nn.Linear]  # those to compress
+    work: Path
+
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks, in order."""
+        return [name for name, _ in checkpoint.blocks(self.model)]
+
+    def inside(self, prefix: str) -> dict[str, nn.Linear]:
+        """The linears of a block that are to be compressed."""
+        return {n: m for n, m in self.linears.items() if n.startswith(prefix + ".")}
+
+    def file(self, kind: str, i: int) -> Path:
+        """Where something about block `i` lies."""
+        return self.work / f"{kind}-{i:04}.safetensors"
+
+
+# ---- analysis
+
+
+def analyse(
+    s: Streamed,
+    stored: analysis.Stored,
+    ids: Tensor,
+    plan: Recipe,
+    submit: Submit,
+    progress: Progress,
+) -> bool:
+    """Fill `stored`; whether it was all there already."""
+    missing = set(stored.missing())
+    if not missing:
+        return True
+    count = len(s.blocks)
+    at = min((i for i in range(count + 1) if s.file("gradient", i).exists()), default=None)
+    if at is not None and any(n in missing for p in s.blocks[at:] for n in s.inside(p)):
+        at = None  # the cache was deleted since: begin anew
+        for i in range(count + 1):
+            s.file("gradient", i).unlink(missing_ok=True)
+    with torch.no_grad(), frozen(s.model):
+        with checkpoint.loaded_block(s.source, s.model, s.blocks[0]):
+            states, options, tupled = blockwise.entry(s.model, ids, BATCH)
+        _forward(s, torch.cat(states), options, count if at is None else at - 1, progress)
+        del states
+        if at is None:
+            at, gradient = count, _loss_gradient(s, ids, tupled)
+            _keep(s.file("gradient", count), gradient)
+        _backward(s, stored, options, at, plan, submit, progress)
+    return False
+
+
+def _forward(
+    s: Streamed, first: Tensor, options: list[dict[str, Any]], last: int, progress: Progress
+) -> None:
+    """Keep the inputs of blocks 0 to `last`; those that are there already stay."""
+    have = next((i for i in range(last + 1) if not s.file("inputs", i).exists()), last + 1)
+    if have == 0:
+        _keep(s.file("inputs", 0), first)
+        have = 1
+    for i in range(have, last + 1):
+        before = _read(s.file("inputs", i - 1))
+        with checkpoint.loaded_block(s.source, s.model, s.blocks[i - 1]) as block:
+            parts = [blockwise.run(block, options[i - 1], x) for x in before.split(BATCH)]
+        _keep(s.file("inputs", i), torch.cat(parts))
+        progress("forward", i, last)
+
+
+def _loss_gradient(s: Streamed, ids: Tensor, tupled: bool) -> Tensor:
+    """d loss / d output of the last block [n, t, d]."""
+    gradients = []
+    final = _read(s.file("inputs", len(s.blocks)))
+    for x, part in zip(final.split(BATCH), ids.split(BATCH), strict=True):
+        x = x.clone().requires_grad_()
+        with torch.enable_grad():
+            hidden = blockwise.remainder(s.model, part, x, tupled)
+            backward_from_loss(hidden, cross_entropy_gradient(s.model, next_tokens(part)))
+        assert x.grad is not None
+        gradients.append(x.grad)
+    return torch.cat(gradients)
+
+
+def _backward(
+    s: Streamed,
+    stored: analysis.Stored,
+    options: list[dict[str, Any]],
+    at: int,
+    plan: Recipe,
+    submit: Submit,
+    progress: Progress,
+) -> None:
+    """Blocks at - 1 to 0: statistics, then the analysis of each linear, while the next is run."""
+    count = len(s.blocks)
+    gradient = _read(s.file("gradient", at))
+    results: dict[str, Callable[[], analysis.Analysis]] = {}
+
+    def settle(i: int, gradient: Tensor) -> None:
+        """Block `i` and all after it are analysed once this has returned."""
+        for name in list(results):
+            stored.keep(name, results.pop(name)())
+        _keep(s.file("gradient", i), gradient)
+        s.file("gradient", i + 1).unlink(missing_ok=True)
+        s.file("inputs", i + 1).unlink(missing_ok=True)
+        s.file("inputs", i).unlink(missing_ok=True)
+        progress("calibrate", count - i, count)
+
+    for i in reversed(range(at)):
+        with checkpoint.loaded_block(s.source, s.model, s.blocks[i]) as block:
+            linears = s.inside(s.blocks[i])
+            sums = Sums(linears, not plan.end_loss, plan.fisher_windows)
+            inputs = _read(s.file("inputs", i))
+            passed = _through(block, options[i], linears, sums, inputs, gradient)
+            if results:
+                settle(i + 1, gradient)
+            gradient = passed
+            collected = sums.finished(s.model.dtype)
+            for name in linears:
+                weight = s.model.get_submodule(name).weight.detach()
+                results[name] = submit(analysis.of, weight, collected.pop(name), plan.end_loss)
+        if submit is here:
+            settle(i, gradient)
+    if results:
+        settle(0, gradient)
+
+
+def _through(
+    block: nn.Module,
+    options: dict[str, Any],
+    linears: Mapping[str, nn.Linear],
+    sums: Sums,
+    inputs: Tensor,
+    gradient: Tensor,
+) -> Tensor:
+    """Run a block again with gradients: its sums are taken; d loss / d inputs is returned."""
+    passed = []
+    with observed(linears, sums.observe):
+        pairs = zip(inputs.split(BATCH), gradient.split(BATCH), strict=True)
+        for number, (x, after) in enumerate(pairs):
+            x = x.clone().requires_grad_()
+            sums.begin(number * BATCH, len(x))
+            with torch.enable_grad():
+                blockwise.run(block, options, x).backward(after)
+            assert x.grad is not None
+            passed.append(x.grad)
+    return torch.cat(passed)
+
+
+# ---- fit and write
+
+
+def fit(
+    s: Streamed,
+    stored: Mapping[str, analysis.Analysis],
+    widths: Mapping[str, Tensor],
+    plan: Recipe,
+    submit: Submit,
+    progress: Progress,
+) -> None:
+    """Keep what OUT will hold of every block."""
+    pending: list[tuple[int, dict[str, Tensor], dict[str, Callable[[], dict[str, Tensor]]]]] = []
+
+    def settle() -> None:
+        i, others, results = pending.pop()
+        tensors = dict(others)
+        for name, result in results.items():
+            tensors |= {f"{name}.{part}": tensor for part, tensor in result().items()}
+        shards.write_file(s.file("packed", i), tensors, {})
+        progress("fit", i + 1, len(s.blocks))
+
+    for i, prefix in enumerate(s.blocks):
+        if s.file("packed", i).exists():
+            continue
+        linears = s.inside(prefix)
+        with checkpoint.loaded_block(s.source, s.model, prefix) as block:
+            others = {f"{prefix}.{name}": t.detach() for name, t in block.state_dict().items()}
+            results = {}
+            for name in linears:
+                weight = others.pop(f"{name}.weight")
+                results[name] = submit(packed_linear, weight, stored[name], widths[name], plan)
+        if pending:
+            settle()
+        pending.append((i, others, results))
+        if submit is here:
+            settle()
+    if pending:
+        settle()
+
+
+def packed(s: Streamed) -> Callable[[str], Tensor]:
+    """A function that reads what `fit` has kept, by the tensor's name."""
+    where: dict[str, Path] = {}
+    for i in range(len(s.blocks)):
+        with safe_open(s.file("packed", i), framework="pt") as stream:
+            where |= dict.fromkeys(stream.keys(), s.file("packed", i))
+
+    def read(name: str) -> Tensor:
+        with safe_open(where[name], framework="pt") as stream:
+            return stream.get_tensor(name)
+
+    return read
+
+
+def _keep(file: Path, tensor: Tensor) -> None:
+    shards.write_file(file, {"x": tensor}, {})
+
+
+def _read(file: Path) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as stream:
+            return stream.get_tensor("x")
+    except Exception as error:
+        raise SkimError(
+            f"{file}: cannot be read ({shards.first_line(error)}); --force begins anew"
+        ) from error
