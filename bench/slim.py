@@ -42,7 +42,11 @@ METHODS = {
     "Wanda + group AbsMax": GROUPED,
     "SparseGPT + GPTQ": dataclasses.replace(GROUPED, mask="sparsegpt"),
     "Naive-LoRA": dataclasses.replace(PAPER, adapter="naive", adapter_bits=16),
+    "Naive-LoRA, grid g128": dataclasses.replace(
+        GROUPED, rank=0.1, adapter="naive", adapter_bits=16
+    ),
     "SLiM-LoRA": dataclasses.replace(PAPER, adapter_bits=16),
+    "SLiM-LoRA, grid g128": dataclasses.replace(GROUPED, rank=0.1, adapter_bits=16),
     "SLiM-LoRA^Q": PAPER,
     "full Gram, one pass": dataclasses.replace(PAPER, adapter="gram", group=128, quantizer="error"),
     "joint, int4 grid g128": Options(bits=4, group=128, rounds=3),
