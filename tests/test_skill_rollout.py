@@ -68,6 +68,19 @@ def test_a_row_does_not_depend_on_its_batch_mates(family):
         assert sampled[i].tolist() == again.tolist()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_nothing_may_stand_before_a_question(family):
+    model, nothing = tiny_model(family), torch.zeros(0, dtype=torch.long)
+    prefix = rollout.read(model, [])
+    got = rollout.score_all(model, prefix, QUESTIONS, ANSWERS)
+    for states, question, answer in zip(got, QUESTIONS, ANSWERS, strict=True):
+        want = oracle_states(model, nothing, question, answer)
+        torch.testing.assert_close(states, want, atol=2e-5, rtol=1e-4)
+    said = rollout.sample(model, prefix, QUESTIONS, 4, temperature=0)
+    for answer, question in zip(said, QUESTIONS, strict=True):
+        assert answer.tolist() == oracle_greedy(model, nothing, question, 4).tolist()
+
+
 def test_an_answer_ends_with_its_end_token():
     model = tiny_model()
     with torch.no_grad():

@@ -288,19 +288,36 @@ def evaluate(
     help="0 is greedy: always the likeliest token.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--skill", "skills", multiple=True, type=FILE, help="A .skim or a SKILL.md; may be repeated."
+)
 @REVISION
 @DEVICE
 @THREADS
 @JSON
 def generate(
-    model: str, prompt: str, revision: str | None, device: str, as_json: bool, **options: Any
+    model: str,
+    prompt: str,
+    skills: tuple[str, ...],
+    revision: str | None,
+    device: str,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Answer PROMPT with MODEL, streamed; `-` reads the prompt from stdin."""
     from skimlm.generate import generate
+    from skimlm.skills.store import served
 
     prompt = sys.stdin.read() if prompt == "-" else prompt
     write = None if as_json else lambda piece: click.echo(piece, nl=False)
-    result = generate(*_load(model, device, revision), prompt, write=write, **options)
+    loaded, tokenizer = _load(model, device, revision)
+    pieces = []
+    for skill in skills:
+        found, warning = served(skill, loaded, tokenizer)
+        pieces.append(found)
+        if warning:
+            click.echo(f"warning: {warning}", err=True)
+    result = generate(loaded, tokenizer, prompt, skills=pieces, write=write, **options)
     if as_json:
         click.echo(json.dumps({"model": model, **result.to_json()}, ensure_ascii=False))
         return
@@ -381,10 +398,140 @@ def export(
 @click.argument("path", type=click.Path(exists=True))
 @JSON
 def inspect(path: str, as_json: bool) -> None:
-    """Show what is in a compressed folder: bits, bytes, per layer, provenance."""
-    from skimlm.report import inspect, inspect_text
+    """Show what is in a compressed folder or a .skim: sizes, measurements, provenance."""
+    if Path(path).is_file():
+        from skimlm.skills.store import inspect, inspect_text
+    else:
+        from skimlm.report import inspect, inspect_text
 
     _print(inspect(path), inspect_text, as_json)
+
+
+@main.group(cls=Commands)
+def skill() -> None:
+    """Skills (SKILL.md) as soft tokens: compress them and measure what is kept."""
+
+
+@skill.command("compress")
+@click.argument("path", metavar="SKILL.md", type=FILE)
+@click.argument("out", metavar="OUT.skim", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--model", required=True, help="Folder, hub id or .gguf the skill is for.")
+@click.option(
+    "--method",
+    type=click.Choice(["adaptive", "distill", "head", "selfinfo", "sections"]),
+    default="adaptive",
+    show_default=True,
+    help="adaptive: the fewest soft tokens that measure up; or one method at one size.",
+)
+@click.option("--tokens", type=POSITIVE, metavar="N", help="So many soft tokens.")
+@click.option(
+    "--ratio",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="R",
+    help="This share of the text's tokens: 0.25 keeps a quarter.",
+)
+@click.option(
+    "--target",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="Closure to the full text that adaptive asks for.",
+)
+@click.option(
+    "--recall",
+    "floor",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of literals (commands, paths ...) that adaptive asks for.",
+)
+@click.option("--pin", is_flag=True, help="Keep code, commands, numbers and prohibitions as text.")
+@click.option("--train", type=POSITIVE, help="Questions to train on.  [default: 96]")
+@click.option("--steps", type=POSITIVE, help="Training steps at most.  [default: 100]")
+@click.option("--seed", type=click.IntRange(min=0), help="[default: 0]")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@REVISION
+@DEVICE
+@THREADS
+@JSON
+def skill_compress(
+    path: str,
+    out: Path,
+    model: str,
+    train: int | None,
+    steps: int | None,
+    seed: int | None,
+    force: bool,
+    revision: str | None,
+    device: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compress a SKILL.md into OUT.skim for one model."""
+    if options["tokens"] is not None and options["ratio"] is not None:
+        raise click.UsageError("give one of --ratio and --tokens")
+    from skimlm.report import progress_bars
+    from skimlm.skills import adaptive, document, store
+
+    store.check_out(out, force)
+    read = document.read(path)
+    given = {"train": train, "steps": steps, "seed": seed}
+    settings = adaptive.Settings(**{k: v for k, v in given.items() if v is not None})
+    loaded, tokenizer = _load(model, device, revision)
+    with progress_bars() as progress:
+        made = adaptive.compress(
+            loaded,
+            tokenizer,
+            read,
+            settings=settings,
+            source=Path(path).name,
+            progress=progress,
+            **options,
+        )
+    store.write(out, made)
+    _print(store.inspect(out), store.inspect_text, as_json)
+
+
+@skill.command("eval")
+@click.argument("files", nargs=-1, required=True, type=FILE)
+@click.option("--model", required=True, help="Folder, hub id or .gguf to measure with.")
+@click.option("--questions", type=POSITIVE, default=64, show_default=True, help="Per skill.")
+@click.option("--answer", type=POSITIVE, default=48, show_default=True, help="Tokens per answer.")
+@click.option("--plot", type=FILE, help="Draw closure against tokens, all methods and resolutions.")
+@REVISION
+@DEVICE
+@THREADS
+@JSON
+def skill_eval(
+    files: tuple[str, ...],
+    model: str,
+    questions: int,
+    answer: int,
+    plot: str | None,
+    revision: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure what compressed skills keep of their full text, on questions never trained on."""
+    from skimlm.report import progress_bars
+    from skimlm.skills import evaluate
+
+    if plot:
+        evaluate.check_plot(plot)
+    loaded, tokenizer = _load(model, device, revision)
+    with progress_bars() as progress:
+        facts = evaluate.evaluate(
+            loaded,
+            tokenizer,
+            files,
+            count=questions,
+            answer=answer,
+            everything=plot is not None,
+            progress=progress,
+        )
+    if plot:
+        evaluate.plot(facts, plot)
+    _print({"model": model, **facts}, evaluate.text, as_json)
 
 
 @main.command()

@@ -30,7 +30,7 @@ SPANS = re.compile(
     r"|https?://[^\s)>\]]+"
     r"|(?<![\w-])--?[a-zA-Z][\w-]*(?:=\S+)?"  # flags
     r"|(?<![\w/.~-])(?:[.~]{0,2}/)?(?:[\w.-]+/)+(?:[\w-]+\.\w+|(?![\w-]))"  # paths
-    r"|(?<![\w.])\d[\d.,:%]*\w*"  # numbers, with their unit
+    r"|(?<![\w.])(?!\d+[.)]\s)\d[\d.,:%]*\w*"  # numbers with their unit, not those of lists
 )
 FORBIDS = re.compile(r"^[^\n]*\b(?:never|don't|do not|must not|not)\b[^\n]*$", re.M | re.I)
 

@@ -83,15 +83,22 @@ def run(
     return body(input_ids=ids, past_key_values=cache, **kwargs)
 
 
+def shares(model: Any, prefix: Prefix) -> bool:
+    """Whether rows can share the prefix's keys in place of having copies; there must be some."""
+    return prefix.length > 0 and attention.fits(model)
+
+
 def lent(model: Any, prefix: Prefix, rows: int) -> DynamicCache:
     """A cache behind `prefix` for `rows` rows, by the faster way where it is possible."""
-    if attention.fits(model):
+    if shares(model, prefix):
         return SharedCache(prefix.cache, prefix.length)
     return prefix.lend(rows)
 
 
 def read(model: Any, pieces: Sequence[Piece], after: Prefix | None = None) -> Prefix:
     """Run `pieces` through the model's body, behind another prefix if given."""
+    if not pieces:  # no chat template, no BOS and no skill: nothing stands before a question
+        return after or Prefix(DynamicCache(), 0)
     cache = after.lend(1) if after else DynamicCache()  # no config: keep all, windows are masks
     embedded = embed(model, pieces)
     model.get_decoder()(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
@@ -119,7 +126,7 @@ def sample(
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
     while order:
         some = order[:batch]
-        if not attention.fits(model):  # a sliding window would count the pads of shorter rows
+        if not shares(model, prefix):  # a sliding window would count the pads of shorter rows
             some = [i for i in some if len(questions[i]) == len(questions[some[0]])]
         order = order[len(some) :]
         rows = [questions[i] for i in some]

@@ -136,6 +136,7 @@ def write(path: str | os.PathLike[str], skill: Skill) -> None:
     }
     meta = {KEY: json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
     shards.write_file(Path(path), {"soft": soft, "text": text}, meta)
+    Path(path).chmod(0o666 & ~shards._umask())  # a temporary file is private
 
 
 def read(path: str | os.PathLike[str]) -> Skill:

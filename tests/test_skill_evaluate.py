@@ -1,0 +1,267 @@
+"""The numbers of `skill eval` and the choice of k, recounted from whole prompts."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from skill_sample import TEXT, chat_tokenizer, skill_model
+from skimlm.errors import SkimError
+from skimlm.skills import adaptive, evaluate, recall, rollout, splice, store
+from skimlm.skills.adaptive import Settings, choose, compress
+from skimlm.skills.document import body_start, literals, parse
+from skimlm.skills.splice import Pin
+
+DOCUMENT = parse(TEXT)
+QUICK = Settings(train=8, dev=4, answer=6, steps=4, rows=4)
+KEYS = {"name", "text_tokens", "tokens", "closure", "kl", "kl_no_skill", "literal_recall"}
+
+
+@pytest.fixture(scope="module")
+def world():
+    return skill_model(), chat_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def made(world):
+    return compress(*world, DOCUMENT, settings=QUICK, source="SKILL.md")
+
+
+# ---- statistics
+
+
+def test_a_closure_is_of_sums_not_a_mean_of_closures():
+    assert evaluate.closure([1.0, 0.0], [2.0, 8.0]) == pytest.approx(0.9)
+    assert evaluate.closure([0.0], [0.0]) == 0.0
+
+
+def test_the_bootstrap_is_paired_and_covers():
+    none = [random.Random(i).uniform(0.5, 3) for i in range(200)]
+    low, high = evaluate.bootstrap([0.2 * value for value in none], none)
+    assert low == pytest.approx(0.8) and high == pytest.approx(0.8)  # one draw for both sums
+    kl = [0.2 + 0.1 * random.Random(-i).random() for i in range(200)]
+    low, high = evaluate.bootstrap(kl, none)
+    chance, drawn = random.Random(1), []
+    for _ in range(4000):
+        picks = [chance.randrange(200) for _ in range(200)]
+        drawn.append(1 - sum(kl[i] for i in picks) / sum(none[i] for i in picks))
+    drawn.sort()
+    assert (low, high) == pytest.approx((drawn[100], drawn[3900]), abs=0.003)
+
+
+def test_a_difference_of_two_methods_is_paired():
+    none, better = [2.0, 4.0, 1.0, 3.0] * 20, [0.2, 0.4, 0.1, 0.3] * 20
+    worse = [value + 0.1 * nothing for value, nothing in zip(better, none, strict=True)]
+    gap, low, high = evaluate.difference(better, worse, none)
+    assert (gap, low, high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_weak_skills_are_in_no_mean():
+    rows = [
+        dict(name="a", closure=0.9, tokens=50, text_tokens=100, weak=False),
+        dict(name="b", closure=1.0, tokens=100, text_tokens=100, weak=False),
+        dict(name="c", closure=-9.0, tokens=1, text_tokens=100, weak=True),
+    ]
+    found = evaluate.summary(rows)
+    assert found["mean_closure"] == pytest.approx(0.95)
+    assert found["mean_ratio"] == pytest.approx(0.75) and found["weak"] == ["c"]
+    assert evaluate.summary(rows[2:])["mean_closure"] is None
+
+
+# ---- measuring
+
+
+def test_the_facts_are_those_of_whole_prompts(world, made, tmp_path):
+    model, tokenizer = world
+    path = tmp_path / "a.skim"
+    store.write(path, made)
+    facts = evaluate.evaluate(model, tokenizer, [path], count=5, answer=6)
+    row = facts["skills"][0]
+    assert set(row) >= KEYS and row["questions"] == 5
+    json.dumps(facts)
+    ids = splice.token_ids(tokenizer, DOCUMENT.text)
+    with torch.no_grad():
+        text = rollout.read(model, splice.opening(tokenizer, [[ids]]))
+    test = evaluate.study(model, tokenizer, DOCUMENT, text, "test", 5, 6, evaluate.SEED)
+    sums = {"skill": 0.0, "none": 0.0, "nll": 0.0, "agree": 0.0}
+    table, count = model.get_input_embeddings(), 0
+    for asked, said in zip(test.asked, test.answers, strict=True):
+
+        def log_p(skills, asked=asked, said=said):
+            pieces = [*splice.frame(tokenizer, skills, asked), said[:-1]]
+            with torch.no_grad():
+                logits = model(inputs_embeds=splice.embed(model, pieces)).logits
+            return logits[0, -len(said) :].double().log_softmax(-1)
+
+        p, q, none = log_p([[ids]]), log_p([store.pieces(made, tokenizer)]), log_p([])
+        sums["skill"] += float((p.exp() * (p - q)).sum())
+        sums["none"] += float((p.exp() * (p - none)).sum())
+        sums["nll"] += -float(q[range(len(said)), said].sum())
+        sums["agree"] += float((p.argmax(-1) == q.argmax(-1)).sum())
+        count += len(said)
+    assert table is model.get_input_embeddings()
+    assert row["kl"] == pytest.approx(sums["skill"] / count, rel=1e-3, abs=1e-5)
+    assert row["kl_no_skill"] == pytest.approx(sums["none"] / count, rel=1e-3)
+    assert row["closure"] == pytest.approx(1 - sums["skill"] / sums["none"], abs=1e-3)
+    assert row["nll"] == pytest.approx(sums["nll"] / count, rel=1e-3)
+    assert row["top1"] == pytest.approx(sums["agree"] / count)
+    assert row["tokens"] == store.tokens(made, tokenizer)
+
+
+def test_the_full_text_scores_itself_perfectly(world, tmp_path):
+    path = tmp_path / "SKILL.md"
+    path.write_text(TEXT)
+    row = evaluate.evaluate(*world, [path], count=3, answer=5)["skills"][0]
+    assert (row["method"], row["closure"], row["kl"], row["top1"]) == ("full text", 1.0, 0.0, 1.0)
+    assert row["tokens"] == row["text_tokens"] and row["literal_recall"] in (None, 1.0)
+
+
+def test_everything_has_all_resolutions_and_baselines(world, made, tmp_path):
+    path = tmp_path / "a.skim"
+    store.write(path, made)
+    facts = evaluate.evaluate(*world, [path], count=2, answer=4, everything=True)
+    got = {(row["method"], row["k"]) for row in facts["skills"][0]["all"]}
+    methods = {made.method, "head", "selfinfo", "sections"}
+    assert got == {(method, k) for method in methods for k in made.ladder}
+    assert "closure" in evaluate.text(facts)
+
+
+def test_a_stale_skill_is_not_evaluated(world, made, tmp_path):
+    path = tmp_path / "a.skim"
+    store.write(path, made)
+    other = chat_tokenizer()
+    other.chat_template += " "
+    with pytest.raises(SkimError, match="made for another chat_template: compress the skill again"):
+        evaluate.evaluate(world[0], other, [path], count=2)
+
+
+def test_literals_are_asked_with_the_words_before_them(world):
+    model, tokenizer = world
+    asked = recall.cloze(tokenizer, DOCUMENT, 100)
+    begin = body_start(DOCUMENT.text)
+    short = [(p, v) for p, v in literals(DOCUMENT.text) if len(v) <= recall.LONGEST]
+    assert [value for _, value in asked] == [value for _, value in short]
+    for (question, _), (place, _) in zip(asked, short, strict=True):
+        said = tokenizer.decode(question).split(recall.ASK + ">")[1]
+        before = DOCUMENT.text[begin:place]
+        assert before.rstrip().endswith(said) and said
+
+
+def test_recall_counts_what_the_full_text_lets_the_model_say(world, monkeypatch):
+    model, tokenizer = world
+    asked = [(torch.tensor([i]), word) for i, word in enumerate(["aa", "bb", "cc", "dd"])]
+    says = {"text": "xaax bb cc", "soft": "aa cc dd"}
+    monkeypatch.setattr(recall, "cloze", lambda *args: asked)
+    monkeypatch.setattr(
+        rollout,
+        "sample",
+        lambda model, tok, questions, *a, **kw: (
+            [splice.token_ids(tokenizer, says[tok])] * len(questions)
+        ),
+    )
+    found = recall.recall(model, tokenizer, DOCUMENT, "text", ["soft", "text"])
+    assert found == [pytest.approx(2 / 3), 1.0]
+    says["text"] = "nothing"
+    assert recall.recall(model, tokenizer, DOCUMENT, "text", ["soft"]) == [None]
+
+
+# ---- the choice
+
+
+def row(method, k, closure, recall=1.0, kl=1.0):
+    return dict(method=method, k=k, tokens=k + 3, closure=closure, literal_recall=recall, kl=kl)
+
+
+def test_the_smallest_that_is_good_enough_is_chosen():
+    rows = [row("distill", 32, 0.8), row("distill", 64, 0.95), row("distill", 128, 0.99)]
+    assert choose(rows, 0.9, 0) is rows[1]
+    assert choose(rows, 0.97, 0) is rows[2]
+    assert choose(rows, 0.995, 0) is None
+    rows.append(row("head", 64, 0.91))
+    assert choose(rows, 0.9, 0) is rows[3]  # plain words where they do
+    rows[3]["literal_recall"] = 0.2
+    assert choose(rows, 0.9, 0.5) is rows[1]
+    assert choose([row("distill", 32, -1.0, kl=0.04)], 0.9, 0)["k"] == 32
+    assert choose([row("distill", 32, 0.95, recall=None)], 0.9, 0.9)["k"] == 32
+
+
+def test_the_ladder_ends_at_half_of_the_text():
+    assert adaptive.rungs(811, 811) == [32, 64, 128, 256, 405]
+    assert adaptive.rungs(2100, 2100) == [32, 64, 128, 256, 512, 1050]
+    assert adaptive.rungs(40, 40) == [20] and adaptive.rungs(1, 1) == [1]
+    assert adaptive.rungs(811, 100) == [32, 64, 100]
+
+
+def test_adaptive_compression_is_deterministic_and_keeps_its_evidence(world, made, tmp_path):
+    again = compress(*world, DOCUMENT, settings=QUICK, source="SKILL.md")
+    for name, skill in (("a.skim", made), ("b.skim", again)):
+        store.write(tmp_path / name, skill)
+    assert (tmp_path / "a.skim").read_bytes() == (tmp_path / "b.skim").read_bytes()
+    rungs = made.evidence["rungs"]
+    n = len(DOCUMENT.text)
+    assert {(r["method"], r["k"]) for r in rungs} == {
+        (m, k) for m in ("distill", "head", "sections") for k in adaptive.rungs(n, n)
+    }
+    chosen = choose(rungs, 0.9, 0.0)
+    assert made.k == (chosen["k"] if chosen else None)
+
+
+@pytest.mark.parametrize("method", ["head", "selfinfo", "sections"])
+def test_untrained_methods_give_the_embeddings_of_kept_words(world, method):
+    model, tokenizer = world
+    made = compress(model, tokenizer, DOCUMENT, method=method, tokens=40)
+    kept = adaptive.select.keep(model, tokenizer, DOCUMENT, 40, method)
+    ids = splice.token_ids(tokenizer, DOCUMENT.text)[kept]
+    assert torch.equal(made.soft, model.get_input_embeddings()(ids).detach().bfloat16())
+    assert (made.k, made.ladder, made.method) == (40, (40,), method)
+
+
+def test_a_size_is_kept_to_and_nested(world):
+    made = compress(*world, DOCUMENT, ratio=0.25, settings=QUICK)
+    k = round(0.25 * len(DOCUMENT.text))
+    assert (made.k, made.method) == (k, "distill")
+    assert made.ladder == tuple(sorted({r for r in adaptive.RUNGS if r < k} | {k}))
+
+
+def test_pinned_spans_stay_text_and_the_rest_is_the_start(world):
+    model, tokenizer = world
+    start, pins = adaptive.layout(model, tokenizer, DOCUMENT, None, True)
+    pieces = splice.pieces_of(tokenizer, start, pins, len(start))
+    # all of it together is the text again
+    table = model.get_input_embeddings().weight.detach().bfloat16().float()
+    text = "".join(
+        tokenizer.decode(p if p.ndim == 1 else torch.cdist(p, table).argmin(1)) for p in pieces
+    )
+    assert text == DOCUMENT.text
+    assert pins[0] == Pin(DOCUMENT.text.index("`notes scan"), "`notes scan --all`")
+    made = compress(model, tokenizer, DOCUMENT, tokens=20, pin=True, settings=QUICK)
+    assert all(pin.at <= 20 for pin in made.pins) and len(made.pins) == len(pins)
+    assert store.tokens(made, tokenizer) > 20 + sum(len(pin.text) for pin in pins)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (dict(tokens=10_000), "10,000 soft tokens for a text of"),
+        (dict(ratio=1e-6), "0 soft tokens for a text of"),
+        (dict(method="head"), "--method head needs a size"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(world, options, complaint):
+    with pytest.raises(SkimError, match=complaint):
+        compress(*world, DOCUMENT, **options)
+
+
+def test_a_text_beyond_the_model_is_refused_not_cut(world):
+    long = parse(TEXT + "word " * 1000)
+    with pytest.raises(SkimError, match=r"tidy-notes: 5,\d+ tokens, with a question .* 3,792 of a"):
+        compress(*world, long)
+
+
+def test_a_plot_needs_matplotlib_and_a_known_suffix(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SkimError, match=r"--plot needs matplotlib: pip install 'skimlm\[plot\]'"):
+        evaluate.check_plot("a.png")
