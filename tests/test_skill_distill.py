@@ -74,7 +74,8 @@ def test_the_loss_is_the_mean_divergence_per_token_of_the_rows_it_deals(world):
     with torch.no_grad():
         got = distilling._loss(model, tokenizer, soft, (), [4, 12], train, [5, 1, 7], 2)
         total, tokens = 0.0, 0
-        for row, k in ((5, 4), (1, 12), (7, 4)):  # step 2: the first row goes to the first rung
+        assert distilling.deal(2, 3, 2) == [1, 1, 0]
+        for row, k in ((5, 12), (1, 12), (7, 4)):
             pieces = splice.frame(tokenizer, [[soft[:k]]], train.asked[row])
             tail = model.get_input_embeddings()(train.answers[row][:-1])
             whole = torch.cat([splice.embed(model, pieces)[0], tail])[None]
@@ -83,6 +84,12 @@ def test_the_loss_is_the_mean_divergence_per_token_of_the_rows_it_deals(world):
             total += float((p.exp() * (p - logits.log_softmax(-1))).sum())
             tokens += len(train.answers[row])
     assert float(got) == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_rows_are_dealt_to_larger_rungs_more_often():
+    hands = [hand for step in range(10) for hand in distilling.deal(4, 7, step)]
+    assert [hands.count(i) for i in range(4)] == [7, 14, 21, 28]
+    assert distilling.deal(4, 7, 0) == [3, 3, 3, 3, 2, 2, 2]
 
 
 def test_thirty_steps_reduce_the_divergence_they_train_on(world):

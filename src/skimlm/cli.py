@@ -399,7 +399,7 @@ def export(
 @JSON
 def inspect(path: str, as_json: bool) -> None:
     """Show what is in a compressed folder or a .skim: sizes, measurements, provenance."""
-    if Path(path).is_file():
+    if path.endswith(".skim"):
         from skimlm.skills.store import inspect, inspect_text
     else:
         from skimlm.report import inspect, inspect_text

@@ -144,7 +144,7 @@ def rungs(text_tokens: int, most: int) -> list[int]:
 
 def nest(k: int) -> list[int]:
     """A fixed size with the powers of two below it."""
-    return [rung for rung in RUNGS if rung < k] + [k]
+    return [rung for rung in RUNGS if rung < 0.9 * k] + [k]
 
 
 def rows_of(model: Any, ids: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ step with the least divergence on dev questions is kept, so a training that does
 the start. After Cartridges (arXiv 2506.06266) and SKIM (arXiv 2606.12203).
 
 Nested: S[:k] is the skill at resolution k, for every k of a ladder. Attention is causal, so one
-pass over S gives the keys and values of all its prefixes. Every step gives its rows of questions in
-turn to the resolutions; a step reads K + rows * (q + y) positions.
+pass over S gives the keys and values of all its prefixes. Every step deals its rows of questions to
+the resolutions, larger ones more; a step reads K + rows * (q + y) positions.
 
 The model runs in its own dtype; S and Adam are in float32.
 """
@@ -132,7 +132,7 @@ def distill(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Distilled:
-    """Train soft tokens from `start` [K, d]; every k of `ladder` counts the same.
+    """Train soft tokens from `start` [K, d], nested; on dev every k of `ladder` counts the same.
 
     Dev divergence is measured every `check` steps; after `patience` times without a better one
     training ends.
@@ -201,19 +201,28 @@ def _loss(
     rows: Sequence[int],
     step: int,
 ) -> Tensor:
-    """Mean KL per token over `rows` of the study, dealt to the resolutions in turn."""
+    """Mean KL per token over `rows` of the study, dealt to the resolutions."""
     prefixes = nested(model, tokenizer, soft, pins, ladder)
+    hands = deal(len(ladder), len(rows), step)
     total, tokens = soft.new_zeros(()), 0
-    for i, k in enumerate(ladder):
-        mine = [row for j, row in enumerate(rows) if (j + step) % len(ladder) == i]
-        if not mine:
-            continue
+    for i in sorted(set(hands)):
+        mine = [row for row, hand in zip(rows, hands, strict=True) if hand == i]
         said = [train.answers[row] for row in mine]
-        states = rollout.score(model, prefixes[k], [train.questions[row] for row in mine], said)
+        asked = [train.questions[row] for row in mine]
+        states = rollout.score(model, prefixes[ladder[i]], asked, said)
         teacher = torch.cat([train.teacher[row] for row in mine])
         total = total + rollout.divergence(model, teacher, states).sum()
         tokens += len(teacher)
     return total / tokens
+
+
+def deal(rungs: int, rows: int, step: int) -> list[int]:
+    """The rung of every row of a step: rung i comes i + 1 times as often as the smallest.
+
+    Rows of one rung are neighbours, so that few passes are made per step.
+    """
+    cycle = [i for i in reversed(range(rungs)) for _ in range(i + 1)]
+    return [cycle[(step * rows + j) % len(cycle)] for j in range(rows)]
 
 
 def schedule(step: int, steps: int) -> float:

@@ -115,7 +115,7 @@ def measure(
         rows.append(
             {"method": method, "k": k, "tokens": tokens}
             | _facts(found, none, test)
-            | {"literal_recall": share}
+            | {"literal_recall": share, "kl_sums": found["kl"]}
         )
     first, rest = rows[0], rows[1:]
     facts = {
@@ -123,7 +123,7 @@ def measure(
         "file": file,
         "method": first["method"],
         "text_tokens": len(ids) + wrapper_tokens(tokenizer),
-        **{key: first[key] for key in first if key not in ("method", "k")},
+        **{key: first[key] for key in first if key not in ("method", "k", "kl_sums")},
         "kl_no_skill": _mean(none["kl"], test),
         "nll_no_skill": _mean(none["nll"], test),
         "nll_full_text": _mean(full["nll"], test),
@@ -132,7 +132,7 @@ def measure(
         "weak": _mean(none["kl"], test) < WEAK,
         "seconds": timing(model, tokenizer, test.questions[0], ids, pieces),
     }
-    return facts | ({"all": rest} if everything else {})
+    return facts | ({"all": rest, "kl_no_skill_sums": none["kl"]} if everything else {})
 
 
 def scores(
