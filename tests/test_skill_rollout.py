@@ -91,8 +91,9 @@ def test_an_answer_ends_with_its_end_token():
     assert stopped.tolist() == free[: free.tolist().index(end) + 1].tolist()
 
 
-def test_a_cut_prefix_is_that_of_the_shorter_text():
-    model = tiny_model()
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cut_prefix_is_that_of_the_shorter_text(family):
+    model = tiny_model(family)
     with torch.no_grad():
         cut = rollout.read(model, [TEXT]).cut(20)
         short = rollout.read(model, [TEXT[:20]])
