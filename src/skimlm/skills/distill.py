@@ -140,11 +140,7 @@ def distill(
     assert max(ladder) == len(start)
     soft = start.detach().float().clone().requires_grad_()
     optimizer = torch.optim.Adam([soft], lr=lr)
-    limit = (
-        float(model.get_input_embeddings().weight.detach().float().norm(dim=1).max())
-        if (isinstance(model.get_input_embeddings(), torch.nn.Embedding))
-        else float(start.norm(dim=1).max()) * 2
-    )
+    limit = longest(model)
 
     def measure() -> dict[int, float]:
         with torch.no_grad():
@@ -223,6 +219,14 @@ def deal(rungs: int, rows: int, step: int) -> list[int]:
     """
     cycle = [i for i in reversed(range(rungs)) for _ in range(i + 1)]
     return [cycle[(step * rows + j) % len(cycle)] for j in range(rows)]
+
+
+def longest(model: Any, chunk: int = 8192) -> float:
+    """Norm of the longest input embedding, as the model's table gives it out: scaled, unpacked."""
+    table, words = model.get_input_embeddings(), model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        parts = torch.arange(words, device=model.device).split(chunk)
+        return max(float(table(ids).float().norm(dim=1).max()) for ids in parts)
 
 
 def schedule(step: int, steps: int) -> float:
