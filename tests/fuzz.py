@@ -76,7 +76,7 @@ def parts_call(choose):
     parts = Parts(*sparse, group, *choose.choice([(0, 0), (1, 4), (5, 4), (3, 16)]))
     q = random_quantized(rows, cols, choose.randrange(9), in_scale=choose.random() < 0.3)
     stored, dtype = pack(with_parts(q, parts)), choose.choice([torch.float32, torch.bfloat16])
-    x = torch.randn(choose.choice([1, 1, 2, 5]), cols).to(dtype)
+    x = torch.randn(choose.choice([1, 1, 2, 5, 40]), cols).to(dtype)
     bias = torch.randn(rows) if choose.random() < 0.3 else None
     how = [parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits]
     for _ in range(choose.choice([0, 1, 1, 2])):

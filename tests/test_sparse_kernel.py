@@ -137,7 +137,8 @@ def test_products_are_what_the_stored_bytes_say(isa, sparsity, group):
             a, b = factors(stored, rows, cols, parts)
             weight, size = weight + b.T @ a, size + np.abs(b).T @ np.abs(a)
         bias = torch.randn(rows) if shift else None
-        for count, dtype in ((1, torch.float32), (2, torch.bfloat16), (5, torch.float32)):
+        few = ((1, torch.float32), (2, torch.bfloat16), (5, torch.float32))
+        for count, dtype in (*few, (7, torch.bfloat16), (33, torch.bfloat16), (12, torch.float32)):
             x = inputs(count, cols, dtype)
             got = multiply(x, stored, parts, rows, bias).double().numpy()
             x = x.double().numpy()
@@ -160,6 +161,24 @@ def test_the_sparse_part_is_exact_to_the_bit_everywhere(isa, sparsity, group):
                 x = inputs(1, cols, dtype)
                 want = torch.from_numpy(sparse_exactly(x[0], stored, rows, cols, parts)).to(dtype)
                 assert torch.equal(multiply(x, stored, parts, rows)[0], want), (rows, cols, widths)
+
+
+@pytest.mark.parametrize("group", [None, 128, 1152])
+def test_several_tokens_and_rows_longer_than_what_is_kept_in_cache(isa, group):
+    rows, cols = 37, 4300
+    for sparsity, count in itertools.product(SPARSE.values(), (5, 100)):
+        parts = parts_of(sparsity, cols, group, (3, 4))
+        stored = stored_linear(rows, cols, parts)
+        level, scale, span = oracle(stored, rows, cols, parts)
+        a, b = factors(stored, rows, cols, parts)
+        weight = level * scale.repeat(span, 1)[:, :cols] + b.T @ a
+        x = inputs(count, cols, torch.bfloat16)
+        want = x.double().numpy() @ weight.T
+        error = np.linalg.norm(multiply(x, stored, parts, rows).double().numpy() - want)
+        assert error < 3e-3 * np.linalg.norm(want)
+        x = x.float()
+        error = np.linalg.norm(multiply(x, stored, parts, rows).double().numpy() - want)
+        assert error < 1e-6 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("group", [None, 64, 128])
@@ -195,7 +214,7 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch):
 def test_an_input_that_is_not_finite_gives_no_finite_output(isa, bad):
     parts = parts_of("2:4", 140, 64, (2, 4))
     stored = stored_linear(6, 140, parts)
-    for count in (1, 3):
+    for count in (1, 3, 6, 40):
         x = torch.randn(count, 140)
         x[0, 65] = bad
         out = multiply(x, stored, parts, 6)
@@ -211,12 +230,13 @@ def test_patterns_6_and_7_are_read_as_5(isa):
     assert torch.equal(multiply(x, stored, parts, 9)[0], want)
 
 
+@pytest.mark.parametrize("count", [3, 9])
 @pytest.mark.parametrize("pool", ["torch's threads", "own threads"])
-def test_threads_do_not_change_a_bit(isa, pool):
+def test_threads_do_not_change_a_bit(isa, pool, count):
     own = (None, None)
     native.library().skimlm_use_openmp(*(native._openmp() if "torch" in pool else own))
     parts = parts_of("2:4", 600, 128, (60, 4))
-    stored, x, wrong = stored_linear(900, 600, parts), torch.randn(3, 600), []
+    stored, x, wrong = stored_linear(900, 600, parts), torch.randn(count, 600), []
     one = multiply(x, stored, parts, 900)
 
     def call():

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <new>
 #include <vector>
@@ -140,3 +141,16 @@ bool fits(const SkimlmSparse& linear);
 
 // Many tokens, with VBMI: a few rows at a time become bfloat16 in cache. x [n, c] float or bfloat16.
 void multiply_many(const Product& product, const void* x, bool bf16, int64_t n, int threads);
+
+// Rows of integers -128..127 that are made when they are needed, with a scale for every `span` columns,
+// whole chunks unless there is one scale.
+struct ByteRows {
+  int64_t r, c, scales, span;
+  const int32_t* order;  // which row of `out` they are; null: the same
+  // Rows begin..end to bytes [., stride], and their scales to [., scales].
+  std::function<void(int64_t begin, int64_t end, int8_t* bytes, int64_t stride, float* scale)> make;
+};
+
+// The same for such rows; in_scale may be null.
+void multiply_many(const ByteRows& rows, const void* x, bool bf16, const uint16_t* in_scale, int64_t n,
+                   const Output& out, int threads);

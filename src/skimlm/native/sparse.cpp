@@ -5,7 +5,8 @@
 // set and for any number of threads. A 4-bit A is a dense grid of `rank` rows, and is multiplied as one.
 //
 //   any processor   a row becomes integers, 0 where pruned, then one dot product per scale and token
-//   VBMI            four rows become bytes in L1, offset so that pruned ones count nothing
+//   VBMI            four rows become bytes in L1, offset so that pruned ones count nothing; from five
+//                   tokens on 32 rows do, and from there go to bfloat16 and float sums (gemm.cpp)
 //   VBMI, one token 2:4: nothing is expanded, x is permuted to the kept columns in registers instead,
 //                   half the products and look-ups; dense grids: nothing leaves the registers
 #include <algorithm>
@@ -25,6 +26,7 @@ enum Sparsity { DENSE, PAIRS, BITMAP };
 constexpr int64_t UNIT = 2 * CHUNK;        // columns; of 2:4 rows 64 codes and 32 patterns
 constexpr int64_t ADAPTER = 128;           // columns that share a scale of a 4-bit adapter
 constexpr int64_t PER_THREAD = 1 << 16;    // bytes
+constexpr int64_t SEVERAL = 5;             // tokens that are worth turning rows into bfloat16
 constexpr int64_t PATTERN_BYTES = 12;      // of a unit
 constexpr uint8_t FIRST[8] = {0, 0, 0, 1, 1, 2, 2, 2}, SECOND[8] = {1, 2, 3, 2, 3, 3, 3, 3};
 
@@ -884,6 +886,40 @@ void multiply_rows(const Matrix& m, const Group& g, int64_t begin, int64_t end, 
   rows_any(m, g, begin, end, in, out);
 }
 
+// ---- AVX-512 with VBMI: rows for several tokens
+
+#if defined(__AVX512F__)
+// Whether rows of a group become bytes that `ByteRows` may have.
+bool is_bytes(const Matrix& m, const Group& g) {
+  return (m.grid || g.width <= 5) && (m.scales == 1 || m.span % CHUNK == 0);
+}
+
+// The rows of all groups that do: they stand first.
+ByteRows byte_rows(const Matrix& m) {
+  int64_t rows = 0;
+  for (const Group& g : m.groups) rows += is_bytes(m, g) ? g.rows : 0;
+  auto make = [&m](int64_t begin, int64_t end, int8_t* bytes, int64_t stride, float* scale) {
+    Room room(m.c);
+    for (const Group& g : m.groups) {
+      const int64_t first = std::max(begin - g.first, int64_t(0));
+      const int64_t last = std::min(end - g.first, g.rows);
+      if (first >= last) continue;
+      const Bytes cut(g.width);
+      const uint8_t offset = m.grid ? 1 << (g.width - 1) : 128;
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t at = g.first + i;
+        int8_t* to = bytes + (at - begin) * stride;
+        row_bytes(m, g, i, cut, offset, room, reinterpret_cast<uint8_t*>(to));
+        for (int64_t j = 0; j < stride; ++j) to[j] = int8_t(to[j] - offset);  // mod 2^8
+        for (int64_t s = 0; s < m.scales; ++s)
+          scale[(at - begin) * m.scales + s] = from_bf16(m.row_scale[at * m.scales + s]);
+      }
+    }
+  };
+  return {rows, m.c, m.scales, m.span, m.order, make};
+}
+#endif
+
 // ---- rows as floats
 
 // Levels of one row after the other: float [c], 0 where pruned.
@@ -1158,11 +1194,54 @@ void multiply(const SparseProduct* products, int64_t count, const float* x, Team
       next[1]);
 }
 
+#if defined(__AVX512F__)
+// Several tokens: rows become bfloat16 in cache (gemm.cpp), but for those of 6 bits and more of codebooks.
+void multiply_several(const SkimlmSparse& w, const Matrix& m, const Matrix& a, const void* x, bool bf16,
+                      int64_t n, const Output& out, int threads) {
+  std::vector<float> u(n * w.rank), y(w.rank ? n * w.r : 0);
+  const Output sparse = w.rank ? Output{y.data(), false, w.r, nullptr} : out;
+  const ByteRows rows = byte_rows(m);
+  multiply_many(rows, x, bf16, w.in_scale, n, sparse, threads);
+  if (rows.r < m.r) {
+    const std::vector<float> values = to_floats(x, bf16, w.in_scale, n, w.c);
+    Inputs inputs(values.data(), n, w.c);
+    const Input& in = inputs.of(m);
+    for (const Group& g : m.groups)
+      if (!is_bytes(m, g))
+        parallel_rows(g.rows, 4, threads, [&](int64_t from, int64_t to) {
+          multiply_rows(m, g, from, to, in, sparse);
+        });
+  }
+  if (!w.rank) return;
+  if (!a.groups.empty()) {
+    multiply_many(byte_rows(a), x, bf16, nullptr, n, {u.data(), false, w.rank, nullptr}, threads);
+  } else {
+    const std::vector<float> plain = to_floats(x, bf16, nullptr, n, w.c);
+    const Factor factor{false, w.lora_a, w.c};
+    parallel_rows(w.rank, 4, threads, [&](int64_t from, int64_t to) {
+      for (int64_t t = 0; t < n; ++t)
+        for (int64_t k = from; k < to; ++k)
+          u[t * w.rank + k] = dot_bf16(factor, k, &plain[t * w.c], w.c);
+    });
+  }
+  parallel_rows(divide_up(w.r, ADAPTER), 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t at = from; at < to; ++at)
+      add_adapter(w, u.data(), y.data(), n, at * ADAPTER, std::min((at + 1) * ADAPTER, w.r), out);
+  });
+}
+#endif
+
 int skimlm_sparse_matmul(const SkimlmSparse* linear, const void* x, int64_t x_bf16, void* out,
                          int64_t n, int threads) {
   const SkimlmSparse& w = *linear;
   Matrix m{}, a{};
   if (!lay_out(w, m) || !lay_out_adapter(w, a)) return 1;
+#if defined(__AVX512F__)
+  if (n >= SEVERAL && skimlm_has_vbmi() && is_bytes(m, m.groups.front())) {
+    multiply_several(w, m, a, x, x_bf16, n, {out, x_bf16 != 0, w.r, w.bias}, threads);
+    return 0;
+  }
+#endif
   const std::vector<float> values = to_floats(x, x_bf16, w.in_scale, n, w.c);
   Inputs scaled(values.data(), n, w.c);
   std::vector<float> raw;
