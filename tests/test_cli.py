@@ -183,7 +183,7 @@ def test_two_targets_are_a_usage_error(calls, pair):
         (SkimError("model: shard\n  is missing"), "model: shard is missing"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "x: No such file"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
-        (KeyboardInterrupt(), "interrupted, nothing was written"),
+        (KeyboardInterrupt(), "interrupted; a streamed run goes on with --resume"),
         (MemoryError(), "out of memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of mem"),
     ],

@@ -295,7 +295,8 @@ def test_damaged_scratch_is_named(run, tmp_path, monkeypatch):
 
 
 def test_two_runs_on_one_folder(run, tmp_path):
-    with journal.unfinished(tmp_path / "o", resume=False, force=False):
+    with journal.unfinished(tmp_path / "o", resume=False, force=False) as work:
+        journal.begin(work, {})
         with pytest.raises(SkimError, match="o: another run is at work on it"):
             run("o")
     run("o")
@@ -344,6 +345,25 @@ def test_processes_give_the_same_folder(run, tmp_path):
     run("whole", whole=True)
     run("parts", workers=2)
     assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_shared_work_is_streamed_or_refused(folders, text, tmp_path):
+    how = OPTIONS | dict(text=text, cache_dir=tmp_path / "cache")
+    assert compress.compress(folders("llama"), tmp_path / "a", workers=1, **how).streamed
+    with pytest.raises(SkimError, match="share the work on a streamed model: recipe best trains"):
+        compress.compress(folders("llama"), tmp_path / "b", workers=2, **how | {"recipe": "best"})
+
+
+@pytest.mark.parametrize("options", [dict(), dict(size=53_000, bits=None)], ids=str)
+def test_a_dry_run_tells_size_and_plan_without_work(run, tmp_path, monkeypatch, options):
+    done = run("o", **options)
+    monkeypatch.setattr(stream, "analyse", lambda *_: pytest.fail("calibrated"))
+    planned = run("p", dry_run=True, **options)
+    # what config.json says of widths is a good part of so small a folder
+    assert abs(planned.bytes - done.bytes) < 0.03 * done.bytes
+    assert abs(planned.bits_per_weight - done.bits_per_weight) < 0.2
+    assert planned.streamed and planned.planned["scratch"] > 0
+    assert not (tmp_path / "p").exists() and not journal.place(tmp_path / "p").exists()
 
 
 def die(*_):

@@ -74,7 +74,8 @@ def default_text() -> list[str]:
             continue
         parts = [inspect.getdoc(module) or ""]
         for _, item in sorted(vars(module).items()):
-            if isinstance(item, type | types.FunctionType) and item.__module__.startswith(name):
+            home = getattr(item, "__module__", None) or ""  # None: made by exec
+            if isinstance(item, type | types.FunctionType) and home.startswith(name):
                 parts.append(inspect.getdoc(item) or "")
                 members = vars(item).values() if isinstance(item, type) else ()
                 parts += [inspect.getdoc(m) or "" for m in members if inspect.isfunction(m)]

@@ -38,7 +38,7 @@ class Commands(click.Group):
         except SkimError as error:
             raise OneLine(_line(error)) from error
         except KeyboardInterrupt as error:
-            raise OneLine("interrupted, nothing was written") from error
+            raise OneLine("interrupted; a streamed run goes on with --resume") from error
         except MemoryError as error:
             raise OneLine("out of memory") from error
         except OSError as error:

@@ -152,12 +152,24 @@ def compress(
     def given(work: Path | None) -> Given:
         with clock("load"):
             return _load(
-                source, asked, revision, include, exclude, text, text_key, max_memory, work
+                source,
+                asked,
+                revision,
+                include,
+                exclude,
+                text,
+                text_key,
+                max_memory,
+                None if workers is None and ray is None else workers or 1,
+                work,
             )
 
     if dry_run:
         checkpoint.check_out(out, force)
-        return _report(given(None), asked, tools, out)
+        found = given(None)
+        alike = found.streamed is not None  # an analysis would take as long as the run itself
+        chosen = _as_if_alike(found, asked) if alike else _allocate(found, asked, tools, here)
+        return _report(found, asked, tools, out, chosen)
     resumable = resume and journal.place(out).exists()
     if not resumable or not journal.is_finished(out):
         checkpoint.check_out(out, force)
@@ -232,26 +244,32 @@ class Plan:
     first: dict[str, QuantizedWeight]  # sparse and low-rank fits to begin with
 
 
-def _allocate(given: "Given", asked: Asked, tools: Tools, submit: Submit) -> Plan:
-    """Analyse the model and choose the widths; slim has one width for all."""
-    linears, plan, target = given.linears, asked.plan, asked.target
-    parts = parts_of(linears, asked.options)
-    price = budget.prices(linears, plan.scale, parts)
+def _prices(given: "Given", asked: Asked) -> tuple[budget.Prices, Callable[[budget.Widths], int]]:
+    """What widths cost, and the bytes of OUT with them, every file counted."""
+    parts = parts_of(given.linears, asked.options)
+    price = budget.prices(given.linears, asked.plan.scale, parts)
     provenance = _provenance(asked, given)
 
     def planned_bytes(widths: budget.Widths) -> int:
-        """Bytes of OUT with these widths, every file counted."""
         others = checkpoint.plan_bytes(
             given.model,
             given.tokenizer,
             asked.embed_bits,
             {n: histogram(w) for n, w in widths.items()},
-            in_scale=plan.scale,
+            in_scale=asked.plan.scale,
             parts=parts,
             bits=price.bits(widths) / price.total,
             provenance=provenance,
         )
         return others + round(price.bits(widths) / 8)
+
+    return price, planned_bytes
+
+
+def _allocate(given: "Given", asked: Asked, tools: Tools, submit: Submit) -> Plan:
+    """Analyse the model and choose the widths; slim has one width for all."""
+    linears, plan, target = given.linears, asked.plan, asked.target
+    price, planned_bytes = _prices(given, asked)
 
     def made(widths: budget.Widths, *known: Any) -> Plan:
         return Plan(widths, price.bits(widths) / price.total, planned_bytes(widths), *known)
@@ -277,17 +295,20 @@ def _allocate(given: "Given", asked: Asked, tools: Tools, submit: Submit) -> Pla
     return made(widths, key, kept, stored, first)
 
 
-def _report(
-    given: "Given", asked: Asked, tools: Tools, out: Path, chosen: Plan | None = None
-) -> "Report":
-    """What is known of a run before OUT is written; without `chosen`, of a dry run."""
-    if chosen is None:
-        if given.streamed is not None:
-            raise SkimError(
-                f"{given.path}: does not fit in memory, so a dry run would take as long as the run "
-                f"itself; {resources.describe(given.needs, True)}"
-            )
-        chosen = _allocate(given, asked, tools, here)
+def _as_if_alike(given: "Given", asked: Asked) -> Plan:
+    """A plan without an analysis, of the right size: all rows lose alike."""
+    curve = 0.25 ** torch.arange(len(WIDTHS), dtype=torch.float64)
+    linears = given.linears
+    errors = {n: curve.expand(m.out_features, -1).clone() for n, m in linears.items()}
+    price, planned_bytes = _prices(given, asked)
+    budget.check(asked.target, linears, price, planned_bytes)
+    widths = budget.choose(asked.target, errors, linears, price, True, planned_bytes)
+    bits = price.bits(widths) / price.total
+    return Plan(widths, bits, planned_bytes(widths), "", False, {}, {})
+
+
+def _report(given: "Given", asked: Asked, tools: Tools, out: Path, chosen: Plan) -> "Report":
+    """What is known of a run before OUT is written."""
     return Report(
         out=str(out),
         method=asked.method,
@@ -396,9 +417,13 @@ def _load(
     text: str | os.PathLike[str] | None,
     text_key: str | None,
     max_memory: int | None,
+    workers: int | None,
     work: Path | None,
 ) -> Given:
-    """Read text and model, or what stands outside its blocks where the whole does not fit."""
+    """Read text and model, or what stands outside its blocks where the whole does not fit.
+
+    A model whose work is shared by `workers` is streamed whether it fits or not.
+    """
     plan = asked.plan
     documents = default_text() if text is None else read_documents(text, text_key)
     opened = checkpoint.open_checkpoint(source, revision=revision)
@@ -406,8 +431,11 @@ def _load(
         raise SkimError(f"{source}: is compressed already; give the original model")
     shape = checkpoint.skeleton(opened.path, opened.config)
     wanted = checkpoint.linears(shape, include, exclude)
-    whole, part = resources.needs(resources.sizes(shape, wanted), plan, plan.samples, BATCH)
-    streamed = resources.streams(whole, part, max_memory, _resident(asked, opened), plan.samples)
+    sizes, why_not = resources.sizes(shape, wanted), _resident(asked, opened)
+    if workers is not None and why_not:
+        raise SkimError(f"--workers and --ray share the work on a streamed model: {why_not}")
+    whole, part = resources.needs(sizes, plan, plan.samples, BATCH, workers or 0)
+    streamed = resources.streams(whole, part, max_memory, why_not, plan.samples, bool(workers))
     if streamed:
         resources.check_disk(Path.cwd() if work is None else work, part)
     load = checkpoint.load_outside if streamed else checkpoint.load

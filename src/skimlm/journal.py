@@ -35,7 +35,7 @@ def unfinished(out: Path, resume: bool, force: bool) -> Iterator[Path]:
     One that an earlier run left is gone on with (`resume`), emptied (`force`), or refused.
     """
     work = place(out)
-    left = (work / JOURNAL).exists()
+    left = _useful(work)
     if left and not resume and not force:
         raise SkimError(f"{work}: an unfinished run; --resume goes on with it, --force begins anew")
     try:
@@ -51,7 +51,7 @@ def unfinished(out: Path, resume: bool, force: bool) -> Iterator[Path]:
         old = work / f"{MODEL}.old"
         if old.exists() and not out.exists():  # killed between the two renames that replace OUT
             old.rename(out)
-        if left and not resume:
+        if not resume:
             empty(work)
         try:
             yield work

@@ -61,8 +61,13 @@ def sizes(model: Any, linears: Mapping[str, nn.Linear]) -> Sizes:
     )
 
 
-def needs(s: Sizes, plan: Recipe, windows: int, batch: int) -> tuple[Needs, Needs]:
-    """What it takes to hold the whole model, and to stream it block by block."""
+def needs(
+    s: Sizes, plan: Recipe, windows: int, batch: int, workers: int = 0
+) -> tuple[Needs, Needs]:
+    """What it takes to hold the whole model, and to stream it block by block.
+
+    `workers` are processes beside this one.
+    """
     tokens = windows * plan.seq_len
     states = 2 * tokens * s.width
     at_once = batch * plan.seq_len
@@ -81,7 +86,7 @@ def needs(s: Sizes, plan: Recipe, windows: int, batch: int) -> tuple[Needs, Need
     whole += max(activations(s.linears) + logits, one + codes * (12 if plan.steps else 1))
     outside = s.weights - s.block * (len(s.linears) // max(len(s.inside), 1))
     part = IMPORTED + 2 * max(outside, 0) + 2 * s.block + sums(s.inside) + 3 * states
-    part += max(activations(s.inside), logits, one)
+    part += max(activations(s.inside), logits, one) + workers * (IMPORTED + one)
     blocks = len(s.linears) // max(len(s.inside), 1)
     analysed = sum(4 * c * c + 2 * r * c + 316 * r for r, c in s.linears)
     stored = codes  # at most a byte per weight
@@ -115,15 +120,21 @@ def _seconds(s: Sizes, plan: Recipe, tokens: int) -> float:
 
 
 def streams(
-    whole: Needs, part: Needs, limit: int | None, why_not: str | None, samples: int
+    whole: Needs,
+    part: Needs,
+    limit: int | None,
+    why_not: str | None,
+    samples: int,
+    shared: bool = False,
 ) -> bool:
     """Whether the model is streamed; SkimError for what does not fit in memory either way.
 
-    `limit` in bytes; None: nine tenths of what is free. `why_not` says why it cannot be streamed.
+    `limit` in bytes; None: nine tenths of what is free. `why_not` says why it cannot be streamed;
+    `shared` work is always streamed.
     """
     most = limit or int(0.9 * psutil.virtual_memory().available)
     what = "--max-memory allows" if limit else "are free"
-    if whole.memory <= most:
+    if whole.memory <= most and not shared:
         return False
     if why_not is not None:
         raise SkimError(

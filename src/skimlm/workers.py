@@ -7,6 +7,7 @@ Functions are pure and values plain, so that results do not depend on where they
 a lost worker's task can simply run again.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -84,7 +85,7 @@ def _ray(address: str) -> Iterator[Submit]:
     if started:
         _answers(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise SkimError(f"no Ray cluster at {address}: {_first(error)}") from None
     remote: dict[Callable[..., Any], Any] = {}
