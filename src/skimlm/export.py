@@ -101,7 +101,7 @@ def _write_dense(
 ) -> None:
     """An ordinary folder of W + B^T A, or of W where it is not `merged`."""
     for layer in adapted(model).values() if not merged else ():
-        layer.parts = layer.parts.without_adapter()
+        layer.drop_adapter()
     model = model.dequantize(dtype)
     model.save_pretrained(folder)
     if tokenizer is not None:

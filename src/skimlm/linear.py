@@ -152,6 +152,12 @@ class CompressedLinear(_Stored):
             return self.adapter
         return adapter_stored(self.tensors(), self.out_features, self.in_features)
 
+    def drop_adapter(self) -> None:
+        """Be W alone."""
+        self.parts = self.parts.without_adapter()
+        for name in [n for n in self.tensors() if n.startswith("lora_")]:
+            self._buffers[name] = None
+
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
         if x.shape[-1] != self.in_features:
