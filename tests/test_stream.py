@@ -1,5 +1,6 @@
 """A streamed run gives the folder that a run in memory gives, whenever it is stopped in between."""
 
+import dataclasses
 import filecmp
 import functools
 import os
@@ -14,6 +15,7 @@ import torch
 from conftest import FAMILIES, byte_tokenizer, tiny_model
 from skimlm import analysis, compress, journal, resources, shards, stream
 from skimlm.errors import SkimError
+from skimlm.recipes import RECIPES
 from skimlm.workers import pool
 
 OPTIONS = dict(recipe="fast", bits=3.2, samples=5, seq_len=24)
@@ -33,6 +35,11 @@ def folders(tmp_path_factory):
         return folder
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _three_windows_for_the_fisher_diagonal(monkeypatch):
+    monkeypatch.setitem(RECIPES, "fast", dataclasses.replace(RECIPES["fast"], fisher_windows=3))
 
 
 @pytest.fixture
@@ -168,9 +175,11 @@ def test_resume_after_every_write(run, tmp_path, monkeypatch):
 
 
 SCRIPT = """
-import sys, torch
+import dataclasses, sys, torch
 torch.set_num_threads(1)
 from skimlm import compress, resources
+from skimlm.recipes import RECIPES
+RECIPES["fast"] = dataclasses.replace(RECIPES["fast"], fisher_windows=3)
 resources.streams = lambda *_: True
 compress.compress(sys.argv[1], sys.argv[2], text=sys.argv[3], cache_dir=sys.argv[4], recipe="fast",
                   bits=3.2, samples=5, seq_len=24, resume=True,
