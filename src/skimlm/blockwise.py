@@ -112,7 +112,7 @@ def entry(model: Any, ids: Tensor, batch: int) -> tuple[list[Tensor], list[dict[
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if args:
                 raise SkimError(f"{type(block).__name__} takes unnamed arguments: not supported")
-            options[name] = kwargs
+            options.setdefault(name, kwargs)  # those of the first batch
             if name == first:
                 states.append(hidden)
                 if not tuples:
@@ -123,12 +123,9 @@ def entry(model: Any, ids: Tensor, batch: int) -> tuple[list[Tensor], list[dict[
 
     body = model.get_decoder()
     with forwards_replaced(blocks, record):
-        body(input_ids=ids[:batch], use_cache=False)
-    kept = [options[name] for name in blocks]
-    with forwards_replaced(blocks, record):
-        for part in ids[batch:].split(batch):
+        for part in ids.split(batch):
             body(input_ids=part, use_cache=False)
-    return states, kept, tuples[0]
+    return states, [options[name] for name in blocks], tuples[0]
 
 
 def remainder(model: Any, ids: Tensor, hidden: Tensor, tupled: bool) -> Tensor:

@@ -148,13 +148,13 @@ def loaded_block(source: Checkpoint, model: nn.Module, prefix: str) -> Iterator[
     """A decoder block with its numbers, which are on the meta device before and after."""
     block = model.get_submodule(prefix)
     names = [f"{prefix}.{name}" for name in block.state_dict()]
-    empty = {name: _slot(model, name)[0][_slot(model, name)[1]] for name in names}
+    slots = [_slot(model, name) for name in names]
+    empty = [place[own] for place, own in slots]
     try:
         _put(source, model, names, next(block.parameters()).dtype)
         yield block
     finally:
-        for name, tensor in empty.items():
-            place, own = _slot(model, name)
+        for (place, own), tensor in zip(slots, empty, strict=True):
             place[own] = tensor
 
 

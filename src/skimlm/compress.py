@@ -170,8 +170,7 @@ def compress(
         alike = found.streamed is not None  # an analysis would take as long as the run itself
         chosen = _as_if_alike(found, asked) if alike else _allocate(found, asked, tools, here)
         return _report(found, asked, tools, out, chosen)
-    resumable = resume and journal.place(out).exists()
-    if not resumable or not journal.is_finished(out):
+    if not (resume and journal.is_finished(out)):
         checkpoint.check_out(out, force)
     with journal.unfinished(out, resume, force) as work:
         if resume and (done := journal.finished(work)):

@@ -41,6 +41,7 @@ class Sizes:
     block: int  # those of its largest block
     width: int
     vocabulary: int
+    blocks: int
     linears: list[tuple[int, int]]  # (r, c), all
     inside: list[tuple[int, int]]  # those of the largest block
 
@@ -56,6 +57,7 @@ def sizes(model: Any, linears: Mapping[str, nn.Linear]) -> Sizes:
         block=sum(p.numel() for p in largest.parameters()),
         width=table.shape[1],
         vocabulary=table.shape[0],
+        blocks=len(found),
         linears=[(m.out_features, m.in_features) for m in linears.values()],
         inside=[(m.out_features, m.in_features) for m in inside],
     )
@@ -84,16 +86,15 @@ def needs(
     codes = sum(r * c for r, c in s.linears)
     whole = IMPORTED + 2 * s.weights + sums(s.linears)
     whole += max(activations(s.linears) + logits, one + codes * (12 if plan.steps else 1))
-    outside = s.weights - s.block * (len(s.linears) // max(len(s.inside), 1))
+    outside = s.weights - s.block * s.blocks
     part = IMPORTED + 2 * max(outside, 0) + 2 * s.block + sums(s.inside) + 3 * states
     part += max(activations(s.inside), logits, one) + workers * (IMPORTED + one)
-    blocks = len(s.linears) // max(len(s.inside), 1)
     analysed = sum(4 * c * c + 2 * r * c + 316 * r for r, c in s.linears)
     stored = codes  # at most a byte per weight
     seconds = _seconds(s, plan, tokens)
     return (
         Needs(whole, analysed + stored, seconds),
-        Needs(part, analysed + 2 * stored + (blocks + 3) * states, seconds * 4 / 3),
+        Needs(part, analysed + 2 * stored + (s.blocks + 3) * states, seconds * 4 / 3),
     )
 
 

@@ -15,6 +15,7 @@ A block is loaded, used and dropped. The analysis of a linear goes to the cache 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Streamed:
     linears: dict[str, nn.Linear]  # those to compress
     work: Path
 
-    @property
+    @cached_property
     def blocks(self) -> list[str]:
         """Names of the blocks, in order."""
         return [name for name, _ in checkpoint.blocks(self.model)]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from skimlm.errors import SkimError
+from skimlm.shards import first_line
 
 Submit = Callable[..., Callable[[], Any]]
 RETRIES = 3  # of a task whose worker died, on Ray
@@ -87,7 +88,7 @@ def _ray(address: str) -> Iterator[Submit]:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise SkimError(f"no Ray cluster at {address}: {_first(error)}") from None
+            raise SkimError(f"no Ray cluster at {address}: {first_line(error)}") from None
     remote: dict[Callable[..., Any], Any] = {}
 
     def submit(function: Callable[..., Any], *values: Any) -> Callable[[], Any]:
@@ -100,10 +101,10 @@ def _ray(address: str) -> Iterator[Submit]:
                 return ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause if isinstance(error.cause, SkimError) else None
-                raise cause or SkimError(f"a task failed on Ray: {_first(error)}") from error
+                raise cause or SkimError(f"a task failed on Ray: {first_line(error)}") from error
             except ray.exceptions.RayError as error:
                 raise SkimError(
-                    f"lost on Ray after {RETRIES} tries more: {_first(error)}; what is done is "
+                    f"lost on Ray after {RETRIES} tries more: {first_line(error)}; what is done is "
                     "kept: go on with --resume"
                 ) from error
 
@@ -127,7 +128,3 @@ def _answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise SkimError(f"no Ray cluster at {address}: {os.strerror(error.errno or 0)}") from None
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

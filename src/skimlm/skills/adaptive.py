@@ -249,13 +249,14 @@ def _measure(
                 prefix = rollout.read(model, opening(tokenizer, [[kept]]))
                 candidates.append((method, len(kept), len(kept), prefix))
     rows: list[dict[str, Any]] = []
+    wrapper = wrapper_tokens(tokenizer)
     for method, k, tokens, prefix in candidates:
         total = sum(divergences(model, prefix, found.dev))
         rows.append(
             {
                 "method": method,
                 "k": k,
-                "tokens": tokens + wrapper_tokens(tokenizer),
+                "tokens": tokens + wrapper,
                 "closure": 1 - total / found.none if found.none > 0 else 0.0,
                 "kl": total / found.dev.tokens,
             }

@@ -21,13 +21,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from skimlm.hooks import frozen
 from skimlm.skills import rollout
 from skimlm.skills.document import Document
 from skimlm.skills.questions import questions
@@ -235,19 +235,6 @@ def schedule(step: int, steps: int) -> float:
         return step / WARMUP
     done = (step - WARMUP) / max(1, steps - WARMUP)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-
-
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """No parameter takes gradients: a third of the backward pass is for them."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _shuffled(count: int, seed: int) -> Iterator[int]:

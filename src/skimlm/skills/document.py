@@ -23,6 +23,7 @@ from skimlm.errors import SkimError
 
 MAX_BYTES = 4_000_000  # far above any model's context: what is larger is not a skill
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+()&-]{0,63}")
+FRONT = re.compile(r"---[ \t]*\n(.*?)^---[ \t]*$\n?", re.M | re.S)
 FENCE = re.compile(r"^( {0,3})(`{3,}|~{3,})[^\n]*\n.*?(?:^\1\2[`~]*[ \t]*$|\Z)", re.M | re.S)
 HEADING = re.compile(r"^#{1,6}[ \t]+\S.*$", re.M)
 SPANS = re.compile(
@@ -77,7 +78,7 @@ def parse(text: str, where: str = "skill") -> Document:
         raise SkimError(f"{where}: empty: a SKILL.md has front matter and instructions")
     if "\0" in text:
         raise SkimError(f"{where}: has NUL characters: not a text")
-    match = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$\n?", text, re.M | re.S)
+    match = FRONT.match(text)
     if not match:
         raise SkimError(
             f"{where}: no front matter: a SKILL.md begins with `---`, lines `name: ...` and"
@@ -197,7 +198,7 @@ def literals(text: str) -> list[tuple[int, str]]:
 
 def body_start(text: str) -> int:
     """The first character after the front matter."""
-    match = re.match(r"---[ \t]*\n.*?^---[ \t]*$\n?", text, re.M | re.S)
+    match = FRONT.match(text)
     return match.end() if match else 0
 
 
