@@ -139,8 +139,11 @@ def test_start_is_the_kmeans_solution_of_each_row():
     assert torch.equal(fit.affine.widths, widths[widths > 5])
 
 
-def test_curves_are_the_errors_of_the_solutions():
+@pytest.mark.parametrize("span", [7, 2048])
+def test_curves_are_the_errors_of_the_solutions(span, monkeypatch):
+    monkeypatch.setattr(F, "SPAN", span)  # tiles of H, the last one narrower
     w, f, h, _ = problem(5, r=10)
+    assert h.shape[1] % 7
     for full in (None, h):
         centroids, errors = F.analyse(w, f, full)
         assert [t.shape[1] for t in centroids] == [2, 4, 8, 16, 32]

@@ -68,6 +68,33 @@ def test_descent_makes_the_moves_of_the_reference(isa, seed, sweeps):
     assert torch.equal(problem[4], before)  # the start is left alone
 
 
+@pytest.mark.parametrize("columns", [64, 150, 192])
+def test_many_rows_and_columns_go_through_tiles_of_h(isa, columns):
+    """64 columns at a time; where few codes change H is read as it stands, else copied."""
+    for rows in (3, 40):
+        w, h, codebook, sizes, codes = integers(columns, r=rows, c=columns)
+        got = coordinate_descent(w, h, codebook, sizes, codes, 2)
+        assert torch.equal(got, coordinate_descent_reference(w, h, codebook, sizes, codes, 2))
+        assert (got != codes).sum() > (64 if rows > 3 else 0)
+
+
+@pytest.mark.parametrize("columns", [40, 64, 150])
+def test_the_gradient_follows_every_step(isa, columns):
+    """With it, and with the columns in tiles, the solution stays that of one-hot matrices."""
+    w, h, codebook, sizes, codes = realistic(3, r=9, c=columns, tokens=3 * columns)
+    gradient = ((dense(codes, codebook) - w) @ h).contiguous()
+    got, renamed = codebook_step(w, h, codebook, sizes, codes, gradient=gradient)
+    again = codebook_step(w, h, codebook, sizes, codes)
+    assert torch.equal(got, again[0]) and torch.equal(renamed, again[1])
+    reference = codebook_step_reference(w, h, codebook, sizes, codes)
+    np.testing.assert_allclose(
+        exact_errors(w, h, got, renamed), exact_errors(w, h, reference, codes), rtol=1e-4
+    )
+    want = (dense(renamed, got) - w).double() @ h.double()
+    scale = float(want.abs().max())
+    np.testing.assert_allclose(gradient.numpy(), want.numpy(), rtol=1e-4, atol=1e-5 * scale)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_descent_agrees_with_the_reference_where_numbers_round(isa, seed):
     problem = realistic(seed)
@@ -156,7 +183,9 @@ def test_refine_is_its_steps_in_a_row():
         codes = coordinate_descent(w, h, codebook, sizes, codes, 3)
         codebook, codes = codebook_step(w, h, codebook, sizes, codes)
     codes = coordinate_descent(w, h, codebook, sizes, codes, 3)
-    assert torch.equal(got[0], codebook) and torch.equal(got[1], codes)
+    # the gradient is carried along there, here it is computed anew
+    want = exact_errors(w, h, codebook, codes)
+    np.testing.assert_allclose(exact_errors(w, h, got[0], got[1]), want, rtol=1e-4)
 
 
 def least_squares(w, h, entries, codes, ridge: float) -> np.ndarray:

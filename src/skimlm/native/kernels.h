@@ -42,9 +42,10 @@ SKIMLM_API void skimlm_sparse_descent(const float* h, float* gradient, const flo
                                       int64_t sweeps, int threads);
 
 // Least-squares codebooks under h, codes fixed up to sorting, code 255 a weight of 0 (weights/refine.py).
+// gradient [r, c] as above, or null.
 SKIMLM_API void skimlm_codebook_step(const float* h, const float* w, const int32_t* sizes,
-                                     uint8_t* codes, float* codebook, int64_t r, int64_t c, int64_t k,
-                                     double ridge, int threads);
+                                     uint8_t* codes, float* codebook, float* gradient, int64_t r,
+                                     int64_t c, int64_t k, double ridge, int threads);
 
 // out[i, j] = codebook[i, codes[i, j]] as bfloat16 bits (weights/train.py).
 SKIMLM_API void skimlm_lookup_bf16(const uint8_t* codes, const float* codebook, uint16_t* out,

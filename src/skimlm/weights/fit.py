@@ -15,6 +15,7 @@ from skimlm.weights.kmeans import kmeans_rows, nearest
 from skimlm.weights.pack import MAX_TABLE_WIDTH, MAX_WIDTH, TABLE, QuantizedWeight
 
 WIDTHS = range(1, MAX_WIDTH + 1)
+SPAN = 2048  # columns of a tile of H
 
 
 @dataclass
@@ -72,9 +73,19 @@ def analyse(w: Tensor, f: Tensor, h: Tensor | None) -> tuple[list[Tensor], Tenso
             table = centroids[b - 1].contiguous()
             codes = nearest(w, table, torch.full((len(w),), 1 << b, dtype=torch.int32))
             d = refine.dense(codes, table).sub_(w)
-        product = f * d if fast is None else d.bfloat16() @ fast
-        errors[:, b - 1] = (product * d).sum(1)
+        errors[:, b - 1] = (f * d * d).sum(1) if fast is None else _quadratic(d, fast)
     return centroids, errors
+
+
+def _quadratic(d: Tensor, h: Tensor) -> Tensor:
+    """d H d^T of every row [r]; of H [c, c] bfloat16, symmetric, one of each pair of tiles."""
+    low, total = d.bfloat16(), torch.zeros(len(d))
+    for begin in range(0, d.shape[1], SPAN):
+        end = begin + SPAN
+        product = low[:, begin:end] @ h[begin:end, begin:]
+        total += (product[:, :SPAN] * d[:, begin:end]).sum(1)
+        total += 2 * (product[:, SPAN:] * d[:, end:]).sum(1)
+    return total
 
 
 def start(w: Tensor, f: Tensor, widths: Tensor, centroids: list[Tensor]) -> Fit:

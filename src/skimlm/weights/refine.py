@@ -7,7 +7,8 @@ Steps that never raise the error (w_hat - w) H (w_hat - w)^T of any row (LNQ, 25
     sparse_descent        the same where some weights are 0; with `pairs` every four columns choose
                           anew which two of them stay, both at the best codes for the pair
 The native versions keep the gradient G = (w_hat - w) H up to date, touched only when a code
-changes, which after the first sweep is rare. The readable versions below are their oracles.
+changes, which after the first sweep is rare; many rows at a time go through a tile of H (4 to 6
+times as fast as row by row at 2048x4096). The readable versions below are their oracles.
 """
 
 import itertools
@@ -50,13 +51,24 @@ def coordinate_descent(
     w: Tensor, h: Tensor, codebook: Tensor, sizes: Tensor, codes: Tensor, sweeps: int
 ) -> Tensor:
     """Codes after `sweeps` cyclic passes; `codes` uint8 [r, c] is the start and is left alone."""
-    r, c = w.shape
-    k = codebook.shape[1]
     _check(w, h, codebook, sizes, codes)
-    gradient = ((dense(codes, codebook) - w) @ h).contiguous()
     codes = codes.clone()
-    native.call("coordinate_descent", h, gradient, codebook, sizes, codes, r, c, k, sweeps)
+    _descend(h, _gradient(w, h, codebook, codes), codebook, sizes, codes, sweeps)
     return codes
+
+
+def _gradient(w: Tensor, h: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
+    """(w_hat - w) H, [r, c]."""
+    return ((dense(codes, codebook) - w) @ h).contiguous()
+
+
+def _descend(
+    h: Tensor, gradient: Tensor, codebook: Tensor, sizes: Tensor, codes: Tensor, sweeps: int
+) -> None:
+    """Change `codes` in place, and the gradient with them."""
+    r, c = codes.shape
+    k = codebook.shape[1]
+    native.call("coordinate_descent", h, gradient, codebook, sizes, codes, r, c, k, sweeps)
 
 
 def sparse_dense(codes: Tensor, codebook: Tensor, scale: Tensor, group: int) -> Tensor:
@@ -98,17 +110,23 @@ def sparse_descent(
 
 
 def codebook_step(
-    w: Tensor, h: Tensor, codebook: Tensor, sizes: Tensor, codes: Tensor, ridge: float = RIDGE
+    w: Tensor,
+    h: Tensor,
+    codebook: Tensor,
+    sizes: Tensor,
+    codes: Tensor,
+    ridge: float = RIDGE,
+    gradient: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Least-squares codebooks for fixed codes: (codebook ascending, codes renamed to match).
 
-    Code 255 is a weight of 0 and stays one.
+    Code 255 is a weight of 0 and stays one. `gradient` (w_hat - w) H [r, c] is brought up to date.
     """
     r, c = w.shape
     k = codebook.shape[1]
     _check(w, h, codebook, sizes, codes, sparse=True)
     codes, codebook = codes.clone(), codebook.clone()
-    native.call("codebook_step", h, w, sizes, codes, codebook, r, c, k, float(ridge))
+    native.call("codebook_step", h, w, sizes, codes, codebook, gradient, r, c, k, float(ridge))
     return codebook, codes
 
 
@@ -116,10 +134,14 @@ def refine(
     w: Tensor, h: Tensor, codebook: Tensor, sizes: Tensor, codes: Tensor, rounds: int, sweeps: int
 ) -> tuple[Tensor, Tensor]:
     """`rounds` times `sweeps` of coordinate descent, then a codebook step; ends on descent."""
+    _check(w, h, codebook, sizes, codes)
+    codes = codes.clone()
+    gradient = _gradient(w, h, codebook, codes)
     for _ in range(rounds):
-        codes = coordinate_descent(w, h, codebook, sizes, codes, sweeps)
-        codebook, codes = codebook_step(w, h, codebook, sizes, codes)
-    return codebook, coordinate_descent(w, h, codebook, sizes, codes, sweeps)
+        _descend(h, gradient, codebook, sizes, codes, sweeps)
+        codebook, codes = codebook_step(w, h, codebook, sizes, codes, gradient=gradient)
+    _descend(h, gradient, codebook, sizes, codes, sweeps)
+    return codebook, codes
 
 
 def _check(
