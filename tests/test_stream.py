@@ -425,6 +425,18 @@ def test_too_little_disk_is_refused_before_work(run, tmp_path, monkeypatch):
     assert not journal.place(tmp_path / "o").exists()
 
 
+def test_scratch_that_is_there_already_needs_no_room(run, tmp_path, monkeypatch):
+    planned = run("o", dry_run=True).planned["scratch"]
+    usage = type("Usage", (), {"free": planned - 5000})
+    monkeypatch.setattr(resources.psutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SkimError, match="of scratch are needed"):
+        run("o")
+    left = journal.place(tmp_path / "o")
+    left.mkdir()
+    (left / "left.safetensors").write_bytes(bytes(6000))
+    assert run("o", resume=True).streamed
+
+
 def test_tensors_under_other_names_are_refused(run):
     with pytest.raises(SkimError, match="lm_head.weight: is not in the checkpoint under this name"):
         run("o", family="gpt_neox")  # transformers renames it while loading

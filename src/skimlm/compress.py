@@ -167,6 +167,7 @@ def compress(
     if dry_run:
         checkpoint.check_out(out, force)
         found = given(None)
+        _check_disk(found, asked, tools, out)
         alike = found.streamed is not None  # an analysis would take as long as the run itself
         chosen = _as_if_alike(found, asked) if alike else _allocate(found, asked, tools, here)
         return _report(found, asked, tools, out, chosen)
@@ -333,6 +334,7 @@ def _run(
     """Allocate, fit and write OUT by way of `work`."""
     journal.begin(work, asked.facts(given))
     tools.notice(resources.describe(given.needs, given.streamed is not None))
+    _check_disk(given, asked, tools, out)
     chosen = _allocate(given, asked, tools, submit)
     report = _report(given, asked, tools, out, chosen)
     how: dict[str, Any] = {"embed_bits": asked.embed_bits, "bits": chosen.bits}
@@ -433,10 +435,10 @@ def _load(
     sizes, why_not = resources.sizes(shape, wanted), _resident(asked, opened)
     if workers is not None and why_not:
         raise SkimError(f"--workers and --ray share the work on a streamed model: {why_not}")
-    whole, part = resources.needs(sizes, plan, plan.samples, BATCH, workers or 0)
+    target = asked.target
+    bits = target.bits if target.size is None and target.index_bits is None else MAX_WIDTH
+    whole, part = resources.needs(sizes, plan, plan.samples, BATCH, workers or 0, bits)
     streamed = resources.streams(whole, part, max_memory, why_not, plan.samples, bool(workers))
-    if streamed:
-        resources.check_disk(Path.cwd() if work is None else work, part)
     load = checkpoint.load_outside if streamed else checkpoint.load
     model, tokenizer = load(opened)
     origin = "the built-in text" if text is None else str(text)
@@ -453,6 +455,17 @@ def _load(
     by_block = stream.Streamed(opened, model, linears, work or Path.cwd()) if streamed else None
     needs = part if streamed else whole
     return Given(opened.path, model, tokenizer, linears, ids, calibration, needs, by_block)
+
+
+def _check_disk(given: Given, asked: Asked, tools: Tools, out: Path) -> None:
+    """Refuse a streamed run whose scratch does not fit; what an earlier run left counts."""
+    if given.streamed is None:
+        return
+    key = analysis.key(given.path, given.ids, asked.plan, sorted(given.linears))
+    left = sum(f.stat().st_size for f in journal.place(out).rglob("*") if f.is_file())
+    have = left + analysis.nbytes(tools.cache, key)
+    place = next(folder for folder in out.resolve().parents if folder.exists())
+    resources.check_disk(place, given.needs.scratch - have)
 
 
 def _resident(asked: Asked, opened: checkpoint.Checkpoint) -> str | None:

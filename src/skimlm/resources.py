@@ -21,7 +21,7 @@ from skimlm.recipes import Recipe
 IMPORTED = 800_000_000  # torch and transformers themselves
 HEAD_TOKENS = 512  # whose logits stand at once (calibrate.backward_from_loss)
 KMEANS_PER_THREAD = 3e6  # weights a second, bench/kmeans.py
-REFINE_PER_THREAD = 25e9  # additions and products a second
+REFINE_PER_THREAD = 60e9  # additions and products a second
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def sizes(model: Any, linears: Mapping[str, nn.Linear]) -> Sizes:
 
 
 def needs(
-    s: Sizes, plan: Recipe, windows: int, batch: int, workers: int = 0
+    s: Sizes, plan: Recipe, windows: int, batch: int, workers: int = 0, bits: float = 8
 ) -> tuple[Needs, Needs]:
     """What it takes to hold the whole model, and to stream it block by block.
 
-    `workers` are processes beside this one.
+    `workers` are processes beside this one, `bits` what is stored of a weight.
     """
     tokens = windows * plan.seq_len
     states = 2 * tokens * s.width
@@ -90,7 +90,7 @@ def needs(
     part = IMPORTED + 2 * max(outside, 0) + 2 * s.block + sums(s.inside) + 3 * states
     part += max(activations(s.inside), logits, one) + workers * (IMPORTED + one)
     analysed = sum(4 * c * c + 2 * r * c + 316 * r for r, c in s.linears)
-    stored = codes  # at most a byte per weight
+    stored = round(codes * bits / 8)
     seconds = _seconds(s, plan, tokens)
     return (
         Needs(whole, analysed + stored, seconds),
@@ -149,12 +149,12 @@ def streams(
     return True
 
 
-def check_disk(place: Any, part: Needs) -> None:
-    """Refuse a run whose scratch does not fit on the disk of `place`."""
+def check_disk(place: Any, scratch: int) -> None:
+    """Refuse a run that needs more scratch than the disk of `place` has room for."""
     free = psutil.disk_usage(str(place)).free
-    if part.scratch > free:
+    if scratch > free:
         raise SkimError(
-            f"{place}: about {_gb(part.scratch)} of scratch are needed, {_gb(free)} are free"
+            f"{place}: about {_gb(scratch)} of scratch are needed, {_gb(free)} are free"
         )
 
 
