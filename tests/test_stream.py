@@ -3,6 +3,7 @@
 import dataclasses
 import filecmp
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,16 @@ import pytest
 import torch
 
 from conftest import FAMILIES, byte_tokenizer, tiny_model
-from skimlm import analysis, compress, journal, resources, shards, stream
+from skimlm import (
+    analysis,
+    blockwise,
+    checkpoint,
+    compress,
+    journal,
+    resources,
+    shards,
+    stream,
+)
 from skimlm.errors import SkimError
 from skimlm.recipes import RECIPES
 from skimlm.workers import pool
@@ -172,6 +182,70 @@ def test_resume_after_every_write(run, tmp_path, monkeypatch):
         assert not journal.place(tmp_path / name).exists()
     # at most the block at work is done again: 7 linears and what goes with them
     assert all(n <= writes - number + 11 for number, n in enumerate(again, 1))
+
+
+# ---- trained block by block
+
+
+@pytest.fixture
+def best(run, monkeypatch):
+    """The recipe with training, streamed."""
+    few = dataclasses.replace(RECIPES["best"], fisher_windows=3, steps=6)
+    monkeypatch.setitem(RECIPES, "best", few)
+    return functools.partial(run, recipe="best", samples=8, bits=2.5)
+
+
+def test_blocks_are_trained_on_what_the_compressed_ones_give(best, folders, tmp_path, monkeypatch):
+    kept, losses, windows = {}, [], []
+    usual, train, fit = stream._keep, stream.train_block, stream.fit_trained
+
+    def keep(file, tensor):
+        kept[file.name.split("-")[0]] = tensor.clone()
+        usual(file, tensor)
+
+    def trained(*args, **options):
+        norms, seen = train(*args, norm_lr=0.02, **options)  # seen in bfloat16
+        losses.append(seen)
+        return norms, seen
+
+    def fitted(s, stored, widths, ids, *others):
+        windows.append(ids)
+        fit(s, stored, widths, ids, *others)
+
+    monkeypatch.setattr(stream, "_keep", keep)
+    monkeypatch.setattr(stream, "train_block", trained)
+    monkeypatch.setattr(stream, "fit_trained", fitted)
+    assert best("o", embed_bits=16).streamed
+    assert len(losses) == 2 and all(min(seen) < seen[0] for seen in losses)
+    made = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]
+    assert made["provenance"]["trained"] == "block by block"
+    # what went through the blocks is what the two models make of the windows
+    compressed = checkpoint.load(tmp_path / "o")[0].dequantize(torch.bfloat16)
+    models = {"given": compressed, "original": checkpoint.load(folders("llama"))[0]}
+    for name, model in models.items():
+        with torch.no_grad():
+            states, options, _ = blockwise.entry(model, windows[0], stream.BATCH)
+            for (_, block), kwargs in zip(checkpoint.blocks(model), options, strict=True):
+                states = [blockwise.run(block, kwargs, x) for x in states]
+        assert torch.equal(kept[name], torch.cat(states))
+    assert not torch.equal(kept["given"], kept["original"])
+
+
+def test_a_trained_run_is_resumed_after_every_write(best, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        seen = kill_at(patch, 0)
+        best("whole")
+    writes = 10  # of the fit and what follows, with the analysis at hand
+    assert len(seen) > writes
+    for number in range(1, writes + 1):
+        name = f"killed-{number}"
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            with pytest.raises(Killed):
+                best(name, cache_dir=tmp_path / "whole-cache")
+        best(name, cache_dir=tmp_path / "whole-cache", resume=True)
+        assert same(tmp_path / "whole", tmp_path / name)
+        assert not journal.place(tmp_path / name).exists()
 
 
 SCRIPT = """
@@ -359,8 +433,9 @@ def test_processes_give_the_same_folder(run, tmp_path):
 def test_shared_work_is_streamed_or_refused(folders, text, tmp_path):
     how = OPTIONS | dict(text=text, cache_dir=tmp_path / "cache")
     assert compress.compress(folders("llama"), tmp_path / "a", workers=1, **how).streamed
-    with pytest.raises(SkimError, match="share the work on a streamed model: recipe best trains"):
-        compress.compress(folders("llama"), tmp_path / "b", workers=2, **how | {"recipe": "best"})
+    slim = how | dict(method="slim", bits=4)
+    with pytest.raises(SkimError, match="share the work on a streamed model: with sparsity or ad"):
+        compress.compress(folders("llama"), tmp_path / "b", workers=2, **slim)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(size=53_000, bits=None)], ids=str)
@@ -408,12 +483,9 @@ def test_a_model_that_fits_is_not_streamed(folders, text, tmp_path):
     least = int(report.planned["memory"])
     with pytest.raises(SkimError, match=r"0.8 GB of memory are needed block by block, --max-mem"):
         compress.compress(folders("llama"), tmp_path / "c", max_memory=least - 1, **how)
-    for options, why in [
-        (dict(recipe="best"), "recipe best trains the whole model; give --recipe fast"),
-        (dict(method="slim", bits=4), "with sparsity or adapters a model must fit"),
-    ]:
-        with pytest.raises(SkimError, match=why):
-            compress.compress(folders("llama"), tmp_path / "c", max_memory=least, **(how | options))
+    sparse = how | dict(method="slim", bits=4)
+    with pytest.raises(SkimError, match="with sparsity or adapters a model must fit"):
+        compress.compress(folders("llama"), tmp_path / "c", max_memory=least, **sparse)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b", "cache", "text.txt"]
 
 

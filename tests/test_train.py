@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from conftest import tiny_model
+from skimlm import blockwise
 from skimlm.calibrate import statistics
 from skimlm.checkpoint import linears
+from skimlm.hooks import frozen
 from skimlm.weights import train as T
 from skimlm.weights.fit import Fit, start
 from skimlm.weights.kmeans import kmeans_rows
@@ -121,6 +123,66 @@ def test_training_lowers_the_loss_on_windows_it_does_not_see(family, widths, rat
         assert all(
             (fit.codebook[i, :n].diff() >= 0).all() for i, n in enumerate(fit.sizes.tolist())
         )
+
+
+def test_a_block_moves_down_the_gradient_of_its_own_error(case):
+    """Adam's first step is the rate times the sign of the gradient, here that of dense weights."""
+    model, ids, start_fits = case
+    block = model.model.layers[0]
+    with torch.no_grad(), frozen(model):
+        states, options, _ = blockwise.entry(model, ids, len(ids))
+        given = states[0] + 0.05 * torch.randn(states[0].shape, generator=torch.manual_seed(1))
+        wanted = blockwise.run(block, options[0], states[0])
+    inside = {n: m for n, m in linears(model).items() if n.startswith("model.layers.0.")}
+    fits = {n: copy.deepcopy(start_fits[n]) for n in inside}
+    first = {n: f.codebook[:, : int(f.sizes.max())].clone() for n, f in fits.items()}
+    codes = {n: f.codes.clone().long() for n, f in fits.items()}
+    norms = T.norm_parameters(block)
+    before = {n: p.detach().clone() for n, p in norms.items()}
+    rows = T._order(6, 2, 1)[0]
+
+    def error(books, weights, rows):
+        own = {
+            f"{n.removeprefix('model.layers.0.')}.weight": b.gather(1, codes[n]) for n, b in books
+        }
+        out = torch.func.functional_call(block, own | weights, (given[rows],), options[0])
+        out = out[0] if isinstance(out, tuple) else out
+        off = (out - wanted[rows]).square().sum(-1) / wanted[rows].square().sum(-1)
+        return off.mean()
+
+    books = {n: b.clone().requires_grad_() for n, b in first.items()}
+    weights = {n: p.clone().requires_grad_() for n, p in before.items()}
+    grads = torch.autograd.grad(
+        error(books.items(), weights, rows), [*books.values(), *weights.values()]
+    )
+    rate = 1e-3
+    with frozen(model):
+        trained, losses = T.train_block(
+            lambda x: blockwise.run(block, options[0], x),
+            inside,
+            fits,
+            norms,
+            given,
+            wanted,
+            steps=1,
+            lr=rate,
+            norm_lr=rate,
+        )
+    with torch.no_grad():
+        unseen = list(range(6, 12))
+        assert losses[0] == pytest.approx(float(error(first.items(), before, unseen)), rel=1e-4)
+        assert losses[1] < losses[0]
+    for (name, book), grad in zip(first.items(), grads, strict=False):
+        spread = book.std(1, keepdim=True, correction=0)
+        want = book - rate * spread * grad.sign() * (grad != 0)
+        clear = (grad * spread).abs() > 1e-6  # far above what keeps Adam from dividing by 0
+        got = fits[name].codebook[:, : book.shape[1]]
+        close = (got - want).abs() <= 1e-4 * spread
+        assert clear.any() and close[clear].all()
+    for (name, weight), grad in zip(before.items(), grads[len(first) :], strict=True):
+        want = weight * (1 - rate * grad.sign())
+        torch.testing.assert_close(trained[name], want, rtol=1e-5, atol=1e-6)
+        assert torch.equal(norms[name], weight)  # the model is left as it was
 
 
 @pytest.mark.parametrize("rate", [1e3, float("nan")])

@@ -5,6 +5,8 @@
     fast     F and H~     the model   none             yes          none
     best     F and H~     the model   none             yes          codebooks, norm weights
 
+    (best, where the model does not fit in memory: trained to the output of every block)
+
     slim     of a linear                               inputs from the compressed blocks before
     paper    mask, grid, adapter in one pass           of the block as it was   (as published)
     fast     all that is stored jointly, codebooks     of the block as it was
@@ -343,9 +345,7 @@ def _run(
     state = tools.cache / f"{chosen.key}-{_digest(chosen.widths)}.state"
     if given.streamed is not None:
         with tools.clock("fit"):
-            stream.fit(
-                given.streamed, chosen.stored, chosen.widths, asked.plan, submit, tools.progress
-            )
+            _fit_streamed(given.streamed, given.ids, asked.plan, tools, chosen, submit)
     else:
         quantized, report.held_out_kl = _quantized(given, asked, tools, chosen, state)
     with tools.clock("write"), journal.model_folder(work, out) as folder:
@@ -366,6 +366,22 @@ def _run(
         journal.write_report(work, report.to_json())
     state.unlink(missing_ok=True)
     return report
+
+
+def _fit_streamed(
+    streamed: stream.Streamed,
+    ids: Tensor,
+    plan: Recipe,
+    tools: Tools,
+    chosen: Plan,
+    submit: Submit,
+) -> None:
+    """Fit, and train where the plan says so, block by block."""
+    known, widths = chosen.stored, chosen.widths
+    if plan.steps:
+        stream.fit_trained(streamed, known, widths, ids, plan, submit, tools.progress)
+    else:
+        stream.fit(streamed, known, widths, plan, submit, tools.progress)
 
 
 def _quantized(
@@ -474,8 +490,6 @@ def _resident(asked: Asked, opened: checkpoint.Checkpoint) -> str | None:
         return "a .gguf file is loaded whole; give a folder of safetensors"
     if asked.method == "slim" or asked.options is not None:
         return "with sparsity or adapters a model must fit; --method skim without them need not"
-    if asked.plan.steps:
-        return f"recipe {asked.recipe} trains the whole model; give --recipe fast"
     return None
 
 
@@ -490,6 +504,8 @@ def _provenance(asked: Asked, given: Given) -> dict[str, Any]:
         options = asked.options
         facts |= {"sparsity": str(options.sparsity or "none"), "rank": options.rank}
         facts |= {"adapter_bits": options.adapter_bits} if options.rank else {}
+    if asked.plan.steps:
+        facts["trained"] = "the model" if given.streamed is None else "block by block"
     return facts | {"calibration": given.calibration}
 
 

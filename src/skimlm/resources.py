@@ -17,6 +17,7 @@ from torch import nn
 from skimlm import checkpoint
 from skimlm.errors import SkimError
 from skimlm.recipes import Recipe
+from skimlm.weights.train import BATCH as STEP
 
 IMPORTED = 800_000_000  # torch and transformers themselves
 HEAD_TOKENS = 512  # whose logits stand at once (calibrate.backward_from_loss)
@@ -89,6 +90,7 @@ def needs(
     outside = s.weights - s.block * s.blocks
     part = IMPORTED + 2 * max(outside, 0) + 2 * s.block + sums(s.inside) + 3 * states
     part += max(activations(s.inside), logits, one) + workers * (IMPORTED + one)
+    part += 4 * s.block if plan.steps else 0  # codes, and weights looked up for the gradient
     analysed = sum(4 * c * c + 2 * r * c + 316 * r for r, c in s.linears)
     stored = round(codes * bits / 8)
     seconds = _seconds(s, plan, tokens)
@@ -110,6 +112,7 @@ def _seconds(s: Sizes, plan: Recipe, tokens: int) -> float:
     squares = sum(c * c for _, c in s.linears)
     fisher = min(plan.fisher_windows * plan.seq_len, tokens)
     products = 2 * tokens * (2 * dense + squares) + 2 * fisher * dense
+    products += 8 * STEP * plan.seq_len * plan.steps * dense  # and the original's outputs
     sweeps = plan.rounds * (plan.sweeps + 1)
     refined = 2 * sweeps * sum(r * c * c for r, c in s.linears)
     threads = torch.get_num_threads()

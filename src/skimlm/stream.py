@@ -2,7 +2,7 @@
 
     analyse    inputs of every block, first to last; the loss; then backwards, last block first:
                each is run again with gradients, its linears analysed, the gradient passed on
-    fit        block after block: codebooks and codes of its linears, packed
+    fit        block after block: codebooks and codes of its linears, (trained,) packed
     write      all of it into the files of OUT
 
 What the blocks are given is exactly what `calibrate.statistics` gives them inside the whole model,
@@ -10,6 +10,7 @@ in the same batches: the results are the same, bit for bit. In `work` (journal.p
     inputs-I      hidden states before block I [n, t, d], deleted once block I is analysed
     gradient-I    d loss / d inputs-I: the analysis of block I and all after it is kept
     packed-I      what OUT holds of block I
+    original-I, given-I   hidden states before block I, where blocks are trained (recipe best)
 A block is loaded, used and dropped. The analysis of a linear goes to the cache (analysis.py).
 """
 
@@ -34,7 +35,9 @@ from skimlm.calibrate import (
 )
 from skimlm.errors import SkimError
 from skimlm.hooks import frozen
-from skimlm.recipes import Recipe, packed_linear
+from skimlm.recipes import Recipe, fit_linear, packed_linear, settled
+from skimlm.weights.pack import dequantize, pack
+from skimlm.weights.train import norm_parameters, train_block
 from skimlm.workers import Submit, here
 
 Progress = Callable[[str, int, int], None]
@@ -202,7 +205,7 @@ def fit(
     submit: Submit,
     progress: Progress,
 ) -> None:
-    """Keep what OUT will hold of every block."""
+    """Keep what OUT will hold of every block; a plan with training is for `fit_trained`."""
     pending: list[tuple[int, dict[str, Tensor], dict[str, Callable[[], dict[str, Tensor]]]]] = []
 
     def settle() -> None:
@@ -216,13 +219,12 @@ def fit(
     for i, prefix in enumerate(s.blocks):
         if s.file("packed", i).exists():
             continue
-        linears = s.inside(prefix)
         with checkpoint.loaded_block(s.source, s.model, prefix) as block:
-            others = {f"{prefix}.{name}": t.detach() for name, t in block.state_dict().items()}
-            results = {}
-            for name in linears:
-                weight = others.pop(f"{name}.weight")
-                results[name] = submit(packed_linear, weight, stored[name], widths[name], plan)
+            weights, others = _apart(s, prefix, block)
+            results = {
+                name: submit(packed_linear, weight, stored[name], widths[name], plan)
+                for name, weight in weights.items()
+            }
         if pending:
             settle()
         pending.append((i, others, results))
@@ -230,6 +232,92 @@ def fit(
             settle()
     if pending:
         settle()
+
+
+def fit_trained(
+    s: Streamed,
+    stored: Mapping[str, analysis.Analysis],
+    widths: Mapping[str, Tensor],
+    ids: Tensor,
+    plan: Recipe,
+    submit: Submit,
+    progress: Progress,
+) -> None:
+    """The same, every block being trained to make of the compressed ones' output the original's.
+
+    Hidden states go through the original and the compressed blocks side by side: original-I and
+    given-I are those before block I, kept until the block is packed.
+    """
+    with torch.no_grad(), frozen(s.model):
+        with checkpoint.loaded_block(s.source, s.model, s.blocks[0]):
+            first, options, _ = blockwise.entry(s.model, ids, BATCH)
+        if not s.file("given", 0).exists() and not s.file("packed", 0).exists():
+            _keep(s.file("original", 0), torch.cat(first))
+            _keep(s.file("given", 0), torch.cat(first))
+        del first
+        for i, prefix in enumerate(s.blocks):
+            if not s.file("packed", i).exists():
+                with checkpoint.loaded_block(s.source, s.model, prefix) as block:
+                    _fit_and_train(s, i, block, options[i], stored, widths, plan, submit)
+            s.file("given", i).unlink(missing_ok=True)
+            s.file("original", i).unlink(missing_ok=True)
+            progress("fit", i + 1, len(s.blocks))
+
+
+def _fit_and_train(
+    s: Streamed,
+    i: int,
+    block: nn.Module,
+    options: dict[str, Any],
+    stored: Mapping[str, analysis.Analysis],
+    widths: Mapping[str, Tensor],
+    plan: Recipe,
+    submit: Submit,
+) -> None:
+    """Keep block `i` as OUT will hold it, and the hidden states after it."""
+    prefix, linears = s.blocks[i], s.inside(s.blocks[i])
+    original, given = _read(s.file("original", i)), _read(s.file("given", i))
+    weights, tensors = _apart(s, prefix, block)
+    results = {
+        name: submit(fit_linear, weight.float(), stored[name], widths[name], plan)
+        for name, weight in weights.items()
+    }
+
+    def advance(states: Tensor) -> None:
+        for part in states.split(BATCH):
+            part.copy_(blockwise.run(block, options, part))
+
+    advance(original)
+    fits = {name: result() for name, result in results.items()}
+    norms = {f"{prefix}.{n}": p for n, p in norm_parameters(block).items()}
+    trained, _ = train_block(
+        lambda x: blockwise.run(block, options, x),
+        linears,
+        fits,
+        norms,
+        given,
+        original,
+        steps=plan.steps,
+    )
+    tensors |= trained
+    for name, weight in trained.items():
+        norms[name].copy_(weight)
+    for name, linear in linears.items():
+        q = settled(weights[name].float(), stored[name], fits.pop(name), plan)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).items()}
+        linear.weight.copy_(dequantize(q))
+    advance(given)
+    _keep(s.file("original", i + 1), original)
+    _keep(s.file("given", i + 1), given)
+    shards.write_file(s.file("packed", i), tensors, {})
+
+
+def _apart(
+    s: Streamed, prefix: str, block: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of a block that are compressed, and all its other tensors, by their names."""
+    others = {f"{prefix}.{name}": t.detach() for name, t in block.state_dict().items()}
+    return {name: others.pop(f"{name}.weight") for name in s.inside(prefix)}, others
 
 
 def packed(s: Streamed) -> Callable[[str], Tensor]:

@@ -1,10 +1,15 @@
-"""End-loss training of what a fitted model can still move: codebooks and norm weights, codes fixed.
+"""Training of what a fitted model can still move: codebooks and norm weights, codes fixed.
 
-Loss: KL(original || compressed) on calibration windows, summed over tokens. A codebook entry
-gathers the gradient of all weights that share it, so about a million numbers are trained instead of
-the weights themselves (moving codes too, as PV-Tuning 2405.14852 does, needs far more tokens than a
-CPU sees in minutes). Guard: the loss on held-out windows is measured before, during and after, and
-the best state seen is kept, the start included. Not in the SKIM paper.
+    train         the whole model; loss: KL(original || compressed), summed over tokens
+    train_block   one decoder block, where the model does not fit in memory; loss: the error of its
+                  output, each token's over the length of the original's, which is what the next
+                  block's norm leaves of it
+
+On calibration windows. A codebook entry gathers the gradient of all weights that share it, so about
+a million numbers are trained instead of the weights themselves (moving codes too, as PV-Tuning
+2405.14852 does, needs far more tokens than a CPU sees in minutes). Guard: the loss on held-out
+windows is measured before, during and after, and the best state seen is kept, the start included.
+Not in the SKIM paper.
 
 Parameters are relative: codebook = start + theta * spread of its row, norm = original * (1 + gain).
 """
@@ -30,6 +35,7 @@ from skimlm.weights.fit import Fit, affine_values
 from skimlm.weights.kmeans import lookup
 
 HELD_OUT = 8  # windows
+BATCH = 2  # windows of a step
 CHECKS = 3  # times the held-out loss is measured along the way
 BETAS = (0.9, 0.98)
 Progress = Callable[[int, int, float], None]
@@ -54,7 +60,7 @@ def train(
     ids: Tensor,
     *,
     steps: int,
-    batch: int = 2,
+    batch: int = BATCH,
     lr: float = 1e-3,
     norm_lr: float = 5e-4,
     state_file: Path | None = None,
@@ -71,12 +77,100 @@ def train(
     """
     held = min(HELD_OUT, len(ids) // 2)
     ids, unseen = ids[: len(ids) - held], ids[len(ids) - held :]
-    norms = {n: p for n, p in model.named_parameters() if p.dim() == 1 and n.endswith("weight")}
+    norms = norm_parameters(model)
+    with frozen(model):
+        known = {} if teacher is None else teacher
+        unseen_teacher = [_hidden(model, unseen[i : i + batch]) for i in range(0, held, batch)]
+
+        def prepare(rows: list[int]) -> None:
+            for i in set(rows) - set(known):
+                known[i] = _hidden(model, ids[i : i + 1])
+
+        def backward(rows: list[int]) -> tuple[float, int]:
+            target = torch.cat([known[i] for i in rows])
+            losses: list[float] = []
+            hidden = final_hidden(model, ids[rows])
+            backward_from_loss(hidden, _kl_gradient(model, target, losses))
+            return sum(losses), len(target)
+
+        def held_out_loss() -> float:
+            parts = [_hidden(model, unseen[i : i + batch]) for i in range(0, held, batch)]
+            pairs = zip(parts, unseen_teacher, strict=True)
+            return sum(_kl_sum(model, part, target) for part, target in pairs) / unseen.numel()
+
+        order = _order(len(ids), batch, steps)
+        objective = Objective(prepare, backward, held_out_loss)
+        return _descend(linears, fits, norms, objective, order, lr, norm_lr, state_file, progress)
+
+
+def train_block(
+    run: Callable[[Tensor], Tensor],
+    linears: Mapping[str, nn.Linear],
+    fits: dict[str, Fit],
+    norms: Mapping[str, nn.Parameter],
+    given: Tensor,
+    wanted: Tensor,
+    *,
+    steps: int,
+    batch: int = BATCH,
+    lr: float = 1e-3,
+    norm_lr: float = 5e-4,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Train the codebooks of a block's linears in place, towards `wanted` [n, t, d] from `given`.
+
+    `run(x)` is the block, whose parameters ask for no gradient. Returns its trained norm weights
+    and the held-out losses, like `train`.
+    """
+    held = min(HELD_OUT, len(given) // 2)
+    seen = len(given) - held
+
+    def loss(rows: Tensor) -> Tensor:
+        target = wanted[rows].float()
+        error = (run(given[rows]).float() - target).square().sum(-1)
+        return (error / target.square().sum(-1).clamp(min=1e-12)).sum()
+
+    def backward(rows: list[int]) -> tuple[float, int]:
+        value = loss(torch.tensor(rows))
+        value.backward()
+        return value.item(), len(rows) * given.shape[1]
+
+    def held_out_loss() -> float:
+        with torch.no_grad():
+            parts = torch.arange(seen, len(given)).split(batch)
+            return sum(loss(rows).item() for rows in parts) / (held * given.shape[1])
+
+    objective = Objective(lambda _: None, backward, held_out_loss)
+    order = _order(seen, batch, steps)
+    with torch.enable_grad():
+        return _descend(linears, fits, norms, objective, order, lr, norm_lr)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is trained for; windows are given by their numbers."""
+
+    prepare: Callable[[list[int]], None]  # called while the original is in place
+    backward: Callable[[list[int]], tuple[float, int]]  # the loss, summed over so many tokens
+    held_out: Callable[[], float]  # loss per token of windows that are not trained on
+
+
+def _descend(
+    linears: Mapping[str, nn.Linear],
+    fits: dict[str, Fit],
+    norms: Mapping[str, nn.Parameter],
+    objective: Objective,
+    order: list[list[int]],
+    lr: float,
+    norm_lr: float,
+    state_file: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Tensor], list[float]]:
+    """A step for every group of windows of `order`; the best state seen is put into the fits."""
     original = {n: p.detach().clone() for n, p in norms.items()}
     base = {n: f.codebook[:, : int(f.sizes.max())].contiguous() for n, f in fits.items()}
     spread = {n: b.std(1, keepdim=True, correction=0).clamp(min=1e-12) for n, b in base.items()}
     state = read_state(state_file, _begin(base, original))
-    order = _order(len(ids), batch, steps)
+    steps = len(order)
     marks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
 
     def codebooks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -85,52 +179,49 @@ def train(
     def norm_weights(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: (o.float() * (1 + values[f"gain.{n}"])).to(o.dtype) for n, o in original.items()}
 
-    with frozen(model):
-        teacher = {} if teacher is None else teacher
-        unseen_teacher = [_hidden(model, unseen[i : i + batch]) for i in range(0, held, batch)]
+    def held_out_loss() -> float:
+        values = state.values
+        with fitted(linears, fits, codebooks(values)), _placed(norms, norm_weights(values)):
+            return objective.held_out()
 
-        def held_out_loss(values: Mapping[str, Tensor]) -> float:
-            with fitted(linears, fits, codebooks(values)), _placed(norms, norm_weights(values)):
-                parts = [_hidden(model, unseen[i : i + batch]) for i in range(0, held, batch)]
-            pairs = zip(parts, unseen_teacher, strict=True)
-            return sum(_kl_sum(model, part, target) for part, target in pairs) / unseen.numel()
-
-        if not state.losses:
-            state.losses.append(held_out_loss(state.values))
-        while state.step < steps:
-            rows = order[state.step]
-            for i in set(rows) - set(teacher):
-                teacher[i] = _hidden(model, ids[i : i + 1])
-            books = {n: b.requires_grad_() for n, b in codebooks(state.values).items()}
-            target = torch.cat([teacher[i] for i in rows])
-            losses: list[float] = []
-            with (
-                fitted(linears, fits, books),
-                _placed(norms, norm_weights(state.values), grad=True),
-            ):
-                hidden = final_hidden(model, ids[rows])
-                backward_from_loss(hidden, _kl_gradient(model, target, losses))
-                moved = {f"theta.{n}": (b.grad, spread[n]) for n, b in books.items()}
-                moved |= {f"gain.{n}": (p.grad, original[n].float()) for n, p in norms.items()}
-                for p in norms.values():
-                    p.grad = None
-            rate = schedule(state.step, steps)
-            for name, (grad, unit) in moved.items():
-                if grad is not None:
-                    size = lr if name.startswith("theta.") else norm_lr
-                    adam(state, name, grad.float() * unit / len(target), size * rate)
-            state.step += 1
-            if progress:
-                progress(state.step, steps, sum(losses) / len(target))
-            if state.step in marks:
-                state.losses.append(held_out_loss(state.values))
-                if state.losses[-1] <= min(state.losses):
-                    state.best = {n: v.clone() for n, v in state.values.items()}
-                write_state(state_file, state)
+    if not state.losses:
+        state.losses.append(held_out_loss())
+    while state.step < steps:
+        rows = order[state.step]
+        objective.prepare(rows)
+        books = {n: b.requires_grad_() for n, b in codebooks(state.values).items()}
+        with (
+            fitted(linears, fits, books),
+            _placed(norms, norm_weights(state.values), grad=True),
+        ):
+            loss, tokens = objective.backward(rows)
+            moved = {f"theta.{n}": (b.grad, spread[n]) for n, b in books.items()}
+            moved |= {f"gain.{n}": (p.grad, original[n].float()) for n, p in norms.items()}
+            for p in norms.values():
+                p.grad = None
+        rate = schedule(state.step, steps)
+        for name, (grad, unit) in moved.items():
+            if grad is not None:
+                size = lr if name.startswith("theta.") else norm_lr
+                adam(state, name, grad.float() * unit / tokens, size * rate)
+        state.step += 1
+        if progress:
+            progress(state.step, steps, loss / tokens)
+        if state.step in marks:
+            state.losses.append(held_out_loss())
+            if state.losses[-1] <= min(state.losses):
+                state.best = {n: v.clone() for n, v in state.values.items()}
+            write_state(state_file, state)
     for name, codebook in codebooks(state.best).items():
         fits[name].codebook[:, : codebook.shape[1]] = codebook
         sort_entries(fits[name])
     return norm_weights(state.best), state.losses
+
+
+def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of norms, by name."""
+    found = module.named_parameters()
+    return {n: p for n, p in found if p.dim() == 1 and n.endswith("weight")}
 
 
 def sort_entries(fit: Fit) -> None:
