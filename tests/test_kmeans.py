@@ -315,3 +315,53 @@ def test_nearest_refuses_what_it_cannot_read(w, codebook, sizes, match):
 def test_no_rows_are_no_work():
     tables, costs = kmeans_rows(torch.empty(0, 4), torch.empty(0, 4), 3)
     assert [t.shape for t in tables] == [(0, 2), (0, 4), (0, 8)] and costs.shape == (0, 3)
+
+
+# ---- long rows
+
+
+def least_cost(w, f, places, k):
+    """Cost of the best k clusters of a sorted row that begin at `places` only, by trying splits."""
+    spread = np.full((len(places), len(places)), np.inf)
+    for i, begin in enumerate(places):
+        for j in range(i + 1, len(places)):
+            x, mass = w[begin : places[j]], f[begin : places[j]]
+            middle = (mass * x).sum() / mass.sum()
+            spread[i, j] = (mass * (x - middle) ** 2).sum()
+    best = spread[0]
+    for _ in range(k - 1):
+        best = np.min(best[:, None] + spread, axis=0)
+    return best[-1]
+
+
+@pytest.mark.parametrize("heavy", [False, True])
+def test_long_rows_are_solved_over_their_edges(isa, heavy):
+    g = np.random.default_rng(3)
+    w, f = g.normal(size=300), np.exp(g.normal(size=300))
+    if heavy:
+        w *= np.exp(g.normal(size=300))
+    w, f = w.astype(np.float32), f.astype(np.float32)
+    row = torch.from_numpy(w)[None], torch.from_numpy(f)[None]
+    tables, costs = kmeans_rows(*row, 4, 40)
+    order = np.argsort(w)
+    x, mass = w[order].astype(float), f[order].astype(float)
+    steps = ((mass[1:] + mass[:-1]) / 2 * np.diff(x) ** 2) ** (1 / 3)
+    level = np.floor(np.concatenate([[0], steps.cumsum()]) / (steps.sum() / 40) + 1e-9)
+    places = [0, *(np.flatnonzero(np.diff(level) > 0) + 1), 300]
+    assert 20 < len(places) < 43
+    for b in range(1, 5):
+        assert costs[0, b - 1] == pytest.approx(least_cost(x, mass, places, 2**b), rel=1e-5)
+        assert (tables[b - 1][0].diff() > 0).all()
+    exact = kmeans_rows(*row, 4)[1]
+    assert (costs >= exact * (1 - 1e-9)).all() and (costs <= exact * 1.1).all()
+    assert torch.equal(kmeans_rows(*row, 4, 150)[1], exact)  # at most twice the edges
+
+
+def test_long_rows_of_few_values_and_without_weight():
+    w = torch.tensor([0.0, 1, 5]).repeat(40)[None]
+    for f in (torch.ones_like(w), torch.zeros_like(w)):
+        tables, costs = kmeans_rows(w, f, 2, 8)
+        assert tables[1][0, :3].tolist() == [0, 1, 5] and costs[0, 1] == 0
+    same = torch.full((1, 100), 2.5)
+    tables, costs = kmeans_rows(same, torch.ones_like(same), 3, 8)
+    assert (tables[2] == 2.5).all() and (costs == 0).all()

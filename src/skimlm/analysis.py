@@ -29,7 +29,8 @@ from skimlm.errors import SkimError
 from skimlm.weights.fit import analyse
 from skimlm.weights.refine import damped
 
-VERSION = 2
+VERSION = 3
+EDGES = 1024  # of k-means on rows of over 2048: within 5e-4 of the optimum, 5 times as fast
 
 
 @dataclass
@@ -185,7 +186,7 @@ def of(weight: Tensor, s: Statistics, end_loss: bool) -> Analysis:
     h = s.end_hessian if s.hessian is None else s.hessian
     # In units of the end loss a row counts by its own gradients, which the mean in H~ hides.
     row_weight = s.row_weight if end_loss else torch.ones(len(weight))
-    centroids, errors = analyse(weight, s.fisher, damped(h))
+    centroids, errors = analyse(weight, s.fisher, damped(h), EDGES if end_loss else 0)
     errors *= row_weight[:, None].double()
     return Analysis(h, s.fisher.bfloat16(), row_weight, centroids, errors)
 

@@ -20,8 +20,9 @@ SKIMLM_API void skimlm_read(const uint64_t* data, int64_t bytes, uint64_t* sum, 
 
 // Exact weighted 1-D k-means of every row for k = 2, 4, .. 2^max_bits (weights/kmeans.py).
 // centroids [r, 2^(max_bits+1) - 2]: the k values of each width in turn, ascending; costs [r, max_bits].
+// edges: places where clusters of a row of more than twice as many points may begin; 0: everywhere.
 SKIMLM_API void skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int64_t max_bits,
-                                   float* centroids, double* costs, int threads);
+                                   int64_t edges, float* centroids, double* costs, int threads);
 
 // codes[i, j] = the entry of row i nearest to w[i, j]; a tie goes to the lower one (weights/kmeans.py).
 SKIMLM_API void skimlm_nearest_codes(const float* w, const float* codebook, const int32_t* sizes,

@@ -5,6 +5,9 @@
 //   D_k[i] = min_j D_{k-1}[j] - (S1[i] - S1[j])^2 / (S0[i] - S0[j]),
 // and the best j does not fall as i grows, nor as k grows. Divide and conquer over i needs
 // O(c log c) candidates per k, and the candidates of one i are contiguous: 8 per AVX-512 step.
+//
+// With `edges` clusters of long rows may begin at so many places only, and the programme is exact over
+// those: they lie as close together as the levels of the best quantizer of that many would.
 #include <cfloat>
 #include <cmath>
 #include <numeric>
@@ -25,6 +28,7 @@ struct Row {
   std::vector<double> before, after;           // D_{k-1}, D_k
   std::vector<std::vector<int32_t>> split;     // split[k][i]: where the last of k clusters begins
   std::vector<std::pair<float, float>> points; // (w, f), ascending w
+  std::vector<int32_t> place;                  // place[i]: how many points lie before boundary i
 };
 
 // Least value over j in [lo, hi] of d[j] - (s1i - s1[j])^2 / (s0i - s0[j]); the first j wins ties.
@@ -107,25 +111,51 @@ double centre(const std::pair<float, float>* first, const std::pair<float, float
   return mean;
 }
 
-void fit_row(Row& row, const float* w, const float* f, int c, int max_bits, float* centroids,
-             double* costs) {
+// Where clusters may begin: everywhere, or where the integral of density^(1/3) passes another of `edges`
+// equal steps (Panter and Dite 1951); far-off points then have a place of their own.
+void choose_places(Row& row, int c, int edges) {
+  row.place.clear();
+  row.place.push_back(0);
+  std::vector<double> passed(c, 0);
+  if (edges && c > 2 * edges)
+    for (int j = 1; j < c; ++j) {
+      const double gap = double(row.points[j].first) - row.points[j - 1].first;
+      const double weight = 0.5 * (double(row.points[j].second) + row.points[j - 1].second);
+      passed[j] = passed[j - 1] + std::cbrt(weight * gap * gap);
+    }
+  const double step = passed[c - 1] / std::max(edges, 1);
+  int64_t last = 0;
+  for (int j = 1; j < c; ++j) {
+    const int64_t now = step > 0 ? int64_t(passed[j] / step) : j;
+    if (now > last) row.place.push_back(j), last = now;
+  }
+  row.place.push_back(c);
+}
+
+void fit_row(Row& row, const float* w, const float* f, int count, int max_bits, int edges,
+             float* centroids, double* costs) {
   double mass = 0, mean = 0;
-  for (int j = 0; j < c; ++j) mass += f[j], mean += double(f[j]) * w[j];
+  for (int j = 0; j < count; ++j) mass += f[j], mean += double(f[j]) * w[j];
   const bool flat = !(mass > 0);  // no weight anywhere: every point counts the same
-  if (flat) mean = std::accumulate(w, w + c, 0.0), mass = c;
+  if (flat) mean = std::accumulate(w, w + count, 0.0), mass = count;
   mean /= mass;
-  row.points.resize(c);
-  for (int j = 0; j < c; ++j) row.points[j] = {w[j], flat ? 1.f : f[j]};
+  row.points.resize(count);
+  for (int j = 0; j < count; ++j) row.points[j] = {w[j], flat ? 1.f : f[j]};
   std::sort(row.points.begin(), row.points.end());
+  choose_places(row, count, edges);
+  const int c = int(row.place.size()) - 1;  // what the programme takes for points
 
   row.s0.assign(c + 1, 0), row.s1.assign(c + 1, 0);
   row.before.assign(c + 1, 0), row.after.assign(c + 1, 0);
-  for (int j = 0; j < c; ++j) {
-    double x = row.points[j].first - mean, weight = row.points[j].second;
-    row.s0[j + 1] = row.s0[j] + weight;
-    row.s1[j + 1] = row.s1[j] + weight * x;
+  double s0 = 0, s1 = 0;
+  for (int i = 0; i < c; ++i) {
+    for (int j = row.place[i]; j < row.place[i + 1]; ++j) {
+      const double x = row.points[j].first - mean, weight = row.points[j].second;
+      s0 += weight, s1 += weight * x;
+    }
+    row.s0[i + 1] = s0, row.s1[i + 1] = s1;
   }
-  row.tiny = c * DBL_EPSILON * row.s0[c];
+  row.tiny = count * DBL_EPSILON * row.s0[c];
   const int top = std::min(1 << max_bits, c);  // more clusters than points are never needed
   row.split.resize(top + 1);
   for (auto& s : row.split) s.assign(c + 1, 0);
@@ -143,7 +173,8 @@ void fit_row(Row& row, const float* w, const float* f, int c, int max_bits, floa
     costs[b - 1] = 0;
     for (int m = used, end = c; m >= 1; --m) {
       const int begin = m == 1 ? 0 : row.split[m][end];
-      const double x = centre(row.points.data() + begin, row.points.data() + end, &costs[b - 1]);
+      const auto* points = row.points.data();
+      const double x = centre(points + row.place[begin], points + row.place[end], &costs[b - 1]);
       out[m - 1] = static_cast<float>(x);
       end = begin;
     }
@@ -156,11 +187,12 @@ void fit_row(Row& row, const float* w, const float* f, int c, int max_bits, floa
 }  // namespace
 
 void skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int64_t max_bits,
-                                float* centroids, double* costs, int threads) {
+                        int64_t edges, float* centroids, double* costs, int threads) {
   const int64_t width = (2 << max_bits) - 2;
   parallel_rows(r, 8, threads, [&](int64_t first, int64_t last) {
     Row row;
     for (int64_t i = first; i < last; ++i)
-      fit_row(row, w + i * c, f + i * c, int(c), int(max_bits), centroids + i * width, costs + i * max_bits);
+      fit_row(row, w + i * c, f + i * c, int(c), int(max_bits), int(edges), centroids + i * width,
+              costs + i * max_bits);
   });
 }

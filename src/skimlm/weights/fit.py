@@ -49,14 +49,14 @@ class Fit:
         return out if self.in_scale is None else out * self.in_scale
 
 
-def analyse(w: Tensor, f: Tensor, h: Tensor | None) -> tuple[list[Tensor], Tensor]:
+def analyse(w: Tensor, f: Tensor, h: Tensor | None, edges: int = 0) -> tuple[list[Tensor], Tensor]:
     """k-means centroids of widths 1..5 and the error of every row at widths 1..8, [r, 8] float64.
 
     Errors of 7 and 8 bits are extrapolated from 6. The codebooks minimise the diagonal weights
-    `f`; the error is measured under the full `h` when given (it may then rise with the width),
-    under `f` when not.
+    `f` (for `edges` see `kmeans_rows`); the error is measured under the full `h` when given (it may
+    then rise with the width), under `f` when not.
     """
-    centroids, costs = kmeans_rows(w, f, MAX_TABLE_WIDTH)
+    centroids, costs = kmeans_rows(w, f, MAX_TABLE_WIDTH, edges)
     errors = torch.empty(len(w), MAX_WIDTH, dtype=torch.float64)
     fast = None if h is None else h.bfloat16()  # 0.4 % per product, finer than the curves need
     for b in WIDTHS:

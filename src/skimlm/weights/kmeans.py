@@ -15,11 +15,12 @@ from torch import Tensor
 from skimlm import native
 
 
-def kmeans_rows(w: Tensor, f: Tensor, max_bits: int) -> tuple[list[Tensor], Tensor]:
+def kmeans_rows(w: Tensor, f: Tensor, max_bits: int, edges: int = 0) -> tuple[list[Tensor], Tensor]:
     """Optimal centroids and costs of every row for 1..max_bits bits.
 
     `w`, `f`: float32 [r, c]. Returns a list whose item b - 1 is float32 [r, 2^b], ascending, and
-    the costs float64 [r, max_bits] (sum of f (w - centroid)^2).
+    the costs float64 [r, max_bits] (sum of f (w - centroid)^2). With `edges`, rows of more than
+    twice as many values are solved over about that many places where clusters may begin.
     """
     r, c = w.shape
     native.require("w", w, torch.float32, (r, c))
@@ -30,7 +31,7 @@ def kmeans_rows(w: Tensor, f: Tensor, max_bits: int) -> tuple[list[Tensor], Tens
         )
     flat = torch.empty(r, (2 << max_bits) - 2, dtype=torch.float32)
     costs = torch.empty(r, max_bits, dtype=torch.float64)
-    native.call("kmeans_rows", w.contiguous(), f.contiguous(), r, c, max_bits, flat, costs)
+    native.call("kmeans_rows", w.contiguous(), f.contiguous(), r, c, max_bits, edges, flat, costs)
     return list(flat.split([1 << b for b in range(1, max_bits + 1)], dim=1)), costs
 
 
