@@ -4,9 +4,11 @@ Data goes to stdout, progress to stderr; `--json` prints exactly one JSON object
 1: one line `error: ...` and nothing half-written, 2: usage.
 """
 
+import dataclasses
 import errno
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -418,7 +420,7 @@ def skill() -> None:
 @click.option("--model", required=True, help="Folder, hub id or .gguf the skill is for.")
 @click.option(
     "--method",
-    type=click.Choice(["adaptive", "distill", "head", "selfinfo", "sections"]),
+    type=click.Choice(["adaptive", "distill", "head", "selfinfo", "sections", "amortised"]),
     default="adaptive",
     show_default=True,
     help="adaptive: the fewest soft tokens that measure up; or one method at one size.",
@@ -445,6 +447,7 @@ def skill() -> None:
     show_default=True,
     help="Share of literals (commands, paths ...) that adaptive asks for.",
 )
+@click.option("--compressor", type=FILE, help="What skill train has made, for --method amortised.")
 @click.option("--pin", is_flag=True, help="Keep code, commands, numbers and prohibitions as text.")
 @click.option("--train", type=POSITIVE, help="Questions to train on.  [default: 96]")
 @click.option("--steps", type=POSITIVE, help="Training steps at most.  [default: 100]")
@@ -490,6 +493,68 @@ def skill_compress(
         )
     store.write(out, made)
     _print(store.inspect(out), store.inspect_text, as_json)
+
+
+@skill.command("train")
+@click.argument("out", metavar="OUT.safetensors", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--model", required=True, help="Folder, hub id or .gguf it is to compress for.")
+@click.option(
+    "--skills",
+    required=True,
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="A SKILL.md, or a folder of them; may be repeated.",
+)
+@click.option("--steps", type=POSITIVE, help="[default: 800]")
+@click.option("--seed", type=click.IntRange(min=0), help="[default: 0]")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@REVISION
+@DEVICE
+@THREADS
+@JSON
+def skill_train(
+    out: Path,
+    model: str,
+    skills: tuple[Path, ...],
+    steps: int | None,
+    seed: int | None,
+    force: bool,
+    revision: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Train a compressor on many skills: a new one then takes a single pass (experimental).
+
+    What a stopped run has done lies in OUT.partial: the same command goes on.
+    """
+    from skimlm.report import facts_text, progress_bars
+    from skimlm.skills import amortise, compressor
+
+    if out.exists() and not force:
+        raise SkimError(f"{out}: exists, use --force to replace it")
+    paths = sorted(
+        f for place in skills for f in (place.rglob("*.md") if place.is_dir() else [place])
+    )
+    usual = amortise.Settings()
+    settings = dataclasses.replace(
+        usual,
+        steps=usual.steps if steps is None else steps,
+        seed=usual.seed if seed is None else seed,
+    )
+    loaded, tokenizer = _load(model, device, revision)
+    work = out.with_name(out.name + ".partial")
+    with progress_bars() as progress:
+        made = amortise.train(loaded, tokenizer, paths, work, settings=settings, progress=progress)
+    compressor.write(out, made)
+    shutil.rmtree(work)
+    losses = made.facts["held_out_kl"]
+    facts = {
+        "out": str(out),
+        "bytes": out.stat().st_size,
+        "skills": len(made.facts["skills"]),
+        "held_out_kl": losses if as_json else f"{losses[0]:.4f} (truncation) to {min(losses):.4f}",
+    }
+    _print(facts, facts_text, as_json)
 
 
 @skill.command("eval")

@@ -11,6 +11,7 @@ no judge, no network.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from skimlm import __version__
 from skimlm.errors import SkimError
+from skimlm.skills import compressor as compressing
 from skimlm.skills import rollout, select
 from skimlm.skills.distill import Study, distill, divergences, nested, study
 from skimlm.skills.document import Document, spans
@@ -61,6 +63,7 @@ def compress(
     pin: bool = False,
     settings: Settings | None = None,
     source: str = "",
+    compressor: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Skill:
     """Compress a skill for a model: to a size, or (`adaptive` without one) as far as it goes."""
@@ -71,6 +74,10 @@ def compress(
     if method == "adaptive" and k is not None:
         method = "distill"
     made_for = fingerprints(model, tokenizer)
+    if method == "amortised":
+        if compressor is None:
+            raise SkimError("--method amortised needs --compressor FILE (skimlm skill train)")
+        return _amortised(model, tokenizer, document, ids, k, made_for, compressor, source)
     if method in select.METHODS:
         if k is None:
             raise SkimError(f"--method {method} needs a size: give --ratio or --tokens")
@@ -122,6 +129,30 @@ def compress(
         evidence,
         source,
     )
+
+
+def _amortised(
+    model: Any,
+    tokenizer: Any,
+    document: Document,
+    ids: Tensor,
+    k: int | None,
+    made_for: dict[str, Any],
+    file: str | os.PathLike[str],
+    source: str,
+) -> Skill:
+    """One pass of a trained compressor; by default a quarter of the text, or all of its slots."""
+    trained = compressing.read(file)
+    compressing.check_fits(trained, model, tokenizer, str(file))
+    if k is not None and k > trained.slots:
+        raise SkimError(f"{k:,} soft tokens: the compressor makes at most {trained.slots:,}")
+    ladder = nest(k or max(1, min(trained.slots, len(ids) // 4)))
+    with torch.no_grad():
+        soft = compressing.soft_tokens(trained, model, tokenizer, ids, ladder[-1])
+    facts = {"text_tokens": len(ids), "skimlm": __version__, "compressor": dict(trained.facts)}
+    soft = soft.to(torch.bfloat16)
+    k = ladder[-1]
+    return Skill(document, soft, (), tuple(ladder), k, "amortised", made_for, facts, source)
 
 
 def budget(text_tokens: int, tokens: int | None, ratio: float | None) -> int | None:

@@ -152,12 +152,12 @@ def distill(
     with frozen(model):
         history: list[dict[str, Any]] = [{"step": 0, "train_kl": None, "dev_kl": measure()}]
         best, best_soft, best_step = sum(history[0]["dev_kl"].values()), start.float(), 0
-        order = _shuffled(len(train.answers), seed)
+        order = shuffled(len(train.answers), seed)
         seen = []
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(step, steps)
-            loss = _loss(
+            loss = loss_of(
                 model,
                 tokenizer,
                 soft,
@@ -187,7 +187,7 @@ def distill(
     return Distilled(best_soft, best_step, history)
 
 
-def _loss(
+def loss_of(
     model: Any,
     tokenizer: Any,
     soft: Tensor,
@@ -237,7 +237,7 @@ def schedule(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
-def _shuffled(count: int, seed: int) -> Iterator[int]:
+def shuffled(count: int, seed: int) -> Iterator[int]:
     """0 .. count - 1 in a new order again and again."""
     chance = random.Random(seed)
     while True:

@@ -1,0 +1,269 @@
+"""Training of an amortised compressor (compressor.py) on a folder of skills.
+
+    lessons    every skill in chunks of at most LONGEST tokens, cut at headings; of each chunk, with
+               its full text in front of the model: answers to study questions, sampled, and pieces
+               of the text itself, to be repeated
+    steps      one lesson each: the compressor reads it, and the divergence between the model with
+               the full text and with the first k soft tokens is brought down, k from a ladder
+
+First the text is repeated (reconstruction), then questions are answered (alignment). What is
+trained starts as head truncation. The state is kept as it goes: a run that was stopped goes on, to
+the same result. A few lessons are kept apart, whole skills: their divergence is measured along the
+way, and the best state of all is the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from skimlm import shards
+from skimlm.errors import SkimError
+from skimlm.hooks import frozen
+from skimlm.skills import compressor as compressing
+from skimlm.skills import distill, document, rollout
+from skimlm.skills.compressor import Compressor
+from skimlm.skills.distill import Study, divergences, nested, schedule, study
+from skimlm.skills.document import Document
+from skimlm.skills.splice import closing, opening, token_ids
+from skimlm.weights.train import State, adam, read_state, write_state
+
+LONGEST, SHORTEST = 1024, 48  # tokens of a lesson
+PIECE = 48  # tokens of a text to be repeated
+SHOWN = 8  # tokens that say which piece
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is trained; the defaults take about two hours of two cores on a model of 135M."""
+
+    steps: int = 800
+    rows: int = 6  # questions per step
+    questions: int = 24  # per lesson, and as many pieces to repeat
+    answer: int = 48  # tokens
+    ladder: tuple[int, ...] = (32, 64, 128, 256)
+    rank: int = 16
+    hidden: int = 1024
+    lr: float = 1e-3
+    repeat: float = 0.2  # share of the steps that go to reconstruction
+    held: int = 4  # skills kept apart
+    checks: int = 10  # times their divergence is measured
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A text, and what the model says behind it."""
+
+    ids: Tensor  # [n]
+    answers: Study
+    pieces: Study
+
+
+def texts(
+    paths: Sequence[Path], tokenizer: Any, held: int
+) -> tuple[list[Document], list[Document]]:
+    """Chunks of all skills but the last `held`, and theirs; skills in the order of their hashes."""
+
+    def count(text: str) -> int:
+        return len(token_ids(tokenizer, text))
+
+    skills = sorted((document.read(path) for path in paths), key=lambda d: d.sha256)
+    if len(skills) < held + 1:
+        raise SkimError(f"{len(skills)} skills to train on: more than {held} are needed")
+    parts = []
+    for skill in skills:
+        found = document.chunks(skill.text, LONGEST, count)
+        parts.append([dataclasses.replace(skill, text=text) for text in _joined(found, count)])
+    split = len(skills) - held
+    return [d for some in parts[:split] for d in some], [d for some in parts[split:] for d in some]
+
+
+def _joined(sections: Sequence[document.Section], count: Callable[[str], int]) -> list[str]:
+    """Neighbouring sections together up to LONGEST tokens; what stays too short is left out."""
+    found, held = [], ""
+    for section in sections:
+        if held and count(held + section.text) > LONGEST:
+            found.append(held)
+            held = ""
+        held += section.text
+    return [text for text in [*found, held] if count(text) >= SHORTEST]
+
+
+def lesson(model: Any, tokenizer: Any, text: Document, settings: Settings, number: int) -> Lesson:
+    """What the model says to questions behind a text, and pieces of the text."""
+    ids = token_ids(tokenizer, text.text)[: 2 * LONGEST]  # a single line may be longer than a chunk
+    with torch.no_grad():
+        prefix = rollout.read(model, opening(tokenizer, [[ids]]))
+    seed = settings.seed + 1000 * number
+    count, tokens = settings.questions, settings.answer
+    answers = study(model, tokenizer, text, prefix, "train", count, tokens, seed)
+    return Lesson(ids, answers, _pieces(model, tokenizer, ids, prefix, count, seed))
+
+
+def _pieces(
+    model: Any, tokenizer: Any, ids: Tensor, prefix: rollout.Prefix, count: int, seed: int
+) -> Study:
+    """Pieces of the text from random places on, asked for by the tokens before them."""
+    chance = random.Random(seed)
+    places = [chance.randrange(max(1, len(ids) - SHOWN - 1)) for _ in range(count)]
+    asked = [f'Continue exactly: "{tokenizer.decode(ids[p : p + SHOWN])}' for p in places]
+    questions = [closing(tokenizer, question, True) for question in asked]
+    answers = [ids[p + SHOWN : p + SHOWN + PIECE] for p in places]
+    return Study(asked, questions, answers, rollout.score_all(model, prefix, questions, answers))
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    paths: Sequence[Path],
+    work: Path,
+    *,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+) -> Compressor:
+    """Train a compressor on SKILL.md files; lessons and state are kept in the folder `work`."""
+    settings = settings or Settings()
+    tell = progress or (lambda *_: None)
+    learned, held = texts(paths, tokenizer, settings.held)
+    start = compressing.begin(
+        model, tokenizer, max(settings.ladder), settings.rank, settings.hidden, settings.seed
+    )
+    key = _key(learned + held, start, settings)
+    lessons = []
+    for i, text in enumerate([*learned, *held]):
+        lessons.append(
+            _kept(work / f"{key}-{i:04}.safetensors", model, tokenizer, text, settings, i)
+        )
+        tell("study", i + 1, len(learned) + len(held))
+    unseen = lessons[len(learned) :]
+    file = work / f"{key}.state"
+    zeros = [{n: torch.zeros_like(v) for n, v in start.values.items()} for _ in range(2)]
+    first = {n: v.clone() for n, v in start.values.items()}
+    state = read_state(file, State(0, dict(start.values), zeros[0], zeros[1], first))
+    marks = {round(settings.steps * (i + 1) / settings.checks) for i in range(settings.checks)}
+    with frozen(model):
+        if not state.losses:
+            state.losses.append(_measure(model, tokenizer, start, state.values, unseen, settings))
+        order = _order(len(learned), settings)
+        while state.step < settings.steps:
+            _step(model, tokenizer, start, lessons[order[state.step]], state, settings)
+            state.step += 1
+            tell("train", state.step, settings.steps)
+            if state.step in marks:
+                now = _measure(model, tokenizer, start, state.values, unseen, settings)
+                if now < min(state.losses):
+                    state.best = {n: v.clone() for n, v in state.values.items()}
+                state.losses.append(now)
+                write_state(file, state)
+    facts = {
+        "skills": sorted({text.name for text in learned}),
+        "lessons": len(learned),
+        "held_out": sorted({text.name for text in held}),
+        "held_out_kl": state.losses,  # nats per token, all of the ladder; the first is truncation
+        "settings": dataclasses.asdict(settings),
+    }
+    return Compressor(state.best, start.made_for, facts)
+
+
+def _step(
+    model: Any, tokenizer: Any, start: Compressor, what: Lesson, state: State, settings: Settings
+) -> None:
+    """One step of Adam on one lesson."""
+    values = {n: v.detach().clone().requires_grad_() for n, v in state.values.items()}
+    ladder = _ladder(settings, len(what.ids))
+    made = Compressor(values, start.made_for)
+    soft = compressing.soft_tokens(made, model, tokenizer, what.ids, ladder[-1])
+    repeated = state.step < settings.repeat * settings.steps
+    said = what.pieces if repeated else what.answers
+    chance = random.Random(settings.seed + state.step)
+    rows = chance.sample(range(len(said.answers)), min(settings.rows, len(said.answers)))
+    loss = distill.loss_of(model, tokenizer, soft, (), ladder, said, rows, state.step)
+    loss.backward()
+    rate = settings.lr * schedule(state.step + 1, settings.steps)
+    for name, value in values.items():
+        if value.grad is not None:
+            adam(state, name, value.grad, rate)
+
+
+def _measure(
+    model: Any,
+    tokenizer: Any,
+    start: Compressor,
+    values: dict[str, Tensor],
+    lessons: Sequence[Lesson],
+    settings: Settings,
+) -> float:
+    """Mean divergence from the full text, nats per token, over lessons and the ladder."""
+    total = []
+    with torch.no_grad():
+        for what in lessons:
+            made = Compressor(values, start.made_for)
+            ladder = _ladder(settings, len(what.ids))
+            soft = compressing.soft_tokens(made, model, tokenizer, what.ids, ladder[-1])
+            for prefix in nested(model, tokenizer, soft, (), ladder).values():
+                kl = sum(divergences(model, prefix, what.answers)) / what.answers.tokens
+                total.append(kl / len(ladder))
+    return sum(total) / len(lessons)
+
+
+def _ladder(settings: Settings, tokens: int) -> list[int]:
+    """Resolutions up to half of a text, and at least the smallest."""
+    ladder = [k for k in settings.ladder if k <= tokens // 2]
+    return ladder or [min(settings.ladder[0], tokens)]
+
+
+def _order(count: int, settings: Settings) -> list[int]:
+    """Which lesson each step sees: one shuffled pass after the other."""
+    lessons = distill.shuffled(count, settings.seed)
+    return [next(lessons) for _ in range(settings.steps)]
+
+
+def _key(texts: Sequence[Document], start: Compressor, settings: Settings) -> str:
+    """Names what a run is about: other skills, another model or settings have another."""
+    what = hashlib.sha256(repr((dict(start.made_for), settings)).encode())
+    for text in texts:
+        what.update(text.sha256.encode())
+    return what.hexdigest()[:16]
+
+
+def _kept(
+    file: Path, model: Any, tokenizer: Any, text: Document, settings: Settings, number: int
+) -> Lesson:
+    """A lesson from its file, or made and written there."""
+    if not file.exists():
+        made = lesson(model, tokenizer, text, settings, number)
+        tensors = {"ids": made.ids}
+        for part in ("answers", "pieces"):
+            found: Study = getattr(made, part)
+            for i, row in enumerate(
+                zip(found.questions, found.answers, found.teacher, strict=True)
+            ):
+                names = (f"{part}.{i:04}.{what}" for what in ("question", "answer", "teacher"))
+                tensors |= {n: t.clone().contiguous() for n, t in zip(names, row, strict=True)}
+        shards.write_file(file, tensors, {})
+    try:
+        with safe_open(file, framework="pt") as stream:
+            read = {name: stream.get_tensor(name) for name in stream.keys()}
+    except Exception as error:
+        raise SkimError(f"{file}: damaged ({shards.first_line(error)}); delete it") from error
+
+    def rows(part: str) -> Study:
+        count = sum(name.startswith(part) and name.endswith("answer") for name in read)
+        columns = [
+            [read[f"{part}.{i:04}.{what}"] for i in range(count)]
+            for what in ("question", "answer", "teacher")
+        ]
+        return Study([], *columns)
+
+    return Lesson(read["ids"], rows("answers"), rows("pieces"))

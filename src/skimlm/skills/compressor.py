@@ -1,0 +1,208 @@
+"""An amortised compressor: one pass of the model itself turns any skill's text into soft tokens.
+
+    [chat prefix "Relevant Skill:\\n"] [text] [slots]      the model, with LoRA on its attention
+
+    slot i = E(token i of the text) + offset i
+    soft i = E(token i of the text) + P(RMSNorm(H_i))     H: slots' states; P = Linear, GELU, Linear
+
+Slots stand behind the whole text, so each has seen all of it; attention is causal, so the first k
+of K soft tokens are what k slots would have given. The last layer of P starts at 0: what is not
+trained is head truncation, and training can be judged by what it gains on that. Adapters are on
+while a text is compressed and off while the model answers. After SKIM (arXiv 2606.12203), whose
+compressor is a second model of the size of the first.
+
+    read(path) / write(path, compressor)     safetensors with a JSON text in its metadata
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from skimlm import shards
+from skimlm.errors import FormatError, SkimError
+from skimlm.hooks import forwards_replaced
+from skimlm.skills.splice import embed, opening
+from skimlm.skills.store import HASHES, fingerprints
+
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
+KEY, FORMAT_VERSION = "skim_compressor", 1
+SCALE = 2.0  # of what adapters add
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """Its numbers by name, float32, and what it was made for and trained on.
+
+    offset [K, d]; in.weight [h, d], in.bias [h], out.weight [d, h]; of every adapted linear
+    NAME.a [rank, c] and NAME.b [r, rank].
+    """
+
+    values: dict[str, Tensor] = field(repr=False)
+    made_for: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)  # how it was trained, and the losses
+
+    @property
+    def slots(self) -> int:
+        """Soft tokens it makes at most."""
+        return len(self.values["offset"])
+
+
+def begin(
+    model: Any, tokenizer: Any, slots: int = 256, rank: int = 16, hidden: int = 1024, seed: int = 0
+) -> Compressor:
+    """An untrained compressor: its soft tokens are the embeddings of the first tokens."""
+    adapted = _adapted(model)
+    if not adapted:
+        raise SkimError(
+            f"a compressor adapts linears named {', '.join(ADAPTED)}: this model has none"
+        )
+    width = model.config.get_text_config().hidden_size
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, cols: int) -> Tensor:
+        return torch.randn(rows, cols, generator=g) / math.sqrt(cols)
+
+    values = {
+        "offset": torch.zeros(slots, width),
+        "in.weight": normal(hidden, width),
+        "in.bias": torch.zeros(hidden),
+        "out.weight": torch.zeros(width, hidden),
+    }
+    for name, linear in adapted.items():
+        values[f"{name}.a"] = normal(rank, linear.in_features)
+        values[f"{name}.b"] = torch.zeros(linear.out_features, rank)
+    return Compressor(values, fingerprints(model, tokenizer))
+
+
+def soft_tokens(
+    compressor: Compressor, model: Any, tokenizer: Any, ids: Tensor, k: int | None = None
+) -> Tensor:
+    """Soft tokens [k, d] float32 of a text of ids [n]; at most as many as there are slots, or n."""
+    values = compressor.values
+    k = min(compressor.slots if k is None else k, compressor.slots, len(ids))
+    words = model.get_input_embeddings()(ids[:k].to(model.device)).detach().float()
+    slots = words + values["offset"][:k]
+    before = opening(tokenizer, [[ids]])
+    embedded = torch.cat([embed(model, before), slots.to(model.dtype)[None]], dim=1)
+    with forwards_replaced(_adapted(model), _with_adapters(values)):
+        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    h = hidden[0, -k:].float()
+    h = h * (h.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
+    h = F.gelu(F.linear(h, values["in.weight"], values["in.bias"]))
+    return words + F.linear(h, values["out.weight"])
+
+
+def check_fits(compressor: Compressor, model: Any, tokenizer: Any, where: str) -> None:
+    """Refuse a compressor of another model, tokenizer or chat template."""
+    now = fingerprints(model, tokenizer)
+    other = [what for what in HASHES if compressor.made_for[what] != now[what]]
+    if other:
+        raise SkimError(
+            f"{where}: was trained for another {' and '.join(other)}: "
+            "train one with `skimlm skill train`"
+        )
+
+
+def _adapted(model: Any) -> dict[str, Any]:
+    found = model.get_decoder().named_modules()
+    return {name: m for name, m in found if name.rpartition(".")[2] in ADAPTED}
+
+
+def _with_adapters(values: Mapping[str, Tensor]) -> Callable[[str, Any], Callable[..., Any]]:
+    def make(name: str, module: Any) -> Callable[[Tensor], Tensor]:
+        usual, a, b = module.forward, values[f"{name}.a"], values[f"{name}.b"]
+
+        def forward(x: Tensor) -> Tensor:
+            added: Tensor = SCALE * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+            return usual(x) + added
+
+        return forward
+
+    return make
+
+
+# ---- the file
+
+
+def write(path: str | os.PathLike[str], compressor: Compressor) -> None:
+    """Write a compressor in bfloat16, whole or not at all."""
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "made_for": dict(compressor.made_for),
+        "facts": dict(compressor.facts),
+    }
+    tensors = {name: t.bfloat16().contiguous() for name, t in compressor.values.items()}
+    shards.write_file(Path(path), tensors, {KEY: json.dumps(facts)})
+
+
+def read(path: str | os.PathLike[str]) -> Compressor:
+    """Read a compressor; FormatError for anything that is none."""
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            names = list(file.keys())
+            values = {name: file.get_tensor(name) for name in names} if text else {}
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"no readable file: {shards.first_line(error)}", file=path) from None
+    if not text:
+        raise FormatError("is not a compressor of skimlm skill train", file=path)
+    try:
+        facts = json.loads(text)
+        version, made_for = facts["format_version"], facts["made_for"]
+        known = {what: str(made_for[what]) for what in HASHES}
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"damaged metadata: {error}", file=path) from None
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"format version {version}, this skimlm reads {FORMAT_VERSION}", file=path
+        )
+    for name, tensor in values.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise FormatError("is not all finite numbers", file=path, tensor=name)
+    _check_shapes(path, values)
+    floats = {name: tensor.float() for name, tensor in values.items()}
+    return Compressor(floats, made_for | known, facts.get("facts", {}))
+
+
+def _check_shapes(path: Path, values: Mapping[str, Tensor]) -> None:
+    """Every tensor there and of the shape that the others ask for."""
+    for name in ("offset", "in.weight", "in.bias", "out.weight"):
+        if name not in values:
+            raise FormatError("is missing", file=path, tensor=name)
+        if values[name].dim() != (1 if name == "in.bias" else 2):
+            raise FormatError(f"shape {list(values[name].shape)}", file=path, tensor=name)
+    width, hidden = values["offset"].shape[-1], len(values["in.bias"])
+    want: dict[str, tuple[int, ...]] = {
+        "offset": (len(values["offset"]), width),
+        "in.weight": (hidden, width),
+        "in.bias": (hidden,),
+        "out.weight": (width, hidden),
+    }
+    for name in set(values) - set(want):
+        part = name.rpartition(".")[2]
+        other = values.get(f"{name[:-2]}.{'b' if part == 'a' else 'a'}")
+        if part not in ("a", "b") or other is None or other.dim() != 2 or values[name].dim() != 2:
+            raise FormatError("does not belong in a compressor", file=path, tensor=name)
+        rank = other.shape[1] if part == "a" else len(other)
+        rows, cols = values[name].shape
+        want[name] = (rank, cols) if part == "a" else (rows, rank)
+    for name, shape in want.items():
+        if tuple(values[name].shape) != shape:
+            raise FormatError(
+                f"shape {list(values[name].shape)}, should be {list(shape)}",
+                file=path,
+                tensor=name,
+            )

@@ -1,0 +1,239 @@
+"""The amortised compressor: what it starts from, what training does, its file, its command."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from skill_sample import CHAT, TEXT, chat_tokenizer, skill_model
+from skimlm import cli
+from skimlm.errors import FormatError, SkimError
+from skimlm.skills import amortise, compressor, splice, store
+from skimlm.skills.adaptive import rows_of
+
+SMALL = amortise.Settings(
+    steps=12,
+    rows=3,
+    questions=6,
+    answer=6,
+    ladder=(4, 12),
+    rank=2,
+    hidden=16,
+    lr=3e-3,
+    held=1,
+    checks=3,
+)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A model, a tokenizer and the ids of a text."""
+    tokenizer = chat_tokenizer()
+    return skill_model(), tokenizer, splice.token_ids(tokenizer, TEXT)
+
+
+def trained(model, tokenizer, seed=1):
+    """A compressor in which every number does something."""
+    made = compressor.begin(model, tokenizer, slots=16, rank=2, hidden=16)
+    g = torch.Generator().manual_seed(seed)
+    values = {n: 0.3 * torch.randn(v.shape, generator=g) for n, v in made.values.items()}
+    return dataclasses.replace(made, values=values)
+
+
+def test_untrained_it_is_head_truncation(world):
+    model, tokenizer, ids = world
+    made = compressor.begin(model, tokenizer, slots=16, rank=2, hidden=16)
+    got = compressor.soft_tokens(made, model, tokenizer, ids)
+    assert torch.equal(got, model.get_input_embeddings()(ids[:16]))
+    assert torch.equal(got.bfloat16(), rows_of(model, ids[:16]))
+
+
+def test_its_soft_tokens_are_those_of_a_model_with_the_adapters_merged(world):
+    model, tokenizer, ids = world
+    made = trained(model, tokenizer)
+    merged = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, module in merged.get_decoder().named_modules():
+            if f"{name}.a" in made.values:
+                ab = made.values[f"{name}.b"] @ made.values[f"{name}.a"]
+                module.weight += compressor.SCALE * ab
+        table = merged.get_input_embeddings().weight
+        chat = splice.token_ids(tokenizer, "<user>Relevant Skill:\n")
+        words = table[torch.cat([chat, ids])]
+        slots = table[ids[:16]] + made.values["offset"]
+        hidden = merged.get_decoder()(inputs_embeds=torch.cat([words, slots])[None])[0][0, -16:]
+        unit = hidden / (hidden.square().mean(-1, keepdim=True) + compressor.EPSILON).sqrt()
+        inner = unit @ made.values["in.weight"].T + made.values["in.bias"]
+        want = table[ids[:16]] + torch.nn.functional.gelu(inner) @ made.values["out.weight"].T
+        before = model(input_ids=ids[None]).logits
+        got = compressor.soft_tokens(made, model, tokenizer, ids)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+        assert torch.equal(model(input_ids=ids[None]).logits, before)  # adapters are off again
+
+
+def test_a_smaller_resolution_is_a_prefix_and_sees_the_whole_text(world):
+    model, tokenizer, ids = world
+    made = trained(model, tokenizer)
+    with torch.no_grad():
+        whole = compressor.soft_tokens(made, model, tokenizer, ids)
+        some = compressor.soft_tokens(made, model, tokenizer, ids, 5)
+        torch.testing.assert_close(whole[:5], some, atol=1e-5, rtol=1e-4)
+        ids = ids.clone()
+        ids[-1] = 65
+        assert (compressor.soft_tokens(made, model, tokenizer, ids, 5) - some).abs().max() > 1e-4
+    assert len(compressor.soft_tokens(made, model, tokenizer, ids[:3])) == 3
+
+
+@pytest.fixture(scope="module")
+def skills(tmp_path_factory):
+    """Four skills in a folder."""
+    folder = tmp_path_factory.mktemp("skills")
+    for i, word in enumerate(("notes", "plants", "letters", "tools")):
+        (folder / f"{word}.md").write_text(
+            TEXT.replace("notes", word) + f"\n## More\n\nThere are {i + 3} kinds of {word}.\n"
+        )
+    return sorted(folder.iterdir())
+
+
+def test_training_lowers_the_divergence_on_skills_it_does_not_see(world, skills, tmp_path):
+    model, tokenizer, _ = world
+    before = copy.deepcopy(model.state_dict())
+    settings = dataclasses.replace(SMALL, steps=40, lr=1e-2)
+    made = amortise.train(model, tokenizer, skills, tmp_path, settings=settings)
+    losses = made.facts["held_out_kl"]
+    assert len(losses) == 4 and min(losses) < 0.97 * losses[0]
+    assert len(made.facts["skills"]) == 3 and len(made.facts["held_out"]) == 1
+    assert not set(made.facts["skills"]) & set(made.facts["held_out"])
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    # what is kept is what measured least
+    text = amortise.texts(skills, tokenizer, 1)[1]
+    lessons = [amortise.lesson(model, tokenizer, t, settings, 3 + i) for i, t in enumerate(text)]
+    again = amortise._measure(model, tokenizer, made, made.values, lessons, settings)
+    assert again == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_a_stopped_training_goes_on_to_the_same_result(world, skills, tmp_path):
+    model, tokenizer, _ = world
+    whole = amortise.train(model, tokenizer, skills, tmp_path / "a", settings=SMALL)
+
+    class Stop(Exception):
+        pass
+
+    for phase, at in (("study", 2), ("train", 6), ("train", 11)):
+
+        def stop(now, done, _total, phase=phase, at=at):
+            if (now, done) == (phase, at):
+                raise Stop
+
+        with pytest.raises(Stop):
+            amortise.train(model, tokenizer, skills, tmp_path / "b", settings=SMALL, progress=stop)
+    again = amortise.train(model, tokenizer, skills, tmp_path / "b", settings=SMALL)
+    assert again.facts == whole.facts
+    assert all(torch.equal(again.values[n], v) for n, v in whole.values.items())
+
+
+def test_long_skills_become_chunks_and_nothing_of_them_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(amortise, "LONGEST", 200)
+    tokenizer = chat_tokenizer()
+    files = []
+    for i in range(2):
+        files.append(tmp_path / f"{i}.md")
+        more = "".join(f"\n## Part {j} of {i}\n\n" + "word " * 30 for j in range(5))
+        files[-1].write_text(TEXT + more)
+    learned, held = amortise.texts(files, tokenizer, 1)
+    for parts in (learned, held):
+        assert len(parts) > 3
+        assert all(len(splice.token_ids(tokenizer, p.text)) <= 200 for p in parts)
+        assert "".join(p.text for p in parts).strip() in [f.read_text().strip() for f in files]
+    with pytest.raises(SkimError, match="2 skills to train on: more than 4 are needed"):
+        amortise.texts(files, tokenizer, 4)
+
+
+def test_the_file_keeps_what_it_is_given(world, tmp_path):
+    model, tokenizer, ids = world
+    made = dataclasses.replace(trained(model, tokenizer), facts={"held_out_kl": [1.0]})
+    compressor.write(tmp_path / "c.safetensors", made)
+    back = compressor.read(tmp_path / "c.safetensors")
+    assert back.facts == made.facts and back.made_for == made.made_for
+    assert all(torch.equal(back.values[n], v.bfloat16().float()) for n, v in made.values.items())
+    compressor.check_fits(back, model, tokenizer, "c")
+    with pytest.raises(SkimError, match="c: was trained for another model: train one with"):
+        compressor.check_fits(back, skill_model("qwen3"), tokenizer, "c")
+
+
+def nan(tensors):
+    tensors["offset"][0, 0] = float("nan")
+
+
+DAMAGE = {
+    "is missing": lambda t: t.pop("in.bias"),
+    "offset: is not all finite": nan,
+    "does not belong": lambda t: t.update(other=torch.zeros(2, 2)),
+    r"out.weight: shape \[16, 64\], should be": lambda t: t.update(
+        {"out.weight": t["out.weight"].T.contiguous()}
+    ),
+}
+
+
+@pytest.mark.parametrize("match", DAMAGE)
+def test_damaged_files_are_refused(world, tmp_path, match):
+    model, tokenizer, _ = world
+    file = tmp_path / "c.safetensors"
+    compressor.write(file, trained(model, tokenizer))
+    tensors = load_file(file)
+    meta = {
+        compressor.KEY: json.dumps(
+            {"format_version": 1, "made_for": store.fingerprints(*world[:2])}
+        )
+    }
+    DAMAGE[match](tensors)
+    save_file(tensors, file, meta)
+    with pytest.raises(FormatError, match=match):
+        compressor.read(file)
+
+
+def test_files_of_another_kind_are_refused(tmp_path):
+    file = tmp_path / "c.safetensors"
+    save_file({"x": torch.zeros(2)}, file)
+    with pytest.raises(FormatError, match="is not a compressor"):
+        compressor.read(file)
+    save_file({"x": torch.zeros(2)}, file, {compressor.KEY: "{"})
+    with pytest.raises(FormatError, match="damaged metadata"):
+        compressor.read(file)
+    file.write_bytes(b"nothing")
+    with pytest.raises(FormatError, match="no readable file"):
+        compressor.read(file)
+
+
+def run(*args: object):
+    return CliRunner().invoke(cli.main, [str(arg) for arg in args], prog_name="skimlm")
+
+
+def test_the_command_trains_and_compress_uses_it(skills, tokenizer, tmp_path, monkeypatch):
+    folder, out = tmp_path / "model", tmp_path / "c.safetensors"
+    skill_model(dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(CHAT)
+    monkeypatch.setattr(amortise, "Settings", lambda: SMALL)
+    made = run("skill", "train", out, "--model", folder, "--skills", skills[0].parent, "--json")
+    assert made.exit_code == 0, made.output
+    facts = json.loads(made.stdout)
+    assert facts["skills"] == 3 and facts["bytes"] == out.stat().st_size
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["c.safetensors", "model"]
+    again = run("skill", "train", out, "--model", folder, "--skills", skills[0].parent)
+    assert again.exit_code == 1 and "exists, use --force" in again.stderr
+    compress = ("skill", "compress", skills[0], tmp_path / "a.skim", "--model", folder)
+    without = run(*compress, "--method", "amortised")
+    assert without.exit_code == 1 and "needs --compressor FILE" in without.stderr
+    done = run(*compress, "--method", "amortised", "--compressor", out, "--tokens", 8, "--json")
+    assert done.exit_code == 0, done.output
+    skill = store.read(tmp_path / "a.skim")
+    assert (skill.method, skill.k, len(skill.soft)) == ("amortised", 8, 8)
+    many = run(*compress, "--method", "amortised", "--compressor", out, "--tokens", 13, "--force")
+    assert many.exit_code == 1 and "makes at most 12" in many.stderr
+    said = run("generate", folder, "Sort?", "--skill", tmp_path / "a.skim", "--max-new-tokens", 3)
+    assert said.exit_code == 0, said.output
