@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -30,11 +31,14 @@ def cluster():
     """A head and a second node, a processor each."""
     from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
-    made.add_node(**NODE)
-    made.wait_for_nodes()
-    yield made
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # workers import the functions of this file by its name, wherever pytest was started
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        made = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+        made.add_node(**NODE)
+        made.wait_for_nodes()
+        yield made
+        made.shutdown()
 
 
 @pytest.fixture(scope="module")
