@@ -1,4 +1,4 @@
-"""The same compression in one process, on a Ray cluster of one node, and of two: time, and the bytes.
+"""The same compression in one process, on a Ray cluster of one node and of two: time, and bytes.
 
     python bench/ray_nodes.py --model DIR --data DIR --scratch DIR --out results [--recipe fast]
 
