@@ -25,8 +25,9 @@ import torch
 from provenance import provenance
 from skimlm import analysis, budget, checkpoint, demo, evaluate
 from skimlm.calibrate import read_documents, windows
-from skimlm.compress import RECIPES, Clock, quantize
-from skimlm.report import peak_rss_bytes
+from skimlm.recipes import RECIPES
+from skimlm.report import Clock, peak_rss_bytes
+from skimlm.resident import quantize
 from skimlm.weights import fit as fitting
 from skimlm.weights.pack import dequantize
 from skimlm.weights.refine import dense

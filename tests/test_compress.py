@@ -15,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import FAMILIES, byte_tokenizer, tiny_model
 from skimlm import analysis, budget
 from skimlm.checkpoint import linears
-from skimlm.compress import RECIPES, Clock, compress, fit_all, quantize
+from skimlm.compress import compress
 from skimlm.errors import SkimError
+from skimlm.recipes import RECIPES
+from skimlm.report import Clock
+from skimlm.resident import fit_all, quantize
 from skimlm.weights.fit import finish
 from skimlm.weights.kmeans import kmeans_rows
 from skimlm.weights.pack import dequantize

@@ -23,9 +23,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,36 +34,23 @@ from torch import Tensor, nn
 import skimlm
 from skimlm import (
     analysis,
-    blockwise,
     budget,
     checkpoint,
     journal,
+    resident,
     resources,
     stream,
 )
+from skimlm.asked import Asked, options_of, parts_of, recipe_of
 from skimlm.calibrate import BATCH, default_text, read_documents, windows
 from skimlm.errors import SkimError
-from skimlm.recipes import METHODS, RECIPES, Recipe, fit_linear, settled
-from skimlm.report import peak_rss_bytes
-from skimlm.weights import slim
-from skimlm.weights.fit import WIDTHS, Fit
-from skimlm.weights.kmeans import kmeans_rows
-from skimlm.weights.mask import Sparsity
-from skimlm.weights.pack import (
-    MAX_TABLE_WIDTH,
-    MAX_WIDTH,
-    Parts,
-    QuantizedWeight,
-    effective,
-    histogram,
-)
-from skimlm.weights.train import train
+from skimlm.recipes import Recipe
+from skimlm.report import Clock, peak_rss_bytes
+from skimlm.weights.fit import WIDTHS
+from skimlm.weights.pack import MAX_WIDTH, QuantizedWeight, histogram
 from skimlm.workers import Submit, here, pool
 
 Progress = Callable[[str, int, int], None]
-
-
-SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of as many tokens
 
 
 @dataclass
@@ -141,8 +126,8 @@ def compress(
     wrong; OUT is whole or absent.
     """
     bits = (4.0 if method == "slim" else 3.2) if bits is None else bits
-    plan = _checked(method, recipe, bits, index_bits, embed_bits, samples, seq_len)
-    options = _options(method, recipe, plan, bits, index_bits, size, sparsity, rank, adapter_bits)
+    plan = recipe_of(method, recipe, bits, index_bits, embed_bits, samples, seq_len)
+    options = options_of(method, recipe, plan, bits, index_bits, size, sparsity, rank, adapter_bits)
     out, clock = Path(out), Clock()
     if Path(source).exists() and Path(source).resolve() == out.resolve():
         raise SkimError(f"{out}: is the model itself; name another folder")
@@ -187,42 +172,10 @@ def compress(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the user wants, checked."""
-
-    method: str
-    recipe: str
-    plan: Recipe
-    options: slim.Options | None  # None: codes alone
-    target: budget.Target
-    embed_bits: int
-    seed: int
-
-    def facts(self, given: "Given") -> dict[str, Any]:
-        """What must be the same when the run is resumed."""
-        return {
-            "skimlm": skimlm.__version__,
-            "model": analysis.files(given.path),
-            "text": hashlib.sha256(given.ids.numpy().tobytes()).hexdigest(),
-            "linears": hashlib.sha256("\n".join(given.linears).encode()).hexdigest(),
-            "method": self.method,
-            "recipe": self.recipe,
-            "samples": self.plan.samples,
-            "seq-len": self.plan.seq_len,
-            "seed": self.seed,
-            "bits": self.target.bits,
-            "size": self.target.size,
-            "index-bits": self.target.index_bits,
-            "embed-bits": self.embed_bits,
-            "options": repr(self.options),
-        }
-
-
-@dataclass(frozen=True)
 class Tools:
     """Where a run tells what it does, and keeps what the next one may use."""
 
-    clock: "Clock"
+    clock: Clock
     progress: Progress
     notice: Callable[[str], None]
     cache_dir: str | os.PathLike[str] | None
@@ -291,7 +244,7 @@ def _allocate(given: "Given", asked: Asked, tools: Tools, submit: Submit) -> Pla
         errors = {n: stored.errors(n) for n in linears}
         first: dict[str, QuantizedWeight] = {}
         if asked.options is not None:
-            first, errors = decompose(linears, stored, asked.options, tools.progress)
+            first, errors = resident.decompose(linears, stored, asked.options, tools.progress)
     with tools.clock("allocate"):
         widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
     return made(widths, key, kept, stored, first)
@@ -334,7 +287,7 @@ def _run(
     given: "Given", asked: Asked, tools: Tools, out: Path, work: Path, submit: Submit
 ) -> "Report":
     """Allocate, fit and write OUT by way of `work`."""
-    journal.begin(work, asked.facts(given))
+    journal.begin(work, asked.facts(given.path, given.ids, given.linears))
     tools.notice(resources.describe(given.needs, given.streamed is not None))
     _check_disk(given, asked, tools, out)
     chosen = _allocate(given, asked, tools, submit)
@@ -390,7 +343,7 @@ def _quantized(
     """All linears of a model in memory, and the held-out losses of a training."""
     model, linears, plan = given.model, given.linears, asked.plan
     if asked.options is None:
-        return quantize(
+        return resident.quantize(
             model,
             linears,
             chosen.stored,
@@ -403,10 +356,10 @@ def _quantized(
         )
     with tools.clock("fit"):
         if asked.method == "slim":
-            return fit_blocks(
+            return resident.fit_blocks(
                 model, linears, given.ids, asked.recipe, plan, asked.options, tools.progress
             ), []
-        return compose(
+        return resident.compose(
             linears, chosen.stored, chosen.widths, asked.options, chosen.first, tools.progress
         ), []
 
@@ -509,245 +462,5 @@ def _provenance(asked: Asked, given: Given) -> dict[str, Any]:
     return facts | {"calibration": given.calibration}
 
 
-def _checked(
-    method: str,
-    recipe: str,
-    bits: float,
-    index_bits: int | None,
-    embed_bits: int,
-    samples: int | None,
-    seq_len: int | None,
-) -> Recipe:
-    """The recipe with the user's numbers in it; SkimError for what is not allowed."""
-    if method not in METHODS:
-        raise SkimError(f"method must be {' or '.join(METHODS)}, got {method!r}")
-    if recipe not in RECIPES:
-        raise SkimError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    if embed_bits not in (4, 8, 16):
-        raise SkimError(f"embed bits must be 16, 8 or 4, got {embed_bits}")
-    if not 1.5 <= bits <= 8:
-        raise SkimError(f"bits must be 1.5 to 8, got {bits}")
-    if index_bits is not None and index_bits not in WIDTHS:
-        raise SkimError(f"index bits must be 1 to 8, got {index_bits}")
-    plan = METHODS[method][recipe]
-    least = 2 if plan.steps else 1
-    if samples is not None and samples < least:
-        raise SkimError(f"samples must be at least {least} windows, got {samples}")
-    if seq_len is not None and seq_len < 2:
-        raise SkimError(f"seq-len must be at least 2, got {seq_len}")
-    return dataclasses.replace(
-        plan, samples=samples or plan.samples, seq_len=seq_len or plan.seq_len
-    )
-
-
-def _options(
-    method: str,
-    recipe: str,
-    plan: Recipe,
-    bits: float,
-    index_bits: int | None,
-    size: int | None,
-    sparsity: str | None,
-    rank: float | None,
-    adapter_bits: int | None,
-) -> slim.Options | None:
-    """What a linear has besides codes, with the method's defaults; None if nothing."""
-    pattern = Sparsity.parse(sparsity or ("2:4" if method == "slim" else "none"))
-    rank = (0.1 if method == "slim" else 0.0) if rank is None else rank
-    if adapter_bits not in (None, 4, 16):
-        raise SkimError(f"adapter bits must be 4 or 16, got {adapter_bits}")
-    if not 0 <= rank <= 1:
-        raise SkimError(
-            f"rank must be 0 (no adapters) to 1, a share of a linear's smaller side, got {rank:g}"
-        )
-    if method == "skim" and pattern is None and not rank:
-        return None
-    options = slim.Options(
-        bits=3, sparsity=pattern, rank=rank, adapter_bits=adapter_bits or 4, rounds=plan.turns
-    )
-    if method == "skim":
-        if plan.scale:
-            raise SkimError("recipe paper is SKIM as published: it has no sparsity and no adapters")
-        if index_bits is not None and index_bits > MAX_TABLE_WIDTH:
-            raise SkimError(f"with sparsity or adapters index bits are 1 to 5, got {index_bits}")
-        return options
-    if size is not None or index_bits is not None:
-        raise SkimError("method slim has one width for all: give --bits, not a size or index bits")
-    most = MAX_WIDTH if recipe == "paper" else MAX_TABLE_WIDTH
-    if bits != round(bits) or not 2 <= bits <= most:
-        raise SkimError(
-            f"with method slim bits are the width of the weights that stay, 2 to {most} with "
-            f"recipe {recipe}, got {bits:g}"
-        )
-    return dataclasses.replace(options, bits=round(bits), group=0 if recipe == "paper" else None)
-
-
-def parts_of(linears: Mapping[str, nn.Linear], options: slim.Options | None) -> dict[str, Parts]:
-    """What every linear will have besides codes; SkimError where the sparsity does not fit one."""
-    if options is None:
-        return {}
-    parts = {}
-    for name, linear in linears.items():
-        try:
-            parts[name] = options.parts(*linear.weight.shape)
-        except SkimError as error:
-            raise SkimError(f"{name}: {error}") from None
-    return parts
-
-
-def fit_blocks(
-    model: Any,
-    linears: dict[str, nn.Linear],
-    ids: Tensor,
-    recipe: str,
-    plan: Recipe,
-    options: slim.Options,
-    progress: Progress,
-) -> dict[str, QuantizedWeight]:
-    """SLiM: fit the blocks one after the other; the linears of `model` take the new weights."""
-    quantized: dict[str, QuantizedWeight] = {}
-
-    def fit(name: str, w: Tensor, gram: blockwise.Gram) -> Tensor:
-        if recipe == "paper":
-            q = slim.fit_paper(w, gram.h, options)
-        else:
-            q = slim.fit(w, gram.h, options, gram.target(w))
-        quantized[name] = q
-        return effective(q)
-
-    blockwise.walk(
-        model,
-        linears,
-        ids,
-        fit,
-        staged=plan.staged,
-        matched=plan.matched,
-        progress=lambda done, total: progress("fit", done, total),
-    )
-    return quantized
-
-
-def decompose(
-    linears: dict[str, nn.Linear],
-    stored: Mapping[str, analysis.Analysis],
-    options: slim.Options,
-    progress: Progress,
-) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
-    """A first sparse and low-rank fit of every linear, and what its rows then lose by width [r, 5].
-
-    The error is that of k-means under the Fisher diagonal over the weights that stay; what mask and
-    adapter lose is the same at every width.
-    """
-    first, errors = {}, {}
-    for done, (name, linear) in enumerate(linears.items(), 1):
-        w = linear.weight.detach().float().cpu()
-        known = stored[name]
-        q = slim.fit(w, known.hessian, options, shrink=SHRINK, row_weight=known.row_weight)
-        left = slim.rest(w, q.adapter)
-        fisher = known.fisher.float()
-        weight = fisher if q.mask is None else fisher * q.mask
-        costs = kmeans_rows(left.contiguous(), weight.contiguous(), MAX_TABLE_WIDTH)[1]
-        first[name], errors[name] = q, costs
-        progress("decompose", done, len(linears))
-    return first, errors
-
-
-def compose(
-    linears: dict[str, nn.Linear],
-    stored: Mapping[str, analysis.Analysis],
-    widths: Mapping[str, Tensor],
-    options: slim.Options,
-    first: Mapping[str, QuantizedWeight],
-    progress: Progress,
-) -> dict[str, QuantizedWeight]:
-    """Codebooks of the allocated widths over a mask, with adapters, refined under H~."""
-    quantized = {}
-    for done, (name, linear) in enumerate(linears.items(), 1):
-        known = stored[name]
-        quantized[name] = slim.fit(
-            linear.weight.detach().float().cpu(),
-            known.hessian,
-            options,
-            widths=widths[name],
-            adapter=first[name].adapter,
-            shrink=SHRINK,
-            row_weight=known.row_weight,
-        )
-        progress("fit", done, len(linears))
-    return quantized
-
-
-def quantize(
-    model: Any,
-    linears: dict[str, nn.Linear],
-    stored: Mapping[str, analysis.Analysis],
-    widths: Mapping[str, Tensor],
-    plan: Recipe,
-    ids: Tensor,
-    progress: Progress,
-    clock: "Clock",
-    state_file: Path | None = None,
-    teacher: dict[int, Tensor] | None = None,
-) -> tuple[dict[str, QuantizedWeight], list[float]]:
-    """Fit every linear at its widths, train if the plan says so, and round to what is stored.
-
-    Trained norm weights are put into `model`; its linears are left alone. Also returns the held-out
-    losses of the training. For `state_file` and `teacher` see `weights.train.train`.
-    """
-    with clock("fit"):
-        fits = fit_all(linears, stored, widths, plan, progress)
-    losses: list[float] = []
-    if plan.steps:
-        with clock("train"):
-            norms, losses = train(
-                model,
-                linears,
-                fits,
-                ids,
-                steps=plan.steps,
-                state_file=state_file,
-                teacher=teacher,
-                progress=lambda done, total, _loss: progress("train", done, total),
-            )
-            with torch.no_grad():
-                for name, weight in norms.items():
-                    model.get_parameter(name).copy_(weight)
-    with clock("round"):
-        quantized = {}
-        for name, fit in fits.items():
-            w = linears[name].weight.detach().float().cpu()
-            quantized[name] = settled(w, stored[name], fit, plan)
-    return quantized, losses
-
-
-def fit_all(
-    linears: dict[str, nn.Linear],
-    stored: Mapping[str, analysis.Analysis],
-    widths: Mapping[str, Tensor],
-    plan: Recipe,
-    progress: Progress,
-) -> dict[str, Fit]:
-    """Codebooks and codes of every linear at its widths, scaled or refined as the plan says."""
-    fits: dict[str, Fit] = {}
-    for done, (name, linear) in enumerate(linears.items(), 1):
-        w = linear.weight.detach().float().cpu()
-        fits[name] = fit_linear(w, stored[name], widths[name], plan)
-        progress("fit", done, len(linears))
-    return fits
-
-
 def _digest(widths: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(torch.cat(list(widths.values())).numpy().tobytes()).hexdigest()[:16]
-
-
-class Clock:
-    """Seconds per phase, in the order they ran."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = round(time.perf_counter() - start, 3)
