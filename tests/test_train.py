@@ -141,14 +141,16 @@ def test_a_block_moves_down_the_gradient_of_its_own_error(case):
     before = {n: p.detach().clone() for n, p in norms.items()}
     rows = T._order(6, 2, 1)[0]
 
+    each = torch.rand(given.shape[-1], generator=torch.manual_seed(2)) + 0.5
+
     def error(books, weights, rows):
         own = {
             f"{n.removeprefix('model.layers.0.')}.weight": b.gather(1, codes[n]) for n, b in books
         }
         out = torch.func.functional_call(block, own | weights, (given[rows],), options[0])
         out = out[0] if isinstance(out, tuple) else out
-        off = (out - wanted[rows]).square().sum(-1) / wanted[rows].square().sum(-1)
-        return off.mean()
+        off = ((out - wanted[rows]).square() * each).sum(-1)
+        return (off / (wanted[rows].square() * each).sum(-1)).mean()
 
     books = {n: b.clone().requires_grad_() for n, b in first.items()}
     weights = {n: p.clone().requires_grad_() for n, p in before.items()}
@@ -164,6 +166,7 @@ def test_a_block_moves_down_the_gradient_of_its_own_error(case):
             norms,
             given,
             wanted,
+            each,
             steps=1,
             lr=rate,
             norm_lr=rate,

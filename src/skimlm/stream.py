@@ -297,6 +297,7 @@ def _fit_and_train(
         norms,
         given,
         original,
+        _weight(linears, stored, given.shape[-1]),
         steps=plan.steps,
     )
     tensors |= trained
@@ -310,6 +311,18 @@ def _fit_and_train(
     _keep(s.file("original", i + 1), original)
     _keep(s.file("given", i + 1), given)
     shards.write_file(s.file("packed", i), tensors, {})
+
+
+def _weight(
+    linears: Mapping[str, nn.Linear], stored: Mapping[str, analysis.Analysis], width: int
+) -> Tensor:
+    """What each number of a block's output counts in the end [d]: the gradient it gets.
+
+    That is the gradient of the last linear that writes to the residual stream; a norm behind it,
+    as in gemma, scales it.
+    """
+    names = [name for name, linear in linears.items() if linear.out_features == width]
+    return stored[names[-1]].row_weight if names else torch.ones(width)
 
 
 def _apart(

@@ -3,7 +3,7 @@
     train         the whole model; loss: KL(original || compressed), summed over tokens
     train_block   one decoder block, where the model does not fit in memory; loss: the error of its
                   output, each token's over the length of the original's, which is what the next
-                  block's norm leaves of it
+                  block's norm leaves of it, each number weighted by its mean squared gradient
 
 On calibration windows. A codebook entry gathers the gradient of all weights that share it, so about
 a million numbers are trained instead of the weights themselves (moving codes too, as PV-Tuning
@@ -110,6 +110,7 @@ def train_block(
     norms: Mapping[str, nn.Parameter],
     given: Tensor,
     wanted: Tensor,
+    weight: Tensor,
     *,
     steps: int,
     batch: int = BATCH,
@@ -118,16 +119,16 @@ def train_block(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train the codebooks of a block's linears in place, towards `wanted` [n, t, d] from `given`.
 
-    `run(x)` is the block, whose parameters ask for no gradient. Returns its trained norm weights
-    and the held-out losses, like `train`.
+    `run(x)` is the block, whose parameters ask for no gradient; `weight` [d] says what each output
+    counts. Returns its trained norm weights and the held-out losses, like `train`.
     """
     held = min(HELD_OUT, len(given) // 2)
     seen = len(given) - held
 
     def loss(rows: Tensor) -> Tensor:
         target = wanted[rows].float()
-        error = (run(given[rows]).float() - target).square().sum(-1)
-        return (error / target.square().sum(-1).clamp(min=1e-12)).sum()
+        error = (run(given[rows]).float() - target).square() @ weight
+        return (error / (target.square() @ weight).clamp(min=1e-12)).sum()
 
     def backward(rows: list[int]) -> tuple[float, int]:
         value = loss(torch.tensor(rows))
