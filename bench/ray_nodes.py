@@ -8,13 +8,13 @@ gain is what a second processor gains. Analyses are not kept from one run to the
 """
 
 import argparse
-import filecmp
 import json
 import os
 import shutil
 import time
 from pathlib import Path
 
+from kill import same
 from provenance import provenance
 
 SETTINGS = {
@@ -69,12 +69,8 @@ def main():
         cluster.wait_for_nodes()
         facts[f"nodes {count}"] = run(args, f"nodes{count}", ray=cluster.address)
         cluster.shutdown()
-    names = sorted(f.name for f in (args.scratch / "alone").iterdir())
     for name in ("nodes1", "nodes2"):
-        same, *other = filecmp.cmpfiles(
-            args.scratch / "alone", args.scratch / name, names, shallow=False
-        )
-        facts[f"{name} identical"] = same == names and not any(other)
+        facts[f"{name} identical"] = same(args.scratch / "alone", args.scratch / name)
     args.out.with_suffix(".json").write_text(json.dumps(facts, indent=1))
     one, two = facts["nodes 1"]["seconds"], facts["nodes 2"]["seconds"]
     print(json.dumps(facts, indent=1))

@@ -119,6 +119,8 @@ DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, c
 CACHE_DIR = click.option(
     "--cache-dir", type=click.Path(file_okay=False), help="Where analyses are kept."
 )
+FORCE = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+SKILL_SEED = click.option("--seed", type=click.IntRange(min=0), help="[default: 0]")
 REVISION = click.option("--revision", help="Branch, tag or commit of a hub model.")
 
 
@@ -349,7 +351,7 @@ def generate(
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @CACHE_DIR
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@FORCE
 @THREADS
 @JSON
 def finetune(path: str, out: Path, text: str, as_json: bool, **options: Any) -> None:
@@ -380,7 +382,7 @@ def finetune(path: str, out: Path, text: str, as_json: bool, **options: Any) -> 
     type=click.Choice(["bfloat16", "float16", "float32"]),
     help="Of an ordinary folder; default: the model's.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@FORCE
 @JSON
 def export(
     path: str, out: Path, to: str, dtype: str | None, as_json: bool, **options: bool
@@ -451,8 +453,8 @@ def skill() -> None:
 @click.option("--pin", is_flag=True, help="Keep code, commands, numbers and prohibitions as text.")
 @click.option("--train", type=POSITIVE, help="Questions to train on.  [default: 96]")
 @click.option("--steps", type=POSITIVE, help="Training steps at most.  [default: 100]")
-@click.option("--seed", type=click.IntRange(min=0), help="[default: 0]")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@SKILL_SEED
+@FORCE
 @REVISION
 @DEVICE
 @THREADS
@@ -506,8 +508,8 @@ def skill_compress(
     help="A SKILL.md, or a folder of them; may be repeated.",
 )
 @click.option("--steps", type=POSITIVE, help="[default: 800]")
-@click.option("--seed", type=click.IntRange(min=0), help="[default: 0]")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@SKILL_SEED
+@FORCE
 @REVISION
 @DEVICE
 @THREADS
@@ -602,7 +604,7 @@ def skill_eval(
 @main.command()
 @click.option("--out", type=click.Path(file_okay=False), help="Keep the compressed model here.")
 @click.option("--bits", type=Bits(), default=3.2, show_default=True)
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@FORCE
 @THREADS
 @JSON
 def demo(as_json: bool, **options: Any) -> None:

@@ -33,7 +33,7 @@ from skimlm import shards
 from skimlm.errors import FormatError, SkimError
 from skimlm.hooks import forwards_replaced
 from skimlm.skills.splice import embed, opening
-from skimlm.skills.store import HASHES, fingerprints
+from skimlm.skills.store import HASHES, fingerprints, stale
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 KEY, FORMAT_VERSION = "skim_compressor", 1
@@ -106,9 +106,7 @@ def soft_tokens(
 
 def check_fits(compressor: Compressor, model: Any, tokenizer: Any, where: str) -> None:
     """Refuse a compressor of another model, tokenizer or chat template."""
-    now = fingerprints(model, tokenizer)
-    other = [what for what in HASHES if compressor.made_for[what] != now[what]]
-    if other:
+    if other := stale(compressor, model, tokenizer):
         raise SkimError(
             f"{where}: was trained for another {' and '.join(other)}: "
             "train one with `skimlm skill train`"

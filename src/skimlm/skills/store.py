@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,10 +83,19 @@ def fingerprints(model: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def stale(skill: Skill, model: Any, tokenizer: Any) -> list[str]:
-    """Which of tokenizer, chat_template and model are not those the skill was compressed for."""
+class MadeFor(Protocol):
+    """A skill, or a compressor of skills."""
+
+    @property
+    def made_for(self) -> Mapping[str, Any]:
+        """Hashes of HASHES."""
+        ...
+
+
+def stale(made: MadeFor, model: Any, tokenizer: Any) -> list[str]:
+    """Which of tokenizer, chat_template and model are not those something was made for."""
     now = fingerprints(model, tokenizer)
-    return [what for what in HASHES if skill.made_for[what] != now[what]]
+    return [what for what in HASHES if made.made_for[what] != now[what]]
 
 
 def pieces(skill: Skill, tokenizer: Any, k: int | None = None) -> list[Piece]:
