@@ -97,12 +97,22 @@ def _joined(sections: Sequence[document.Section], count: Callable[[str], int]) -
             found.append(held)
             held = ""
         held += section.text
-    return [text for text in [*found, held] if count(text) >= SHORTEST]
+    return [
+        part for text in [*found, held] for part in _halves(text, count) if count(part) >= SHORTEST
+    ]
+
+
+def _halves(text: str, count: Callable[[str], int]) -> list[str]:
+    """The text in equal parts of at most 2 LONGEST tokens: one line may be longer than that."""
+    if count(text) <= 2 * LONGEST:
+        return [text]
+    middle = len(text) // 2
+    return _halves(text[:middle], count) + _halves(text[middle:], count)
 
 
 def lesson(model: Any, tokenizer: Any, text: Document, settings: Settings, number: int) -> Lesson:
     """What the model says to questions behind a text, and pieces of the text."""
-    ids = token_ids(tokenizer, text.text)[: 2 * LONGEST]  # a single line may be longer than a chunk
+    ids = token_ids(tokenizer, text.text)
     with torch.no_grad():
         prefix = rollout.read(model, opening(tokenizer, [[ids]]))
     seed = settings.seed + 1000 * number
