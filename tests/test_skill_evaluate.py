@@ -265,3 +265,29 @@ def test_a_plot_needs_matplotlib_and_a_known_suffix(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(SkimError, match=r"--plot needs matplotlib: pip install 'skimlm\[plot\]'"):
         evaluate.check_plot("a.png")
+
+
+def test_the_plot_has_a_line_per_skill_and_method_through_the_measured_points(tmp_path):
+    def skill(name, text_tokens, rows):
+        keys = ("method", "tokens", "closure")
+        return {
+            "name": name,
+            "text_tokens": text_tokens,
+            "all": [dict(zip(keys, row, strict=True)) for row in rows],
+        }
+
+    long = skill("long", 100, [("distill", 50, 0.9), ("distill", 25, 0.7), ("head", 50, 0.6)])
+    facts = {"skills": [long, skill("short", 40, [("head", 10, -0.2), ("head", 20, 0.5)])]}
+    axes = evaluate.figure(facts).axes[0]
+    lines = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    assert [line.get_xydata().tolist() for line in lines] == [
+        [[0.25, 0.7], [0.5, 0.9]],
+        [[0.5, 0.6]],
+        [[0.25, -0.2], [0.5, 0.5]],
+    ]
+    assert lines[1].get_color() == lines[2].get_color() != lines[0].get_color()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["distill", "head"]
+    evaluate.plot(facts, tmp_path / "plot.svg")
+    assert b"<svg" in (tmp_path / "plot.svg").read_bytes()
+    with pytest.raises(SkimError, match=r"plot.xyz: cannot be drawn: give a .png, .svg or .pdf"):
+        evaluate.check_plot(tmp_path / "plot.xyz")

@@ -292,20 +292,29 @@ def check_plot(file: str | os.PathLike[str]) -> None:
 
 
 def plot(facts: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
-    """Draw closure against tokens, a line per method, of what `evaluate(everything=True)` gave."""
+    """Draw what `evaluate(everything=True)` gave into a file."""
+    figure(facts).savefig(file)
+
+
+def figure(facts: Mapping[str, Any]) -> Any:
+    """Closure against the share of the text's tokens: a colour per method, a line per skill."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    lines: dict[str, list[tuple[float, float]]] = {}
+    drawn = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = drawn.add_subplot()
+    alpha = 1.0 if len(facts["skills"]) == 1 else 0.4
+    colors: dict[str, str] = {}
     for row in facts["skills"]:
-        for one in row.get("all", []):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for one in row["all"]:
             share = one["tokens"] / row["text_tokens"]
             lines.setdefault(one["method"], []).append((share, one["closure"]))
-    for method, points in lines.items():
-        several = len(facts["skills"]) > 1
-        axes.plot(*zip(*sorted(points), strict=True), "o" if several else "o-", label=method)
+        for method, points in lines.items():
+            label = None if method in colors else method
+            color = colors.setdefault(method, f"C{len(colors)}")
+            xy = zip(*sorted(points), strict=True)
+            axes.plot(*xy, "o-", color=color, alpha=alpha, markersize=4, label=label)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(xlabel="tokens / tokens of the full text", ylabel="closure", xlim=(0, 1))
     axes.legend()
-    figure.savefig(file)
+    return drawn
