@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from conftest import quantized_linears, tiny_model
-from skimlm import checkpoint, cli, finetune
+from skimlm import checkpoint, cli, finetune, optimize
 from skimlm.calibrate import read_documents, windows
 from skimlm.errors import SkimError
 from skimlm.linear import CompressedLinear
@@ -213,7 +213,7 @@ def test_windows_are_read_equally_often():
 
 def test_the_folder_is_the_same_at_every_run_and_after_an_interruption(run, tmp_path, monkeypatch):
     first = run("first")
-    write, count = finetune.write_state, []
+    write, count = optimize.write_state, []
 
     def interrupted(path, state):
         write(path, state)
@@ -221,7 +221,7 @@ def test_the_folder_is_the_same_at_every_run_and_after_an_interruption(run, tmp_
         if len(count) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "write_state", interrupted)
+    monkeypatch.setattr(optimize, "write_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("second")
     assert not (tmp_path / "second").exists()
@@ -241,16 +241,16 @@ def test_the_folder_is_the_same_at_every_run_and_after_an_interruption(run, tmp_
 
 @pytest.mark.parametrize("damage", ["cut", "other tensors"])
 def test_a_damaged_state_is_named(run, tmp_path, monkeypatch, damage):
-    write = finetune.write_state
+    write = optimize.write_state
 
     def interrupted(path, state):
         write(path, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "write_state", interrupted)
+    monkeypatch.setattr(optimize, "write_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
-    monkeypatch.setattr(finetune, "write_state", write)
+    monkeypatch.setattr(optimize, "write_state", write)
     (state,) = (tmp_path / "cache").glob("*.state")
     if damage == "cut":
         state.write_bytes(state.read_bytes()[:-100])
@@ -284,8 +284,8 @@ def test_another_training_has_another_state(run, text, change, monkeypatch):
 @pytest.fixture
 def uphill(monkeypatch):
     """Every step goes the wrong way."""
-    adam = finetune.adam
-    monkeypatch.setattr(finetune, "adam", lambda s, name, grad, rate: adam(s, name, -grad, rate))
+    adam = optimize.adam
+    monkeypatch.setattr(optimize, "adam", lambda s, name, grad, rate: adam(s, name, -grad, rate))
 
 
 def test_the_adapters_stay_where_training_makes_them_worse(run, folder, tmp_path, uphill):

@@ -11,12 +11,13 @@ and the gradient passes R as if it were not there (straight-through). Loss: cros
 teacher KL(teacher || model) over all tokens. Some windows are held out; the state of least loss on
 them is kept, the start included. Parameters are relative: A = theta * rms of its component.
 
-The loop is that of weights/train.py with its optimiser and state file: adapters need neither PEFT,
+The loop is optimize.py's, with its optimiser and state file: adapters need neither PEFT,
 which does not know these linears nor 4-bit adapters, nor more of accelerate than one device has.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -37,6 +38,7 @@ from skimlm.head import final_hidden, head_logits
 from skimlm.hooks import frozen
 from skimlm.integrations.transformers import aliases
 from skimlm.linear import CompressedLinear
+from skimlm.optimize import descend
 from skimlm.report import peak_rss_bytes
 from skimlm.weights.pack import (
     ADAPTER_GROUP,
@@ -46,7 +48,6 @@ from skimlm.weights.pack import (
     spread,
     unpack_adapter,
 )
-from skimlm.weights.train import State, adam, read_state, schedule, write_state
 
 HELD_OUT = 16  # windows, at most an eighth of all
 CHECKS = 5  # times the held-out loss is measured along the way
@@ -268,9 +269,8 @@ def train(
     scales = {f"{f}.{n}": getattr(q, f"{f}_scale") for n, q in before.items() for f in "ab"}
     exact = {f"{f}.{n}": x for n, q in before.items() for f, x in _named(q).items()}
     units = {n: x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12) for n, x in exact.items()}
-    state = read_state(state_file, _begin({n: x / units[n] for n, x in exact.items()}))
-    steps, total, done = len(order), sum(map(len, order)), 0
-    marks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+    steps, total = len(order), sum(map(len, order))
+    done = list(itertools.accumulate(map(len, order)))
 
     def factor(name: str, theta: Tensor) -> Tensor:
         return _Rounded.apply(theta * units[name], scales[name])
@@ -278,37 +278,28 @@ def train(
     with frozen(model):
         tests = [(part, *objective(part)) for part in unseen.split(len(order[0]))]
 
-        def held_out_loss() -> float:
-            with (
-                torch.no_grad(),
-                _placed(layers, {n: factor(n, v) for n, v in state.values.items()}),
-            ):
+        def held_out(values: dict[str, Tensor]) -> float:
+            with torch.no_grad(), _placed(layers, {n: factor(n, v) for n, v in values.items()}):
                 total = sum(_loss_sum(model, part, loss) for part, loss, _ in tests)
             return total / sum(count for *_, count in tests)
 
-        if not state.losses:
-            state.losses.append(held_out_loss())
-        for rows in order[: state.step]:
-            done += len(rows)
-        while state.step < steps:
-            rows = order[state.step]
-            part = ids[rows]
+        def gradients(values: dict[str, Tensor], step: int) -> dict[str, tuple[Tensor, float]]:
+            part = ids[order[step]]
             loss, _ = objective(part)
-            leaves = {n: v.detach().requires_grad_() for n, v in state.values.items()}
+            leaves = {n: v.detach().requires_grad_() for n, v in values.items()}
             with _placed(layers, {n: factor(n, v) for n, v in leaves.items()}):
                 backward_from_loss(final_hidden(model, part), _gradient(loss), CHUNK)
-            rate = lr * schedule(state.step, steps)
-            for name, leaf in leaves.items():
-                if leaf.grad is not None:
-                    adam(state, name, leaf.grad, rate)
-            state.step += 1
-            done += len(rows)
-            progress("finetune", done, total)
-            if state.step in marks:
-                state.losses.append(held_out_loss())
-                if state.losses[-1] < min(state.losses[:-1]):
-                    state.best = {n: v.clone() for n, v in state.values.items()}
-                write_state(state_file, state)
+            return {n: (leaf.grad, lr) for n, leaf in leaves.items() if leaf.grad is not None}
+
+        state = descend(
+            {n: x / units[n] for n, x in exact.items()},
+            steps,
+            gradients,
+            held_out,
+            checks=CHECKS,
+            file=state_file,
+            progress=lambda step: progress("finetune", done[step - 1], total),
+        )
     best = {n: rounded(v * units[n], scales[n]) for n, v in state.best.items()}
     adapters = {
         n: dataclasses.replace(q, a=best[f"a.{n}"], b=best[f"b.{n}"]) for n, q in before.items()
@@ -318,11 +309,6 @@ def train(
 
 def _named(adapter: Adapter) -> dict[str, Tensor]:
     return dict(zip("ab", adapter.values(), strict=True))
-
-
-def _begin(values: dict[str, Tensor]) -> State:
-    first, second = ({n: torch.zeros_like(v) for n, v in values.items()} for _ in range(2))
-    return State(0, values, first, second, {n: v.clone() for n, v in values.items()})
 
 
 @contextmanager

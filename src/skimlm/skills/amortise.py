@@ -29,13 +29,13 @@ from torch import Tensor
 from skimlm import shards
 from skimlm.errors import SkimError
 from skimlm.hooks import frozen
+from skimlm.optimize import descend
 from skimlm.skills import compressor as compressing
 from skimlm.skills import distill, document, rollout
 from skimlm.skills.compressor import Compressor
-from skimlm.skills.distill import Study, divergences, nested, schedule, study
+from skimlm.skills.distill import Study, divergences, nested, study
 from skimlm.skills.document import Document
 from skimlm.skills.splice import closing, opening, token_ids
-from skimlm.weights.train import State, adam, read_state, write_state
 
 LONGEST, SHORTEST = 1024, 48  # tokens of a lesson
 PIECE = 48  # tokens of a text to be repeated
@@ -157,25 +157,24 @@ def train(
         )
         tell("study", i + 1, len(learned) + len(held))
     unseen = lessons[len(learned) :]
-    file = work / f"{key}.state"
-    zeros = [{n: torch.zeros_like(v) for n, v in start.values.items()} for _ in range(2)]
-    first = {n: v.clone() for n, v in start.values.items()}
-    state = read_state(file, State(0, dict(start.values), zeros[0], zeros[1], first))
-    marks = {round(settings.steps * (i + 1) / settings.checks) for i in range(settings.checks)}
+    order = _order(len(learned), settings)
+
+    def gradients(values: dict[str, Tensor], step: int) -> dict[str, tuple[Tensor, float]]:
+        return _gradients(model, tokenizer, start, lessons[order[step]], values, step, settings)
+
+    def held_out(values: dict[str, Tensor]) -> float:
+        return _measure(model, tokenizer, start, values, unseen, settings)
+
     with frozen(model):
-        if not state.losses:
-            state.losses.append(_measure(model, tokenizer, start, state.values, unseen, settings))
-        order = _order(len(learned), settings)
-        while state.step < settings.steps:
-            _step(model, tokenizer, start, lessons[order[state.step]], state, settings)
-            state.step += 1
-            tell("train", state.step, settings.steps)
-            if state.step in marks:
-                now = _measure(model, tokenizer, start, state.values, unseen, settings)
-                if now < min(state.losses):
-                    state.best = {n: v.clone() for n, v in state.values.items()}
-                state.losses.append(now)
-                write_state(file, state)
+        state = descend(
+            start.values,
+            settings.steps,
+            gradients,
+            held_out,
+            checks=settings.checks,
+            file=work / f"{key}.state",
+            progress=lambda step: tell("train", step, settings.steps),
+        )
     facts = {
         "skills": sorted({text.name for text in learned}),
         "lessons": len(learned),
@@ -186,24 +185,25 @@ def train(
     return Compressor(state.best, start.made_for, facts)
 
 
-def _step(
-    model: Any, tokenizer: Any, start: Compressor, what: Lesson, state: State, settings: Settings
-) -> None:
-    """One step of Adam on one lesson."""
-    values = {n: v.detach().clone().requires_grad_() for n, v in state.values.items()}
+def _gradients(
+    model: Any,
+    tokenizer: Any,
+    start: Compressor,
+    what: Lesson,
+    values: dict[str, Tensor],
+    step: int,
+    settings: Settings,
+) -> dict[str, tuple[Tensor, float]]:
+    """Of the divergence on one lesson, by name, with the rate."""
+    leaves = {n: v.detach().clone().requires_grad_() for n, v in values.items()}
     ladder = _ladder(settings, len(what.ids))
-    made = Compressor(values, start.made_for)
+    made = Compressor(leaves, start.made_for)
     soft = compressing.soft_tokens(made, model, tokenizer, what.ids, ladder[-1])
-    repeated = state.step < settings.repeat * settings.steps
-    said = what.pieces if repeated else what.answers
-    chance = random.Random(settings.seed + state.step)
+    said = what.pieces if step < settings.repeat * settings.steps else what.answers
+    chance = random.Random(settings.seed + step)
     rows = chance.sample(range(len(said.answers)), min(settings.rows, len(said.answers)))
-    loss = distill.loss_of(model, tokenizer, soft, (), ladder, said, rows, state.step)
-    loss.backward()
-    rate = settings.lr * schedule(state.step + 1, settings.steps)
-    for name, value in values.items():
-        if value.grad is not None:
-            adam(state, name, value.grad, rate)
+    distill.loss_of(model, tokenizer, soft, (), ladder, said, rows, step).backward()
+    return {n: (leaf.grad, settings.lr) for n, leaf in leaves.items() if leaf.grad is not None}
 
 
 def _measure(

@@ -14,43 +14,27 @@ Not in the SKIM paper.
 Parameters are relative: codebook = start + theta * spread of its row, norm = original * (1 + gain).
 """
 
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from skimlm import native, shards
+from skimlm import native
 from skimlm.calibrate import backward_from_loss
-from skimlm.errors import SkimError
 from skimlm.head import final_hidden, head_logits
 from skimlm.hooks import forwards_replaced, frozen
+from skimlm.optimize import descend
 from skimlm.weights.fit import Fit, affine_values
 from skimlm.weights.kmeans import lookup
 
 HELD_OUT = 8  # windows
 BATCH = 2  # windows of a step
 CHECKS = 3  # times the held-out loss is measured along the way
-BETAS = (0.9, 0.98)
 Progress = Callable[[int, int, float], None]
-
-
-@dataclass
-class State:
-    """Everything a run needs to go on: parameters, Adam's moments, the best seen, losses so far."""
-
-    step: int = 0
-    values: dict[str, Tensor] = field(default_factory=dict)  # theta.NAME [r, k], gain.NAME [c]
-    first: dict[str, Tensor] = field(default_factory=dict)
-    second: dict[str, Tensor] = field(default_factory=dict)
-    best: dict[str, Tensor] = field(default_factory=dict)  # values at the least held-out loss
-    losses: list[float] = field(default_factory=list)  # held out, nats per token
 
 
 def train(
@@ -170,9 +154,7 @@ def _descend(
     original = {n: p.detach().clone() for n, p in norms.items()}
     base = {n: f.codebook[:, : int(f.sizes.max())].contiguous() for n, f in fits.items()}
     spread = {n: b.std(1, keepdim=True, correction=0).clamp(min=1e-12) for n, b in base.items()}
-    state = read_state(state_file, _begin(base, original))
     steps = len(order)
-    marks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)}
 
     def codebooks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: base[n] + values[f"theta.{n}"] * spread[n] for n in fits}
@@ -180,39 +162,38 @@ def _descend(
     def norm_weights(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: (o.float() * (1 + values[f"gain.{n}"])).to(o.dtype) for n, o in original.items()}
 
-    def held_out_loss() -> float:
-        values = state.values
+    def held_out(values: dict[str, Tensor]) -> float:
         with fitted(linears, fits, codebooks(values)), _placed(norms, norm_weights(values)):
             return objective.held_out()
 
-    if not state.losses:
-        state.losses.append(held_out_loss())
-    while state.step < steps:
-        rows = order[state.step]
+    def gradients(values: dict[str, Tensor], step: int) -> dict[str, tuple[Tensor, float]]:
+        rows = order[step]
         objective.prepare(rows)
-        books = {n: b.requires_grad_() for n, b in codebooks(state.values).items()}
-        with (
-            fitted(linears, fits, books),
-            _placed(norms, norm_weights(state.values), grad=True),
-        ):
+        books = {n: b.requires_grad_() for n, b in codebooks(values).items()}
+        with fitted(linears, fits, books), _placed(norms, norm_weights(values), grad=True):
             loss, tokens = objective.backward(rows)
-            moved = {f"theta.{n}": (b.grad, spread[n]) for n, b in books.items()}
-            moved |= {f"gain.{n}": (p.grad, original[n].float()) for n, p in norms.items()}
+            moved = {f"theta.{n}": (b.grad, spread[n], lr) for n, b in books.items()}
+            moved |= {f"gain.{n}": (p.grad, original[n].float(), norm_lr) for n, p in norms.items()}
             for p in norms.values():
                 p.grad = None
-        rate = schedule(state.step, steps)
-        for name, (grad, unit) in moved.items():
-            if grad is not None:
-                size = lr if name.startswith("theta.") else norm_lr
-                adam(state, name, grad.float() * unit / tokens, size * rate)
-        state.step += 1
+        losses.append(loss / tokens)
+        return {
+            name: (grad.float() * unit / tokens, rate)
+            for name, (grad, unit, rate) in moved.items()
+            if grad is not None
+        }
+
+    losses: list[float] = []
+
+    def tell(step: int) -> None:
         if progress:
-            progress(state.step, steps, loss / tokens)
-        if state.step in marks:
-            state.losses.append(held_out_loss())
-            if state.losses[-1] <= min(state.losses):
-                state.best = {n: v.clone() for n, v in state.values.items()}
-            write_state(state_file, state)
+            progress(step, steps, losses[-1])
+
+    start = {f"theta.{n}": torch.zeros_like(b) for n, b in base.items()}
+    start |= {f"gain.{n}": torch.zeros(w.shape) for n, w in original.items()}
+    state = descend(
+        start, steps, gradients, held_out, checks=CHECKS, file=state_file, progress=tell
+    )
     for name, codebook in codebooks(state.best).items():
         fits[name].codebook[:, : codebook.shape[1]] = codebook
         sort_entries(fits[name])
@@ -341,16 +322,6 @@ def _kl_gradient(
     return gradient
 
 
-# ---- the optimiser and its state
-
-
-def _begin(base: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> State:
-    values = {f"theta.{n}": torch.zeros_like(b) for n, b in base.items()}
-    values |= {f"gain.{n}": torch.zeros(w.shape) for n, w in norms.items()}
-    first, second, best = ({n: torch.zeros_like(v) for n, v in values.items()} for _ in range(3))
-    return State(0, values, first, second, best)
-
-
 def _order(count: int, batch: int, steps: int) -> list[list[int]]:
     """Which windows each step sees: one shuffled pass after the other."""
     generator = torch.Generator().manual_seed(0)
@@ -358,56 +329,3 @@ def _order(count: int, batch: int, steps: int) -> list[list[int]]:
     while len(queue) < batch * steps:
         queue += torch.randperm(count, generator=generator).tolist()
     return [queue[i * batch : (i + 1) * batch] for i in range(steps)]
-
-
-def schedule(step: int, steps: int) -> float:
-    """Warm up over a twentieth of the steps, then a cosine down to zero."""
-    warm = max(1, steps // 20)
-    return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-
-def adam(state: State, name: str, grad: Tensor, rate: float) -> None:
-    """One Adam step (1412.6980) on `state.values[name]`."""
-    b1, b2 = BETAS
-    first = state.first[name].mul_(b1).add_(grad, alpha=1 - b1)
-    second = state.second[name].mul_(b2).addcmul_(grad, grad, value=1 - b2)
-    t = state.step + 1
-    down = (second / (1 - b2**t)).sqrt_().add_(1e-8)
-    state.values[name].addcdiv_(first, down, value=-rate / (1 - b1**t))
-
-
-PARTS: Sequence[str] = ("values", "first", "second", "best")
-
-
-def write_state(path: Path | None, state: State) -> None:
-    """Keep `state` in a file, whole or not at all."""
-    if path is None:
-        return
-    tensors = {f"{part}:{n}": v for part in PARTS for n, v in getattr(state, part).items()}
-    facts = {"step": str(state.step), "losses": json.dumps(state.losses)}
-    shards.write_file(path, tensors, facts)
-
-
-def read_state(path: Path | None, start: State) -> State:
-    """The state in a file, or `start` if there is none; SkimError unless it fits `start`."""
-    if path is None or not path.exists():
-        return start
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata()
-            state = State(int(facts["step"]), losses=json.loads(facts["losses"]))
-            for key in file.keys():
-                part, name = key.split(":", 1)
-                getattr(state, part)[name] = file.get_tensor(key)
-        if any(_shapes(getattr(state, part)) != _shapes(getattr(start, part)) for part in PARTS):
-            raise ValueError("other tensors than this training has")
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise SkimError(
-            f"{path}: damaged state of a training ({shards.first_line(error)}); "
-            "delete it and run again"
-        ) from None
-    return state
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
