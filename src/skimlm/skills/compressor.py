@@ -1,15 +1,19 @@
 """An amortised compressor: one pass of the model itself turns any skill's text into soft tokens.
 
-    [chat prefix "Relevant Skill:\\n"] [text] [slots]      the model, with LoRA on its attention
+    [chat prefix "Relevant Skill:\\n"] [text]     the model as it is
+                                         [slots]     the model, with LoRA on its attention
 
     slot i = E(token i of the text) + offset i
-    soft i = E(token i of the text) + P(RMSNorm(H_i))     H: slots' states; P = Linear, GELU, Linear
+    soft i = E(token i of the text) + P(RMSNorm(H_i))     H: slots' states
+
+    P(x) = out GELU(in x + bias) / sqrt(h)               h: width inside; a step of Adam on `out`
+                                                         moves a sum of h terms at once
 
 Slots stand behind the whole text, so each has seen all of it; attention is causal, so the first k
-of K soft tokens are what k slots would have given. The last layer of P starts at 0: what is not
-trained is head truncation, and training can be judged by what it gains on that. Adapters are on
-while a text is compressed and off while the model answers. After SKIM (arXiv 2606.12203), whose
-compressor is a second model of the size of the first.
+of K soft tokens are what k slots would have given. `out` starts at 0: what is not trained is head
+truncation, and training can be judged by what it gains on that. The text's keys and values are
+those the model has anyway when it reads the skill: nothing is adapted there, and no gradient needs
+them. After SKIM (arXiv 2606.12203), whose compressor is a second model of the size of the first.
 
     read(path) / write(path, compressor)     safetensors with a JSON text in its metadata
 """
@@ -32,7 +36,8 @@ from torch.nn import functional as F
 from skimlm import shards
 from skimlm.errors import FormatError, SkimError
 from skimlm.hooks import forwards_replaced
-from skimlm.skills.splice import embed, opening
+from skimlm.skills.rollout import read as read_pieces
+from skimlm.skills.splice import opening
 from skimlm.skills.store import HASHES, fingerprints, stale
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -94,14 +99,16 @@ def soft_tokens(
     k = min(compressor.slots if k is None else k, compressor.slots, len(ids))
     words = model.get_input_embeddings()(ids[:k].to(model.device)).detach().float()
     slots = words + values["offset"][:k]
-    before = opening(tokenizer, [[ids]])
-    embedded = torch.cat([embed(model, before), slots.to(model.dtype)[None]], dim=1)
+    with torch.no_grad():
+        text = read_pieces(model, opening(tokenizer, [[ids]]))
     with forwards_replaced(_adapted(model), _with_adapters(values)):
-        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    h = hidden[0, -k:].float()
+        hidden = model.get_decoder()(
+            inputs_embeds=slots.to(model.dtype)[None], past_key_values=text.lend(1), use_cache=True
+        ).last_hidden_state
+    h = hidden[0].float()
     h = h * (h.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
     h = F.gelu(F.linear(h, values["in.weight"], values["in.bias"]))
-    return words + F.linear(h, values["out.weight"])
+    return words + F.linear(h, values["out.weight"]) / math.sqrt(h.shape[1])
 
 
 def check_fits(compressor: Compressor, model: Any, tokenizer: Any, where: str) -> None:
