@@ -139,9 +139,10 @@ def test_start_is_the_kmeans_solution_of_each_row():
     assert torch.equal(fit.affine.widths, widths[widths > 5])
 
 
-@pytest.mark.parametrize("span", [7, 2048])
-def test_curves_are_the_errors_of_the_solutions(span, monkeypatch):
+@pytest.mark.parametrize(("span", "rows"), [(7, 4), (2048, 256)])
+def test_curves_are_the_errors_of_the_solutions(span, rows, monkeypatch):
     monkeypatch.setattr(F, "SPAN", span)  # tiles of H, the last one narrower
+    monkeypatch.setattr(F, "ROWS", rows)  # ten rows in three parts, or in one
     w, f, h, _ = problem(5, r=10)
     assert h.shape[1] % 7
     for full in (None, h):
