@@ -1,6 +1,6 @@
 """Skills as soft tokens: every method at every size, on questions nothing was trained on.
 
-    python bench/skills.py --skills DIR --names a,b --out OUT.json --save DIR [--model MODEL]
+    python bench/skills.py --skills DIR --names a,b --out OUT.json --save DIR [--compressor FILE]
 
 DIR holds files *NAME.md. A skill is distilled once, nested, up to half of its text; the .skim is
 kept under --save. All of its resolutions and the untrained methods at the same sizes are then
@@ -26,10 +26,10 @@ import torch
 from provenance import provenance
 from skimlm import checkpoint, demo
 from skimlm.report import peak_rss_bytes
-from skimlm.skills import adaptive, document, evaluate, store
+from skimlm.skills import adaptive, document, evaluate, select, store
 
 SIZES = (32, 64, 128, 256)
-METHODS = ("head", "sections", "selfinfo", "distill")
+METHODS = ("head", "sections", "selfinfo", "amortised", "distill")
 
 
 def measure(model, tokenizer, file, args):
@@ -51,10 +51,25 @@ def measure(model, tokenizer, file, args):
         made.evidence["cpu_seconds"] = time.process_time() - started
         store.write(path, made)
     skill = store.read(path)
+    others, seconds = [], timed(model, tokenizer, read, ids)
+    if args.compressor:
+        started = time.process_time()
+        most = min(SIZES[-1], len(ids) // 2)
+        others = [
+            adaptive.compress(
+                model,
+                tokenizer,
+                read,
+                method="amortised",
+                tokens=most,
+                compressor=args.compressor,
+            )
+        ]
+        seconds["amortised"] = time.process_time() - started
     row = evaluate.measure(
-        model, tokenizer, read, skill, args.questions, args.answer, True, file.name
+        model, tokenizer, read, skill, args.questions, args.answer, True, file.name, others
     )
-    row["method_seconds"] = timed(model, tokenizer, read, ids)
+    row["method_seconds"] = seconds
     row["compress_cpu_seconds"] = skill.evidence["cpu_seconds"]
     row["dev"] = skill.evidence["rungs"]
     row["history"] = skill.evidence["history"]
@@ -68,9 +83,9 @@ def measure(model, tokenizer, file, args):
 def timed(model, tokenizer, read, ids):
     """CPU seconds of the untrained methods at half of the text."""
     found = {}
-    for method in METHODS[:3]:
+    for method in select.METHODS:
         started = time.process_time()
-        adaptive.select.keep(model, tokenizer, read, len(ids) // 2, method)
+        select.keep(model, tokenizer, read, len(ids) // 2, method)
         found[method] = time.process_time() - started
     return found
 
@@ -123,8 +138,12 @@ def table(rows):
 
     for method in METHODS:
         for k in (*SIZES, None):
-            have = [r for r in strong if k is None or k in {o["k"] for o in r["all"]}]
-            if not have:
+            have = [
+                r
+                for r in strong
+                if any(o["method"] == method and k in (None, o["k"]) for o in r["all"])
+            ]
+            if not have or (method, k) == ("amortised", None):
                 continue
             one, head = entry(method, k), entry("head", k)
             low, high = interval(have, closing(one))
@@ -190,6 +209,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--save", type=Path, required=True)
     parser.add_argument("--model")
+    parser.add_argument("--compressor", help="what skill train made: its column is added")
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--answer", type=int, default=48)
     parser.add_argument("--train", type=int, default=96)

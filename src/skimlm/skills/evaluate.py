@@ -89,8 +89,13 @@ def measure(
     answer: int,
     everything: bool,
     file: str,
+    others: Sequence[store.Skill] = (),
 ) -> dict[str, Any]:
-    """All metrics of one skill at the resolution it is served at."""
+    """All metrics of one skill at the resolution it is served at.
+
+    With `everything` all its resolutions, those of `others` (the same text compressed in another
+    way) and the untrained methods, at the same sizes.
+    """
     ids = token_ids(tokenizer, document.text)
     store.check_reach(model, len(ids) + wrapper_tokens(tokenizer), ROOM + answer, document.name)
     with torch.no_grad():
@@ -101,7 +106,7 @@ def measure(
     full = scores(model, text, test)
     variants: list[tuple[str, int, list[Piece]]] = []
     if everything:
-        variants = _variants(model, tokenizer, document, ids, skill)
+        variants = _variants(model, tokenizer, document, ids, [skill, *others] if skill else others)
     pieces = store.pieces(skill, tokenizer) if skill else [ids]
     served = skill is not None and skill.k is not None
     variants.insert(0, (skill.method if skill and served else "full text", len(ids), pieces))
@@ -213,15 +218,14 @@ def timing(
 
 
 def _variants(
-    model: Any, tokenizer: Any, document: Document, ids: Tensor, skill: store.Skill | None
+    model: Any, tokenizer: Any, document: Document, ids: Tensor, skills: Sequence[store.Skill]
 ) -> list[tuple[str, int, list[Piece]]]:
-    """Every resolution of the artefact, and the untrained methods at the same k."""
-    ladder = skill.ladder if skill else [k for k in (32, 64, 128, 256) if k < len(ids)]
-    found: list[tuple[str, int, list[Piece]]] = []
-    if skill:
-        found += [(skill.method, k, store.pieces(skill, tokenizer, k)) for k in ladder]
+    """Every resolution of the artefacts, and the untrained methods at the same k."""
+    sizes = {k for skill in skills for k in skill.ladder}
+    sizes = sizes or {k for k in (32, 64, 128, 256) if k < len(ids)}
+    found = [(s.method, k, store.pieces(s, tokenizer, k)) for s in skills for k in s.ladder]
     for method in select.METHODS:
-        for k in ladder:
+        for k in sorted(sizes):
             kept = ids[select.keep(model, tokenizer, document, k, method)]
             found.append((method, k, [rows_of(model, kept)]))
     return found
