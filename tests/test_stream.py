@@ -345,6 +345,13 @@ def test_what_changed_is_named_on_resume(run, tmp_path, monkeypatch, change, fol
     assert journal.place(tmp_path / "o").exists()
 
 
+def test_a_finished_folder_is_not_taken_for_an_unfinished_run(run, tmp_path):
+    (tmp_path / "o").mkdir()
+    with pytest.raises(SkimError, match=r"o: is there, with no unfinished run beside it; --force"):
+        run("o", resume=True)
+    assert not list((tmp_path / "o").iterdir()) and not journal.place(tmp_path / "o").exists()
+
+
 def test_an_edited_journal_is_refused(run, tmp_path, monkeypatch):
     interrupted(run, "o", monkeypatch)
     file = journal.place(tmp_path / "o") / journal.JOURNAL

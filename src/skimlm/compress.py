@@ -158,6 +158,8 @@ def compress(
         alike = found.streamed is not None  # an analysis would take as long as the run itself
         chosen = _as_if_alike(found, asked) if alike else _allocate(found, asked, tools, here)
         return _report(found, asked, tools, out, chosen)
+    if resume and not force and out.exists() and not journal.place(out).exists():
+        raise SkimError(f"{out}: is there, with no unfinished run beside it; --force replaces it")
     if not (resume and journal.is_finished(out)):
         checkpoint.check_out(out, force)
     with journal.unfinished(out, resume, force) as work:
