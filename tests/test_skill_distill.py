@@ -117,6 +117,25 @@ def test_training_that_does_not_help_leaves_the_start(world):
     assert [entry["step"] for entry in done.history] == [0, 4, 8]  # and ends early
 
 
+def test_training_ends_at_its_goal_or_where_the_goal_is_out_of_reach(world):
+    model, tokenizer, ids, _, train, _ = world
+    start = rows_of(model, ids[:16]).float()
+
+    def run(lr, goal=0.0):
+        options = dict(steps=25, rows=6, lr=lr, check=5, goal=goal)
+        done = distill(model, tokenizer, start, (), [16], train, train, **options)
+        return [entry["step"] for entry in done.history], [e["dev_kl"][16] for e in done.history]
+
+    steps, kl = run(1e-2)
+    assert steps == [0, 5, 10, 15, 20, 25] and kl == sorted(kl, reverse=True)
+    assert run(1e-2, (kl[1] + kl[2]) / 2) == (steps[:3], kl[:3])
+    # slow: at this pace the 20 steps that are left would not bring it there
+    steps, kl = run(1e-5)
+    pace = kl[0] - kl[1]
+    assert run(1e-5, kl[1] - 4.5 * pace)[0] == [0, 5]
+    assert len(run(1e-5, kl[1] - 3.5 * pace)[0]) > 2
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])  # gemma's embeddings come out scaled
 def test_no_vector_becomes_longer_than_any_words(world, family):
     _, tokenizer, ids, *_ = world

@@ -10,6 +10,7 @@ from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm.errors import SkimError
 from skimlm.skills import adaptive, evaluate, recall, rollout, splice, store
 from skimlm.skills.adaptive import Settings, choose, compress
+from skimlm.skills.distill import Distilled
 from skimlm.skills.document import body_start, literals, parse
 from skimlm.skills.splice import Pin
 
@@ -191,6 +192,8 @@ def test_the_ladder_ends_at_half_of_the_text():
     assert adaptive.rungs(2100, 2100) == [32, 64, 128, 256, 512, 1050]
     assert adaptive.rungs(40, 40) == [20] and adaptive.rungs(1, 1) == [1]
     assert adaptive.rungs(811, 100) == [32, 64, 100]
+    half = adaptive.rungs(811, 811, 6)[-1]
+    assert (half + 6) / (811 + 6) <= 0.5 < (half + 7) / (811 + 6)
 
 
 def test_adaptive_compression_is_deterministic_and_keeps_its_evidence(world, made, tmp_path):
@@ -200,11 +203,57 @@ def test_adaptive_compression_is_deterministic_and_keeps_its_evidence(world, mad
     assert (tmp_path / "a.skim").read_bytes() == (tmp_path / "b.skim").read_bytes()
     rungs = made.evidence["rungs"]
     n = len(DOCUMENT.text)
-    assert {(r["method"], r["k"]) for r in rungs} == {
-        (m, k) for m in ("distill", "head", "sections") for k in adaptive.rungs(n, n)
-    }
+    ladder = adaptive.rungs(n, n, splice.wrapper_tokens(world[1]))
+    tried = {m: [r["k"] for r in rungs if r["method"] == m] for m in ("head", "sections")}
+    assert tried == {"head": ladder, "sections": ladder}
     chosen = choose(rungs, 0.9, 0.0)
     assert made.k == (chosen["k"] if chosen else None)
+
+
+def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, monkeypatch):
+    """Training is made up: 0.95 at the three largest sizes, too little below."""
+    asked, ladder = [], adaptive.rungs(len(DOCUMENT.text), 10_000, splice.wrapper_tokens(world[1]))
+
+    def distill(model, tokenizer, start, pins, sizes, train, dev, **how):
+        asked.append((sizes, start.clone(), how["goal"]))
+        return Distilled(start + 1, 7, [{"step": 7}])
+
+    def measured(task, method, k, tokens, prefix):
+        good = method == "distill" and k >= ladder[-3]
+        row_ = row(method, k, 0.95 if good else 0.5)
+        return row_ | {"none": task.none / task.dev.tokens}
+
+    monkeypatch.setattr(adaptive, "distill", distill)
+    monkeypatch.setattr(adaptive, "_measured", measured)
+    made = compress(*world, DOCUMENT, settings=QUICK)
+    assert [sizes for sizes, *_ in asked] == [[k] for k in ladder[:-5:-1]]
+    none = made.evidence["rungs"][0]["none"]
+    assert all(goal == pytest.approx(max(0.09 * none, adaptive.ENOUGH)) for *_, goal in asked)
+    for (_, before, _), (_, after, _) in zip(asked, asked[1:], strict=False):
+        assert torch.equal(after, (before + 1).bfloat16().float()[: len(after)])
+    assert (made.k, made.ladder, made.method) == (ladder[-3], (ladder[-3],), "distill")
+    assert torch.equal(made.soft, (asked[2][1] + 1).bfloat16())
+    # what the first words of the text do already needs no training
+    asked.clear()
+    usual = measured
+
+    def head_does(task, method, k, tokens, prefix):
+        found = usual(task, method, k, tokens, prefix)
+        return found | ({"closure": 0.92} if (method, k) == ("head", ladder[-2]) else {})
+
+    monkeypatch.setattr(adaptive, "_measured", head_does)
+    made = compress(*world, DOCUMENT, settings=QUICK)
+    assert [sizes for sizes, *_ in asked] == [[ladder[-3]], [ladder[-4]]]
+    assert (made.k, made.method) == (ladder[-3], "distill")
+
+
+def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch):
+    monkeypatch.setattr(adaptive, "_measured", lambda task, method, k, *_: row(method, k, 0.5))
+    made = compress(*world, DOCUMENT, settings=QUICK)
+    n = len(DOCUMENT.text)
+    assert made.k is None
+    assert made.ladder == (adaptive.rungs(n, n, splice.wrapper_tokens(world[1]))[-1],)
+    assert len(made.evidence["trainings"]) == 1  # the largest size was enough to know
 
 
 @pytest.mark.parametrize("method", ["head", "selfinfo", "sections"])

@@ -2,18 +2,20 @@
 
     closure(k) = 1 - KL(full text || k soft tokens) / KL(full text || no skill)      dev questions
 
-A ladder of k up to half of the text is tried, untrained (head, sections) and distilled. The
-smallest k counts whose closure is at least `target` (or whose KL is tiny) and whose literal recall
-is at least `floor`; of equals the untrained one, which is plain words. If none does, the full text
-is served. What was measured stays in the artefact. The same inputs give the same file: no clock,
-no judge, no network.
+A ladder of k up to half of the text is tried, untrained (head, sections) and distilled, from the
+largest down as long as it goes well. The smallest k counts whose closure is at least `target` (or
+whose KL is tiny) and whose literal recall is at least `floor`; of equals the untrained one, which
+is plain words. If none does, the full text is served. What was measured stays in the artefact. The
+same inputs give the same file: no clock, no judge, no network.
+
+With a size given there is no choice: that many soft tokens are distilled, nested (distill.py).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from skimlm.skills import compressor as compressing
 from skimlm.skills import rollout, select
 from skimlm.skills.distill import Study, distill, divergences, nested, study
 from skimlm.skills.document import Document, spans
-from skimlm.skills.recall import recall
+from skimlm.skills.recall import Cloze, known, share
 from skimlm.skills.rollout import Prefix
 from skimlm.skills.splice import Pin, closing, opening, pieces_of, token_ids, wrapper_tokens
 from skimlm.skills.store import Skill, check_reach, fingerprints
@@ -33,6 +35,8 @@ from skimlm.skills.store import Skill, check_reach, fingerprints
 RUNGS = (32, 64, 128, 256, 512, 1024, 2048)
 MOST = 0.5  # of the text: above it soft tokens are not worth their trouble
 ENOUGH = 0.05  # nats per token: as good as the text, however small the effect of the skill
+MARGIN = 0.01  # of closure above the target: where training ends
+CANDIDATES = ("head", "sections")  # untrained
 ROOM = 256  # positions kept for a question and its answer
 Progress = Callable[[str, int, int], None]
 
@@ -44,7 +48,8 @@ class Settings:
     train: int = 96  # questions
     dev: int = 24
     answer: int = 48  # tokens
-    steps: int = 100
+    steps: int = 100  # at most, for every size that is trained
+    check: int = 10  # steps between measurements on dev
     rows: int = 8  # questions per step
     lr: float = 3e-3
     seed: int = 0
@@ -85,44 +90,34 @@ def compress(
         facts = {"text_tokens": len(ids), "skimlm": __version__}
         return Skill(document, rows_of(model, kept), (), (k,), k, method, made_for, facts, source)
     start, pins = layout(model, tokenizer, document, ids, pin)
-    ladder = rungs(len(ids), len(start)) if k is None else nest(min(k, len(start)))
-    start = start[: ladder[-1]]
-    pins = tuple(Pin(min(p.at, ladder[-1]), p.text) for p in pins)
-    found = _study(model, tokenizer, document, ids, settings, progress)
-    trained = distill(
-        model, tokenizer, start, pins, ladder, found.train, found.dev,
-        steps=settings.steps, rows=settings.rows, lr=settings.lr, seed=settings.seed,
-        progress=progress,
-    )  # fmt: skip
-    soft = trained.soft.to(torch.bfloat16)
-    measured = _measure(model, tokenizer, document, ids, soft, pins, ladder, found, target)
-    chosen = choose(measured, target, floor) if method == "adaptive" else None
-    if method == "distill":
-        chosen = next(
-            row for row in measured if (row["method"], row["k"]) == ("distill", ladder[-1])
-        )
+    task = _task(model, tokenizer, document, ids, start, pins, settings, target, floor, progress)
+    if k is not None:
+        made = _sized(task, nest(min(k, len(start))))
+    else:
+        ladder = rungs(len(ids), len(start), wrapper_tokens(tokenizer))
+        made = _fewest(task, ladder) if method == "adaptive" else _sized(task, ladder)
     evidence = {
         "text_tokens": len(ids),
         "target": target,
         "floor": floor,
-        "kl_no_skill": found.none / found.dev.tokens,
-        "questions": {"train": len(found.train.asked), "dev": len(found.dev.asked)},
+        "kl_no_skill": task.none / task.dev.tokens,
+        "questions": {"train": len(task.train.asked), "dev": len(task.dev.asked)},
         "answer_tokens": settings.answer,
-        "rungs": measured,
-        "step": trained.step,
-        "history": trained.history,
+        "rungs": made.rows,
+        "trainings": made.trainings,
         "settings": vars(settings),
         "skimlm": __version__,
     }
+    chosen = made.chosen
     if chosen and chosen["method"] in select.METHODS:
         # the vectors of words: plain text, and nothing trained goes along
         kept = ids[select.keep(model, tokenizer, document, chosen["k"], chosen["method"])]
-        soft, ladder, pins = rows_of(model, kept), [chosen["k"]], ()
+        made = replace(made, soft=rows_of(model, kept), pins=(), ladder=[chosen["k"]])
     return Skill(
         document,
-        soft,
-        pins,
-        tuple(ladder),
+        made.soft,
+        made.pins,
+        tuple(made.ladder),
         chosen["k"] if chosen else None,
         chosen["method"] if chosen else "distill",
         made_for,
@@ -167,9 +162,9 @@ def budget(text_tokens: int, tokens: int | None, ratio: float | None) -> int | N
     return k
 
 
-def rungs(text_tokens: int, most: int) -> list[int]:
-    """Powers of two up to half of the text, and that half."""
-    half = max(1, min(most, int(text_tokens * MOST)))
+def rungs(text_tokens: int, most: int, wrapper: int = 0) -> list[int]:
+    """Powers of two up to half of the text, and that half; the wrapper counts on both sides."""
+    half = max(1, min(most, int((text_tokens + wrapper) * MOST) - wrapper))
     return [k for k in RUNGS if k < 0.8 * half] + [half]
 
 
@@ -217,35 +212,151 @@ def choose(
 
 
 @dataclass(frozen=True)
-class _Found:
-    """The studies of a skill, with the prefix of its full text and the dev divergence without."""
+class _Task:
+    """A skill to be distilled: what it starts from, how the model behaves with and without it."""
 
-    text: Prefix
+    model: Any
+    tokenizer: Any
+    document: Document
+    ids: Tensor
+    start: Tensor  # [n, d]
+    pins: tuple[Pin, ...]
     train: Study
     dev: Study
-    none: float  # sum over tokens
+    none: float  # dev divergence without the skill, summed over tokens
+    literals: list[Cloze]  # that the full text lets the model say
+    settings: Settings
+    target: float
+    floor: float
+    progress: Progress | None
 
 
-def _study(
+@dataclass(frozen=True)
+class _Made:
+    """Soft tokens with what was measured on the way; `chosen` is one of the rows."""
+
+    soft: Tensor
+    pins: tuple[Pin, ...]
+    ladder: list[int]
+    rows: list[dict[str, Any]]
+    trainings: list[dict[str, Any]]
+    chosen: dict[str, Any] | None
+
+
+def _task(
     model: Any,
     tokenizer: Any,
     document: Document,
     ids: Tensor,
+    start: Tensor,
+    pins: tuple[Pin, ...],
     settings: Settings,
+    target: float,
+    floor: float,
     progress: Progress | None,
-) -> _Found:
-    step = progress or (lambda phase, done, total: None)
-    step("study", 0, 3)
+) -> _Task:
+    tell = progress or (lambda phase, done, total: None)
+    tell("study", 0, 3)
     with torch.no_grad():
         text = rollout.read(model, opening(tokenizer, [[ids]]))
     studies = []
     for i, (split, count) in enumerate((("train", settings.train), ("dev", settings.dev))):
         seed = settings.seed + 100_000 * i
         studies.append(study(model, tokenizer, document, text, split, count, settings.answer, seed))
-        step("study", i + 1, 3)
-    none = sum(without(model, tokenizer, studies[1]))
-    step("study", 3, 3)
-    return _Found(text, studies[0], studies[1], none)
+        tell("study", i + 1, 3)
+    train, dev = studies
+    none = sum(without(model, tokenizer, dev))
+    asked = known(model, tokenizer, document, text)
+    tell("study", 3, 3)
+    return _Task(
+        model, tokenizer, document, ids, start, pins, train, dev, none, asked,
+        settings, target, floor, progress,
+    )  # fmt: skip
+
+
+def _sized(task: _Task, ladder: list[int]) -> _Made:
+    """Distilled to the largest of `ladder`, nested: the others are good beginnings of it."""
+    soft, pins, trained = _trained(task, task.start, ladder)
+    rows = [_untrained(task, method, k) for method in CANDIDATES for k in ladder]
+    rows = [_distilled(task, soft, pins, k) for k in ladder] + rows
+    return _Made(soft, pins, ladder, rows, [trained], rows[len(ladder) - 1])
+
+
+def _fewest(task: _Task, ladder: list[int]) -> _Made:
+    """The fewest soft tokens that are good enough.
+
+    From the largest size down, each trained alone and from the one before: a size that trains
+    together with smaller ones gets less good (docs/log.md). Sizes that untrained text already
+    serves are left out; the first that is not good enough is the last.
+    """
+    rows = [_untrained(task, method, k) for method in CANDIDATES for k in ladder]
+    start, trainings, best = task.start, [], None
+    for k in reversed(ladder):
+        chosen = choose(rows, task.target, task.floor)
+        if chosen and chosen["k"] <= k:
+            continue
+        soft, pins, trained = _trained(task, start, [k])
+        rows.append(_distilled(task, soft, pins, k))
+        trainings.append(trained)
+        good = choose(rows[-1:], task.target, task.floor) is not None
+        if good or best is None:
+            best = soft, pins, [k]
+        if not good:
+            break
+        start = soft.float()
+    chosen = choose(rows, task.target, task.floor)
+    soft, pins, sizes = best or (task.start[:1].to(torch.bfloat16), (), [1])
+    return _Made(soft, pins, sizes, rows, trainings, chosen)
+
+
+def _trained(
+    task: _Task, start: Tensor, ladder: list[int]
+) -> tuple[Tensor, tuple[Pin, ...], dict[str, Any]]:
+    """Soft tokens [k, d] for the sizes of `ladder`, pins among them, how the training went."""
+    k, settings = ladder[-1], task.settings
+    pins = tuple(Pin(min(p.at, k), p.text) for p in task.pins)
+    goal = 0.0
+    if len(ladder) == 1:
+        goal = max((1 - task.target - MARGIN) * task.none / task.dev.tokens, ENOUGH)
+    found = distill(
+        task.model, task.tokenizer, start[:k], pins, ladder, task.train, task.dev,
+        steps=settings.steps, rows=settings.rows, lr=settings.lr, check=settings.check, goal=goal,
+        seed=settings.seed, progress=task.progress,
+    )  # fmt: skip
+    facts = {"ladder": ladder, "step": found.step, "history": found.history}
+    return found.soft.to(torch.bfloat16), pins, facts
+
+
+def _untrained(task: _Task, method: str, k: int) -> dict[str, Any]:
+    """Dev closure of the text's own tokens."""
+    kept = task.ids[select.keep(task.model, task.tokenizer, task.document, k, method)]
+    with torch.no_grad():
+        prefix = rollout.read(task.model, opening(task.tokenizer, [[kept]]))
+    return _measured(task, method, len(kept), len(kept), prefix)
+
+
+def _distilled(task: _Task, soft: Tensor, pins: tuple[Pin, ...], k: int) -> dict[str, Any]:
+    """Dev closure of soft tokens as they will be served."""
+    with torch.no_grad():
+        prefix = nested(task.model, task.tokenizer, soft[:k], pins, [k])[k]
+    tokens = sum(len(piece) for piece in pieces_of(task.tokenizer, soft, pins, k))
+    return _measured(task, "distill", k, tokens, prefix)
+
+
+def _measured(task: _Task, method: str, k: int, tokens: int, prefix: Prefix) -> dict[str, Any]:
+    """A row of the evidence; literals are asked for where they decide."""
+    total = sum(divergences(task.model, prefix, task.dev))
+    row: dict[str, Any] = {
+        "method": method,
+        "k": k,
+        "tokens": tokens + wrapper_tokens(task.tokenizer),
+        "closure": 1 - total / task.none if task.none > 0 else 0.0,
+        "kl": total / task.dev.tokens,
+        "literal_recall": None,
+    }
+    if method == "distill" or row["closure"] >= task.target or row["kl"] <= ENOUGH:
+        row["literal_recall"] = share(task.model, task.tokenizer, prefix, task.literals)
+    return row
 
 
 def without(model: Any, tokenizer: Any, study: Study) -> list[float]:
@@ -254,49 +365,3 @@ def without(model: Any, tokenizer: Any, study: Study) -> list[float]:
         bare = rollout.read(model, opening(tokenizer, []))
     asked = [closing(tokenizer, question, False) for question in study.asked]
     return divergences(model, bare, Study(study.asked, asked, study.answers, study.teacher))
-
-
-def _measure(
-    model: Any,
-    tokenizer: Any,
-    document: Document,
-    ids: Tensor,
-    soft: Tensor,
-    pins: Sequence[Pin],
-    ladder: Sequence[int],
-    found: _Found,
-    target: float,
-) -> list[dict[str, Any]]:
-    """Dev closure of every candidate as it will be served, and literal recall where it matters."""
-    with torch.no_grad():
-        prefixes = nested(model, tokenizer, soft, pins, ladder)
-        candidates = [
-            ("distill", k, sum(len(p) for p in pieces_of(tokenizer, soft, pins, k)), prefixes[k])
-            for k in ladder
-        ]
-        for method in ("head", "sections"):
-            for k in ladder:
-                kept = ids[select.keep(model, tokenizer, document, k, method)]
-                prefix = rollout.read(model, opening(tokenizer, [[kept]]))
-                candidates.append((method, len(kept), len(kept), prefix))
-    rows: list[dict[str, Any]] = []
-    wrapper = wrapper_tokens(tokenizer)
-    for method, k, tokens, prefix in candidates:
-        total = sum(divergences(model, prefix, found.dev))
-        rows.append(
-            {
-                "method": method,
-                "k": k,
-                "tokens": tokens + wrapper,
-                "closure": 1 - total / found.none if found.none > 0 else 0.0,
-                "kl": total / found.dev.tokens,
-            }
-        )
-    some = [
-        i
-        for i, row in enumerate(rows)
-        if row["method"] == "distill" or row["closure"] >= target or row["kl"] <= ENOUGH
-    ]
-    said = recall(model, tokenizer, document, found.text, [candidates[i][3] for i in some])
-    shares = dict(zip(some, said, strict=True))
-    return [row | {"literal_recall": shares.get(i)} for i, row in enumerate(rows)]

@@ -129,13 +129,15 @@ def distill(
     lr: float = 3e-3,
     check: int = 20,
     patience: int = 3,
+    goal: float = 0.0,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Distilled:
     """Train soft tokens from `start` [K, d], nested; on dev every k of `ladder` counts the same.
 
     Dev divergence is measured every `check` steps; after `patience` times without a better one
-    training ends.
+    training ends. With a `goal` for their mean, in nats per token, training also ends where it is
+    reached, or where the pace of the last two checks would not reach it by the last step.
     """
     assert max(ladder) == len(start)
     soft = start.detach().float().clone().requires_grad_()
@@ -149,9 +151,12 @@ def distill(
             k: sum(divergences(model, prefix, dev)) / dev.tokens for k, prefix in prefixes.items()
         }
 
+    def mean(entry: dict[str, Any]) -> float:
+        return sum(entry["dev_kl"].values()) / len(ladder)
+
     with frozen(model):
         history: list[dict[str, Any]] = [{"step": 0, "train_kl": None, "dev_kl": measure()}]
-        best, best_soft, best_step = sum(history[0]["dev_kl"].values()), start.float(), 0
+        best, best_soft, best_step = mean(history[0]), start.float(), 0
         order = shuffled(len(train.answers), seed)
         seen = []
         for step in range(1, steps + 1):
@@ -179,10 +184,14 @@ def distill(
                 continue
             history.append({"step": step, "train_kl": sum(seen) / len(seen), "dev_kl": measure()})
             seen = []
-            value = sum(history[-1]["dev_kl"].values())
+            value = mean(history[-1])
             if value < best:
                 best, best_soft, best_step = value, soft.detach().clone(), step
             elif step - best_step >= patience * check:
+                break
+            earlier = history[-min(3, len(history))]
+            pace = (mean(earlier) - value) / (step - earlier["step"])
+            if goal and not goal < value <= goal + pace * (steps - step):
                 break
     return Distilled(best_soft, best_step, history)
 

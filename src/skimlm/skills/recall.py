@@ -9,7 +9,7 @@ the full text by construction, and None where there is none.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ ASK = "Quote the skill word for word."
 COUNT = 16  # literals, evenly spread over the text
 BEFORE = 80  # characters the answer begins with
 LONGEST, SLACK = 12, 5  # tokens of a literal, and of what may stand before it
+Cloze: TypeAlias = tuple[Tensor, str]  # ids that ask for a literal, and the literal
 
 
 def recall(
@@ -34,15 +35,25 @@ def recall(
     count: int = COUNT,
 ) -> list[float | None]:
     """Share of the literals said behind each prefix, of those said behind the full text, `text`."""
+    asked = known(model, tokenizer, document, text, count)
+    return [share(model, tokenizer, prefix, asked) for prefix in prefixes]
+
+
+def known(
+    model: Any, tokenizer: Any, document: Document, text: Prefix, count: int = COUNT
+) -> list[Cloze]:
+    """Of `count` literals those that are said behind the full text, with what asks for them."""
     asked = cloze(tokenizer, document, count)
-    known = _said(model, tokenizer, text, asked)
-    asked = [pair for pair, said in zip(asked, known, strict=True) if said]
-    if not asked:
-        return [None] * len(prefixes)
-    return [sum(_said(model, tokenizer, p, asked)) / len(asked) for p in prefixes]
+    said = _said(model, tokenizer, text, asked)
+    return [pair for pair, right in zip(asked, said, strict=True) if right]
 
 
-def cloze(tokenizer: Any, document: Document, count: int) -> list[tuple[Tensor, str]]:
+def share(model: Any, tokenizer: Any, prefix: Prefix, asked: Sequence[Cloze]) -> float | None:
+    """Share of `asked` that is said behind `prefix`; None of none."""
+    return sum(_said(model, tokenizer, prefix, asked)) / len(asked) if asked else None
+
+
+def cloze(tokenizer: Any, document: Document, count: int) -> list[Cloze]:
     """(ids of question and beginning of the answer, the literal that should follow)."""
     begin, found = body_start(document.text), []
     ask = closing(tokenizer, ASK, True)
@@ -57,9 +68,7 @@ def cloze(tokenizer: Any, document: Document, count: int) -> list[tuple[Tensor, 
     return [found[i * len(found) // count] for i in range(count)]
 
 
-def _said(
-    model: Any, tokenizer: Any, prefix: Prefix, asked: Sequence[tuple[Tensor, str]]
-) -> list[bool]:
+def _said(model: Any, tokenizer: Any, prefix: Prefix, asked: Sequence[Cloze]) -> list[bool]:
     if not asked:
         return []
     questions = [question for question, _ in asked]

@@ -342,7 +342,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         },
         "made_for": dict(skill.made_for),
         "source": skill.source,
-        "evidence": {k: v for k, v in skill.evidence.items() if k not in ("history", "rungs")},
+        "evidence": {k: v for k, v in skill.evidence.items() if k not in ("trainings", "rungs")},
         "rungs": rungs,
     }
 
