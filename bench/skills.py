@@ -1,12 +1,12 @@
-"""Skills as soft tokens: every method at every size, on questions nothing was trained on.
+"""Skills as soft tokens: the default command and every method at every size, on unseen questions.
 
     python bench/skills.py --skills DIR --names a,b --out OUT.json --save DIR [--compressor FILE]
 
-DIR holds files *NAME.md. A skill is distilled once, nested, up to half of its text; the .skim is
-kept under --save. All of its resolutions and the untrained methods at the same sizes are then
-scored on --questions test questions; what `adaptive` would have served follows from the dev
-questions in the artefact. OUT.json has a row per skill and is written after each: what is there is
-not run again, so names may be given a few at a time. OUT.md is the table of all of them.
+DIR holds files *NAME.md. A skill is compressed as `skimlm skill compress` does by default, and (but
+for --served) distilled once more, nested, up to half of its text, for the table of all sizes; the
+.skim files are kept under --save. All is then scored on --questions test questions. OUT.json has a
+row per skill and is written after each: what is there is not run again, so names may be given a few
+at a time. OUT.md is the table of all of them.
 
 Seconds are those of this process's CPU, since the machine may be shared; prefill is wall time,
 median of five, with the load average beside it. Intervals: 95 %, bootstrap over skills, and over
@@ -14,6 +14,7 @@ questions within them.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -26,58 +27,61 @@ import torch
 from provenance import provenance
 from skimlm import checkpoint, demo
 from skimlm.report import peak_rss_bytes
-from skimlm.skills import adaptive, document, evaluate, select, store
+from skimlm.skills import adaptive, document, evaluate, select, splice, store
 
 SIZES = (32, 64, 128, 256)
-METHODS = ("head", "sections", "selfinfo", "amortised", "distill")
+METHODS = ("head", "sections", "selfinfo", "amortised", "nested")
 
 
 def measure(model, tokenizer, file, args):
-    """One skill: distilled, stored, all resolutions and baselines scored."""
+    """One skill: compressed, stored, all methods and sizes scored."""
     read = document.read(file)
-    path = args.save / f"{file.stem}.skim"
-    settings = adaptive.Settings(
-        train=args.train, dev=args.dev, steps=args.steps, rows=args.rows, lr=args.lr
-    )
     ids = adaptive.token_ids(tokenizer, read.text)
-    started = time.process_time()
-    if not path.exists():
-        half = max(1, int(len(ids) * adaptive.MOST))
-        made = adaptive.compress(
-            model, tokenizer, read, method="distill", tokens=half, settings=settings,
-            progress=lambda phase, done, total: print(read.name, phase, done, total, flush=True)
-            if done % 10 == 0 else None,
-        )  # fmt: skip
-        made.evidence["cpu_seconds"] = time.process_time() - started
-        store.write(path, made)
-    skill = store.read(path)
+    served = made(model, tokenizer, read, args.save / f"{file.stem}.skim")
+    half = adaptive.rungs(len(ids), len(ids), splice.wrapper_tokens(tokenizer))[-1]
     others, seconds = [], timed(model, tokenizer, read, ids)
+    if not args.served:
+        path = args.save / f"{file.stem}.nested.skim"
+        nested = made(model, tokenizer, read, path, method="distill", tokens=half)
+        others.append(dataclasses.replace(nested, method="nested"))
+        seconds["nested"] = nested.evidence["cpu_seconds"]
     if args.compressor:
         started = time.process_time()
-        most = min(SIZES[-1], len(ids) // 2)
-        others = [
-            adaptive.compress(
-                model,
-                tokenizer,
-                read,
-                method="amortised",
-                tokens=most,
-                compressor=args.compressor,
-            )
-        ]
+        how = {"method": "amortised", "compressor": args.compressor}
+        most = min(SIZES[-1], half)
+        others.append(adaptive.compress(model, tokenizer, read, tokens=most, **how))
         seconds["amortised"] = time.process_time() - started
     row = evaluate.measure(
-        model, tokenizer, read, skill, args.questions, args.answer, True, file.name, others
+        model, tokenizer, read, served, args.questions, args.answer, True, file.name, others
     )
+    row["served"] = served.k
+    row["cpu_seconds"] = served.evidence["cpu_seconds"]
     row["method_seconds"] = seconds
-    row["compress_cpu_seconds"] = skill.evidence["cpu_seconds"]
-    row["dev"] = skill.evidence["rungs"]
-    row["history"] = skill.evidence["history"]
-    row["settings"] = skill.evidence["settings"]
+    row["dev"] = served.evidence["rungs"]
+    row["trainings"] = served.evidence["trainings"]
+    row["settings"] = served.evidence["settings"]
     row["load_average"] = os.getloadavg()[0]
     row["peak_rss_bytes"] = peak_rss_bytes()
     row["provenance"] = provenance()
     return row
+
+
+def made(model, tokenizer, read, path, **how):
+    """A .skim under --save, compressed if it is not there."""
+    if not path.exists():
+        started = time.process_time()
+        skill = adaptive.compress(model, tokenizer, read, progress=tell(read.name), **how)
+        skill.evidence["cpu_seconds"] = time.process_time() - started
+        store.write(path, skill)
+    return store.read(path)
+
+
+def tell(name):
+    def progress(phase, done, total):
+        if done % 10 == 0:
+            print(name, phase, done, total, flush=True)
+
+    return progress
 
 
 def timed(model, tokenizer, read, ids):
@@ -88,15 +92,6 @@ def timed(model, tokenizer, read, ids):
         select.keep(model, tokenizer, read, len(ids) // 2, method)
         found[method] = time.process_time() - started
     return found
-
-
-def served(row, target=0.9, floor=0.0):
-    """What `adaptive` serves, chosen on dev questions, with its scores on the test questions."""
-    chosen = adaptive.choose(row["dev"], target, floor)
-    if chosen is None:
-        full = {"method": "full text", "closure": 1.0, "tokens": row["text_tokens"]}
-        return full | {"kl_sums": [0.0] * row["questions"], "literal_recall": 1.0, "k": None}
-    return next(one for one in row["all"] if all(one[n] == chosen[n] for n in ("method", "k")))
 
 
 def interval(rows, score, draws=2000):
@@ -130,76 +125,73 @@ def table(rows):
         "| method | k | skills | tokens | closure | over head | recall | CPU s to compress |",
         "|---|---|---|---|---|---|---|---|",
     ]
-
-    def entry(method, k):
-        return lambda row: next(
-            o for o in row["all"] if o["method"] == method and (o["k"] == k if k else half(row, o))
-        )
-
     for method in METHODS:
         for k in (*SIZES, None):
-            have = [
-                r
-                for r in strong
-                if any(o["method"] == method and k in (None, o["k"]) for o in r["all"])
-            ]
-            if not have or (method, k) == ("amortised", None):
-                continue
-            one, head = entry(method, k), entry("head", k)
-            low, high = interval(have, closing(one))
-
-            def gap(row, picks, one=one, head=head):
-                return closing(one)(row, picks) - closing(head)(row, picks)
-
-            less, more = interval(have, gap)
-            recall = [one(r)["literal_recall"] for r in have]
-            recall = [value for value in recall if value is not None]
-            seconds = statistics.fmean(
-                r["compress_cpu_seconds"] if method == "distill" else r["method_seconds"][method]
-                for r in have
-                if method != "head"
-            ) if method != "head" else 0.0  # fmt: skip
-            share = statistics.fmean(one(r)["tokens"] / r["text_tokens"] for r in have)
-            mean = statistics.fmean(one(r)["closure"] for r in have)
-            over = "" if method == "head" else f"{less:+.3f} to {more:+.3f}"
-            lines.append(
-                f"| {method} | {k or 'half'} | {len(have)} | {share:.0%} | {mean:.3f}"
-                f" ({low:.3f} to {high:.3f}) | {over} |"
-                f" {statistics.fmean(recall) if recall else float('nan'):.2f} | {seconds:.1f} |"
-            )
-    lines += ["", "What `adaptive` serves, chosen on dev questions, scored on test questions:", ""]
+            have = [r for r in strong if any(fits(o, method, k) for o in r["all"])]
+            if have and (method, k) != ("amortised", None):
+                lines.append(line(have, method, k))
     lines += [
-        "| skill | text | served | tokens | share | closure (test) | literal recall | KL no skill"
-        " | prefill s cold: full, skill, none | warm: full, skill |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "",
+        "What the default command serves, chosen on dev questions, on test questions:",
+        "",
+    ]
+    lines += [
+        "| skill | text | served | tokens | share | closure, 95 % | literal recall | KL no skill"
+        " | CPU s to compress | prefill s cold: full, skill, none | warm: full, skill |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        one, s = served(row), row["seconds"]
-        said = "-" if one["literal_recall"] is None else f"{one['literal_recall']:.2f}"
+        s, (low, high) = row["seconds"], row["closure_95"]
+        said = "-" if row["literal_recall"] is None else f"{row['literal_recall']:.2f}"
         lines.append(
             f"| {row['name']}{' (weak)' if row['weak'] else ''} | {row['text_tokens']}"
-            f" | {one['method']} {one['k'] or ''} | {one['tokens']}"
-            f" | {one['tokens'] / row['text_tokens']:.0%} | {one['closure']:.3f} | {said}"
-            f" | {row['kl_no_skill']:.3f}"
+            f" | {row['method']} {row['served'] or ''} | {row['tokens']}"
+            f" | {row['tokens'] / row['text_tokens']:.0%}"
+            f" | {row['closure']:.3f} ({low:.3f} to {high:.3f}) | {said}"
+            f" | {row['kl_no_skill']:.3f} | {row['cpu_seconds']:.0f}"
             f" | {s['full_cold']:.2f}, {s['skill_cold']:.2f}, {s['none_cold']:.2f}"
             f" | {s['full_warm']:.3f}, {s['skill_warm']:.3f} |"
         )
-    if strong:
-        mean = statistics.fmean(served(row)["closure"] for row in strong)
-        low, high = interval(strong, closing(served))
-        share = statistics.fmean(served(r)["tokens"] / r["text_tokens"] for r in strong)
-        packed = sum(served(row)["k"] is not None for row in strong)
-        lines += [
-            "",
-            f"Mean closure {mean:.3f} ({low:.3f} to {high:.3f}) at {share:.0%} of the tokens;"
-            f" {packed} of {len(strong)} skills compressed, the others count as full text.",
-        ]
+    packed = [row for row in strong if row["served"]]
+    lines.append("")
+    for name, some in (("compressed", packed), ("all, full text counted as it is", strong)):
+        if some:
+            low, high = interval(some, closing(lambda row: row))
+            lines.append(
+                f"{len(some)} of {len(strong)} skills, {name}: mean closure"
+                f" {statistics.fmean(row['closure'] for row in some):.3f} ({low:.3f} to {high:.3f})"
+                f" at {statistics.fmean(r['tokens'] / r['text_tokens'] for r in some):.0%} of the"
+                " tokens."
+            )
     return "\n".join(lines) + "\n"
 
 
-def half(row, one):
-    """Whether an entry is the largest of its method: half of the text."""
-    return one["k"] == max(o["k"] for o in row["all"] if o["method"] == one["method"])
+def fits(one, method, k):
+    """Whether an entry is of a method, and of a size if one is given."""
+    return one["method"] == method and k in (None, one["k"])
+
+
+def line(rows, method, k):
+    """A method at one size, or (None) at its largest: means over skills."""
+
+    def one(row):
+        return max((o for o in row["all"] if fits(o, method, k)), key=lambda o: o["k"])
+
+    def gap(row, picks):
+        head = next(o for o in row["all"] if fits(o, "head", one(row)["k"]))
+        return closing(one)(row, picks) - closing(lambda _: head)(row, picks)
+
+    low, high = interval(rows, closing(one))
+    less, more = interval(rows, gap)
+    recall = [one(r)["literal_recall"] for r in rows if one(r)["literal_recall"] is not None]
+    seconds = statistics.fmean(row["method_seconds"][method] for row in rows)
+    share = statistics.fmean(one(row)["tokens"] / row["text_tokens"] for row in rows)
+    mean = statistics.fmean(one(row)["closure"] for row in rows)
+    return (
+        f"| {method} | {k or 'half'} | {len(rows)} | {share:.0%} | {mean:.3f}"
+        f" ({low:.3f} to {high:.3f}) | {less:+.3f} to {more:+.3f} |"
+        f" {statistics.fmean(recall) if recall else float('nan'):.2f} | {seconds:.1f} |"
+    )
 
 
 def main():
@@ -212,11 +204,7 @@ def main():
     parser.add_argument("--compressor", help="what skill train made: its column is added")
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--answer", type=int, default=48)
-    parser.add_argument("--train", type=int, default=96)
-    parser.add_argument("--dev", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--served", action="store_true", help="only what the default serves")
     args = parser.parse_args()
     args.save.mkdir(parents=True, exist_ok=True)
     rows = json.loads(args.out.read_text()) if args.out.exists() else {}

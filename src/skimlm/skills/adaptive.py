@@ -48,7 +48,7 @@ class Settings:
     train: int = 96  # questions
     dev: int = 24
     answer: int = 48  # tokens
-    steps: int = 100  # at most, for every size that is trained
+    steps: int = 60  # at most, for every size that is trained
     check: int = 10  # steps between measurements on dev
     rows: int = 8  # questions per step
     lr: float = 3e-3

@@ -137,7 +137,9 @@ def measure(
         "weak": _mean(none["kl"], test) < WEAK,
         "seconds": timing(model, tokenizer, test.questions[0], ids, pieces),
     }
-    return facts | ({"all": rest, "kl_no_skill_sums": none["kl"]} if everything else {})
+    if everything:
+        facts |= {"all": rest, "kl_sums": first["kl_sums"], "kl_no_skill_sums": none["kl"]}
+    return facts
 
 
 def scores(
