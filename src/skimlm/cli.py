@@ -507,7 +507,7 @@ def skill_compress(
     type=click.Path(exists=True, path_type=Path),
     help="A SKILL.md, or a folder of them; may be repeated.",
 )
-@click.option("--steps", type=POSITIVE, help="[default: 800]")
+@click.option("--steps", type=POSITIVE, help="[default: 600]")
 @SKILL_SEED
 @FORCE
 @REVISION

@@ -51,6 +51,12 @@ class Study:
         """Tokens of all answers: what a divergence is a mean over."""
         return sum(len(answer) for answer in self.answers)
 
+    def first(self, count: int) -> Study:
+        """The study of the first `count` questions."""
+        return Study(
+            self.asked[:count], self.questions[:count], self.answers[:count], self.teacher[:count]
+        )
+
 
 @dataclass(frozen=True)
 class Distilled:
