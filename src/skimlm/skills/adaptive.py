@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -109,10 +109,6 @@ def compress(
         "skimlm": __version__,
     }
     chosen = made.chosen
-    if chosen and chosen["method"] in select.METHODS:
-        # the vectors of words: plain text, and nothing trained goes along
-        kept = ids[select.keep(model, tokenizer, document, chosen["k"], chosen["method"])]
-        made = replace(made, soft=rows_of(model, kept), pins=(), ladder=[chosen["k"]])
     return Skill(
         document,
         made.soft,
@@ -290,12 +286,13 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
     serves are left out; the first that is not good enough is the last.
     """
     rows = [_untrained(task, method, k) for method in CANDIDATES for k in ladder]
-    start, trainings, best = task.start, [], None
+    goal = max((1 - task.target - MARGIN) * task.none / task.dev.tokens, ENOUGH)
+    start, best, trainings = task.start, None, []
     for k in reversed(ladder):
         chosen = choose(rows, task.target, task.floor)
         if chosen and chosen["k"] <= k:
             continue
-        soft, pins, trained = _trained(task, start, [k])
+        soft, pins, trained = _trained(task, start, [k], goal)
         rows.append(_distilled(task, soft, pins, k))
         trainings.append(trained)
         good = choose(rows[-1:], task.target, task.floor) is not None
@@ -305,19 +302,18 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
             break
         start = soft.float()
     chosen = choose(rows, task.target, task.floor)
-    soft, pins, sizes = best or (task.start[:1].to(torch.bfloat16), (), [1])
-    return _Made(soft, pins, sizes, rows, trainings, chosen)
+    if chosen and chosen["method"] in CANDIDATES:
+        best = rows_of(task.model, _kept(task, chosen["method"], chosen["k"])), (), [chosen["k"]]
+    assert best is not None
+    return _Made(*best, rows, trainings, chosen)
 
 
 def _trained(
-    task: _Task, start: Tensor, ladder: list[int]
+    task: _Task, start: Tensor, ladder: list[int], goal: float = 0.0
 ) -> tuple[Tensor, tuple[Pin, ...], dict[str, Any]]:
     """Soft tokens [k, d] for the sizes of `ladder`, pins among them, how the training went."""
     k, settings = ladder[-1], task.settings
     pins = tuple(Pin(min(p.at, k), p.text) for p in task.pins)
-    goal = 0.0
-    if len(ladder) == 1:
-        goal = max((1 - task.target - MARGIN) * task.none / task.dev.tokens, ENOUGH)
     found = distill(
         task.model, task.tokenizer, start[:k], pins, ladder, task.train, task.dev,
         steps=settings.steps, rows=settings.rows, lr=settings.lr, check=settings.check, goal=goal,
@@ -329,10 +325,15 @@ def _trained(
 
 def _untrained(task: _Task, method: str, k: int) -> dict[str, Any]:
     """Dev closure of the text's own tokens."""
-    kept = task.ids[select.keep(task.model, task.tokenizer, task.document, k, method)]
+    kept = _kept(task, method, k)
     with torch.no_grad():
         prefix = rollout.read(task.model, opening(task.tokenizer, [[kept]]))
     return _measured(task, method, len(kept), len(kept), prefix)
+
+
+def _kept(task: _Task, method: str, k: int) -> Tensor:
+    """Ids of the text's tokens that an untrained method keeps."""
+    return task.ids[select.keep(task.model, task.tokenizer, task.document, k, method)]
 
 
 def _distilled(task: _Task, soft: Tensor, pins: tuple[Pin, ...], k: int) -> dict[str, Any]:
