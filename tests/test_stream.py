@@ -286,6 +286,20 @@ def interrupted(run, name, monkeypatch, number=12):
             run(name)
 
 
+def test_the_seconds_of_all_processes_that_worked_on_a_run_are_reported(run, tmp_path, monkeypatch):
+    interrupted(run, "o", monkeypatch)
+    file = journal.place(tmp_path / "o") / journal.SECONDS
+    before = json.loads(file.read_text())
+    assert before["analyse"] > 0 and set(before) <= {"load", "analyse"}
+    file.write_text(json.dumps(before | {"analyse": 1000.0}))
+    report = run("o", resume=True)
+    assert 1000 < report.seconds["analyse"] < 1100
+    assert report.seconds["load"] > before["load"]
+    assert list(report.seconds) == ["load", "analyse", "allocate", "fit", "write"]
+    interrupted(run, "p", monkeypatch)
+    assert run("p", force=True).seconds["analyse"] < 100  # begun anew
+
+
 def test_killed_between_the_renames_and_tidying_up(run, tmp_path, monkeypatch):
     run("whole", whole=True)
     usual = type(tmp_path).rename

@@ -166,8 +166,16 @@ def compress(
         if resume and (done := journal.finished(work)):
             report = Report.from_json(done)
         else:
+            clock.seconds |= journal.seconds(work)
+
+            def tell(*done: Any) -> None:
+                clock.tick()
+                journal.keep_seconds(work, clock.seconds)
+                tools.progress(*done)
+
             with pool(workers, ray) as submit:
-                report = _run(given(work), asked, tools, out, work, submit)
+                kept = dataclasses.replace(tools, progress=tell)
+                report = _run(given(work), asked, kept, out, work, submit)
         shutil.rmtree(work)
     report.peak_rss_bytes = peak_rss_bytes(workers or 1)
     return report

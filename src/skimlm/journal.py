@@ -5,6 +5,7 @@
                 ...              what is done so far, each file whole (stream.py)
                 model/           OUT while it is written
                 report.json      there when model/ is whole: what is left is to rename it
+                seconds.json     what every phase has taken so far
 
 Whatever the moment a run is killed at, `resume` goes on from what is there; OUT is whole or absent.
 """
@@ -21,6 +22,7 @@ from skimlm import shards
 from skimlm.errors import SkimError
 
 JOURNAL, LOCK, MODEL, REPORT = "journal.json", "lock", "model", "report.json"
+SECONDS = "seconds.json"
 
 
 def place(out: Path) -> Path:
@@ -64,10 +66,7 @@ def begin(work: Path, facts: Mapping[str, Any]) -> None:
     """Write down what a run is about; SkimError if the one to resume was about something else."""
     file = work / JOURNAL
     if not file.exists():
-        text = json.dumps(facts, indent=1)
-        part = file.with_suffix(".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
+        _write(file, facts)
         return
     known = shards.read_json(file)
     now = json.loads(json.dumps(facts))  # tuples become lists, as in the file
@@ -111,9 +110,23 @@ def model_folder(work: Path, out: Path) -> Iterator[Path]:
 
 def write_report(work: Path, report: Mapping[str, Any]) -> None:
     """Say that the model folder is whole."""
-    part = work / "report.part"
-    part.write_text(json.dumps(report), encoding="utf-8")
-    part.replace(work / REPORT)
+    _write(work / REPORT, report)
+
+
+def keep_seconds(work: Path, seconds: Mapping[str, float]) -> None:
+    """Note what every phase has taken, for a process that goes on with the run."""
+    _write(work / SECONDS, seconds)
+
+
+def seconds(work: Path) -> dict[str, float]:
+    """What the phases took in the processes that worked on the run before."""
+    return shards.read_json(work / SECONDS) if (work / SECONDS).exists() else {}
+
+
+def _write(file: Path, facts: Mapping[str, Any]) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    part.replace(file)
 
 
 def empty(work: Path) -> None:
@@ -126,5 +139,5 @@ def empty(work: Path) -> None:
 
 
 def _useful(work: Path) -> bool:
-    known = {LOCK, JOURNAL, REPORT, "journal.part", "report.part"}
-    return work.exists() and any(path.name not in known for path in work.iterdir())
+    known = {Path(name).stem for name in (LOCK, JOURNAL, REPORT, SECONDS)}
+    return work.exists() and any(path.stem not in known for path in work.iterdir())

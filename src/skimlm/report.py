@@ -281,13 +281,21 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 class Clock:
-    """Seconds per phase, in the order they ran."""
+    """Seconds per phase, in the order they ran; put earlier ones into `seconds` and they add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._now: tuple[str, float, float] | None = None  # phase, its seconds before, begun at
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        self._now = phase, self.seconds.get(phase, 0.0), time.perf_counter()
         yield
-        self.seconds[phase] = round(time.perf_counter() - start, 3)
+        self.tick()
+        self._now = None
+
+    def tick(self) -> None:
+        """Bring the phase that runs up to date."""
+        if self._now:
+            phase, before, begun = self._now
+            self.seconds[phase] = round(before + time.perf_counter() - begun, 3)
