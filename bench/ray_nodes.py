@@ -43,6 +43,7 @@ def run(args, name, **options):
         out,
         recipe=args.recipe,
         text=args.data / "calib/c4_1480docs.jsonl",
+        samples=args.samples,
         cache_dir=cache,
         **options,
     )
@@ -58,6 +59,7 @@ def main():
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--samples", type=int, default=16)
     args = parser.parse_args()
     from ray.cluster_utils import Cluster
 
