@@ -51,8 +51,16 @@ def measure(model, tokenizer, file, args):
         most = min(SIZES[-1], half)
         others.append(adaptive.compress(model, tokenizer, read, tokens=most, **how))
         seconds["amortised"] = time.process_time() - started
-    row = evaluate.measure(
-        model, tokenizer, read, served, args.questions, args.answer, True, file.name, others
+    row = {"all": []} | evaluate.measure(
+        model,
+        tokenizer,
+        read,
+        served,
+        args.questions,
+        args.answer,
+        bool(others),
+        file.name,
+        others,
     )
     row["served"] = served.k
     row["cpu_seconds"] = served.evidence["cpu_seconds"]

@@ -128,7 +128,8 @@ def measure(
         "file": file,
         "method": first["method"],
         "text_tokens": len(ids) + wrapper_tokens(tokenizer),
-        **{key: first[key] for key in first if key not in ("method", "k", "kl_sums")},
+        **{key: first[key] for key in first if key not in ("method", "k")},
+        "kl_no_skill_sums": none["kl"],  # per question, as kl_sums: for intervals over skills
         "kl_no_skill": _mean(none["kl"], test),
         "nll_no_skill": _mean(none["nll"], test),
         "nll_full_text": _mean(full["nll"], test),
@@ -137,9 +138,7 @@ def measure(
         "weak": _mean(none["kl"], test) < WEAK,
         "seconds": timing(model, tokenizer, test.questions[0], ids, pieces),
     }
-    if everything:
-        facts |= {"all": rest, "kl_sums": first["kl_sums"], "kl_no_skill_sums": none["kl"]}
-    return facts
+    return facts | ({"all": rest} if everything else {})
 
 
 def scores(
