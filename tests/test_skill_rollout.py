@@ -1,6 +1,7 @@
 """Answers behind a shared prefix against the whole text read again for every row and token."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -52,6 +53,17 @@ def test_greedy_answers_are_those_of_the_whole_text(family):
     got = rollout.sample(model, prefix, QUESTIONS, 6, temperature=0)
     for answer, question in zip(got, QUESTIONS, strict=True):
         assert answer.tolist() == oracle_greedy(model, TEXT, question, 6).tolist()
+
+
+@pytest.mark.parametrize("family", WAYS)
+def test_nothing_is_called_by_a_name_that_transformers_gives_up(family):
+    model = tiny_model(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            prefix = rollout.read(model, [TEXT])
+        rollout.sample(model, prefix, QUESTIONS, 2)
+        rollout.score_all(model, prefix, QUESTIONS, ANSWERS)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skimlm import shards
+from skimlm.decode import CACHE
 from skimlm.errors import FormatError, SkimError
 from skimlm.hooks import forwards_replaced
 from skimlm.skills.rollout import read as read_pieces
@@ -103,7 +104,7 @@ def soft_tokens(
         text = read_pieces(model, opening(tokenizer, [[ids]]))
     with forwards_replaced(_adapted(model), _with_adapters(values)):
         hidden = model.get_decoder()(
-            inputs_embeds=slots.to(model.dtype)[None], past_key_values=text.lend(1), use_cache=True
+            inputs_embeds=slots.to(model.dtype)[None], use_cache=True, **{CACHE: text.lend(1)}
         ).last_hidden_state
     h = hidden[0].float()
     h = h * (h.square().mean(-1, keepdim=True) + EPSILON).rsqrt()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from skimlm.decode import CACHE
 from skimlm.head import head_logits
 from skimlm.skills import attention
 from skimlm.skills.attention import SharedCache, causal_mask, shared
@@ -79,8 +80,8 @@ def run(
     if isinstance(cache, SharedCache):
         mask = causal_mask(own, new, None if pads is None else ~pads).to(model.device)
         with shared(model):
-            return body(input_ids=ids, attention_mask=mask, past_key_values=cache, **kwargs)
-    return body(input_ids=ids, past_key_values=cache, **kwargs)
+            return body(input_ids=ids, attention_mask=mask, **{CACHE: cache}, **kwargs)
+    return body(input_ids=ids, **{CACHE: cache}, **kwargs)
 
 
 def shares(model: Any, prefix: Prefix) -> bool:
@@ -101,7 +102,7 @@ def read(model: Any, pieces: Sequence[Piece], after: Prefix | None = None) -> Pr
         return after or Prefix(DynamicCache(), 0)
     cache = after.lend(1) if after else DynamicCache()  # no config: keep all, windows are masks
     embedded = embed(model, pieces)
-    model.get_decoder()(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
+    model.get_decoder()(inputs_embeds=embedded, use_cache=True, **{CACHE: cache})
     return Prefix(cache, (after.length if after else 0) + embedded.shape[1])
 
 
