@@ -8,9 +8,8 @@ for --served) distilled once more, nested, up to half of its text, for the table
 row per skill and is written after each: what is there is not run again, so names may be given a few
 at a time. OUT.md is the table of all of them.
 
-Seconds are those of this process's CPU, since the machine may be shared; prefill is wall time,
-median of five, with the load average beside it. Intervals: 95 %, bootstrap over skills, and over
-questions within them.
+Seconds are those of this process's CPU, one thread, since the machine may be shared; prefill is the
+median of five. Intervals: 95 %, bootstrap over skills, and over questions within them.
 """
 
 import argparse
@@ -27,7 +26,7 @@ import torch
 from provenance import provenance
 from skimlm import checkpoint, demo
 from skimlm.report import peak_rss_bytes
-from skimlm.skills import adaptive, document, evaluate, select, splice, store
+from skimlm.skills import adaptive, document, evaluate, questions, select, splice, store
 
 SIZES = (32, 64, 128, 256)
 METHODS = ("head", "sections", "selfinfo", "amortised", "nested")
@@ -62,16 +61,27 @@ def measure(model, tokenizer, file, args):
         file.name,
         others,
     )
+    first = splice.closing(tokenizer, questions.questions(read, "test", 1)[0], True)
+    pieces = store.pieces(served, tokenizer)
+    row["seconds"] = evaluate.timing(model, tokenizer, first, ids, pieces, clock=time.process_time)
     row["served"] = served.k
     row["cpu_seconds"] = served.evidence["cpu_seconds"]
     row["method_seconds"] = seconds
     row["dev"] = served.evidence["rungs"]
     row["trainings"] = served.evidence["trainings"]
     row["settings"] = served.evidence["settings"]
-    row["load_average"] = os.getloadavg()[0]
     row["peak_rss_bytes"] = peak_rss_bytes()
     row["provenance"] = provenance()
     return row
+
+
+def rounded(what):
+    """Floats to seven digits: rows are kept in the repository."""
+    if isinstance(what, float):
+        return float(f"{what:.7g}")
+    if isinstance(what, dict):
+        return {key: rounded(value) for key, value in what.items()}
+    return [rounded(value) for value in what] if isinstance(what, (list, tuple)) else what
 
 
 def made(model, tokenizer, read, path, **how):
@@ -145,7 +155,7 @@ def table(rows):
     ]
     lines += [
         "| skill | text | served | tokens | share | closure, 95 % | literal recall | KL no skill"
-        " | CPU s to compress | prefill s cold: full, skill, none | warm: full, skill |",
+        " | CPU s to compress | prefill CPU s cold: full, skill, none | warm: full, skill |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -226,7 +236,8 @@ def main():
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
             model, tokenizer = checkpoint.load(args.model or demo.model_file())
         rows[name] = measure(model, tokenizer, file, args)
-        args.out.write_text(json.dumps(rows, indent=1))
+        lines = (f"{json.dumps(key)}: {json.dumps(rounded(row))}" for key, row in rows.items())
+        args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     args.out.with_suffix(".md").write_text(table(list(rows.values())))
     print(table(list(rows.values())))
 

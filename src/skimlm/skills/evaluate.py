@@ -198,6 +198,7 @@ def timing(
     ids: Tensor,
     pieces: Sequence[Piece],
     reps: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds until the first token could be picked: cold, and behind a cached prefix."""
     found: dict[str, float] = {}
@@ -207,11 +208,11 @@ def timing(
         cold, warm = [], []
         with torch.inference_mode():
             for _ in range(reps):
-                start = time.perf_counter()
+                start = clock()
                 prefix = rollout.read(model, before)
-                middle = time.perf_counter()
+                middle = clock()
                 rollout.sample(model, prefix, [question], 1, temperature=0)
-                end = time.perf_counter()
+                end = clock()
                 cold.append(end - start)
                 warm.append(end - middle)
         found |= {f"{name}_cold": statistics.median(cold), f"{name}_warm": statistics.median(warm)}
