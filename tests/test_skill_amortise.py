@@ -113,7 +113,7 @@ def test_training_lowers_the_divergence_on_skills_it_does_not_see(world, skills,
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     # what is kept is what measured least
     text = amortise.texts(skills, tokenizer, 1)[1]
-    lessons = [amortise.lesson(model, tokenizer, t, settings, 3 + i) for i, t in enumerate(text)]
+    lessons = [amortise.lesson(model, tokenizer, t, settings) for t in text]
     again = amortise._measure(model, tokenizer, made, made.values, lessons, settings)
     assert again == pytest.approx(min(losses), rel=1e-4)
 
@@ -136,6 +136,26 @@ def test_a_stopped_training_goes_on_to_the_same_result(world, skills, tmp_path):
     again = amortise.train(model, tokenizer, skills, tmp_path / "b", settings=SMALL)
     assert again.facts == whole.facts
     assert all(torch.equal(again.values[n], v) for n, v in whole.values.items())
+
+
+def test_lessons_are_made_once_for_all_trainings(world, skills, tmp_path, monkeypatch):
+    model, tokenizer, _ = world
+    amortise.train(model, tokenizer, skills[1:], tmp_path, settings=SMALL)
+    asked, real = [], amortise.lesson
+
+    def lesson(model, tokenizer, text, settings):
+        asked.append(text.sha256)
+        return real(model, tokenizer, text, settings)
+
+    monkeypatch.setattr(amortise, "lesson", lesson)
+    more = dataclasses.replace(SMALL, steps=1, lr=1e-2)
+    made = amortise.train(model, tokenizer, skills, tmp_path, settings=more)
+    new = amortise.texts(skills[:1], tokenizer, 0)[0]
+    assert asked == [text.sha256 for text in new]
+    alone = amortise.train(model, tokenizer, skills, tmp_path / "alone", settings=more)
+    assert all(torch.equal(made.values[n], v) for n, v in alone.values.items())
+    amortise.train(model, tokenizer, skills, tmp_path, settings=dataclasses.replace(more, seed=1))
+    assert len(asked) > 2 * len(new) + len(skills)
 
 
 def test_long_skills_become_chunks_and_nothing_of_them_is_lost(tmp_path, monkeypatch):

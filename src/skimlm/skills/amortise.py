@@ -110,12 +110,12 @@ def _halves(text: str, count: Callable[[str], int]) -> list[str]:
     return _halves(text[:middle], count) + _halves(text[middle:], count)
 
 
-def lesson(model: Any, tokenizer: Any, text: Document, settings: Settings, number: int) -> Lesson:
+def lesson(model: Any, tokenizer: Any, text: Document, settings: Settings) -> Lesson:
     """What the model says to questions behind a text, and pieces of the text."""
     ids = token_ids(tokenizer, text.text)
     with torch.no_grad():
         prefix = rollout.read(model, opening(tokenizer, [[ids]]))
-    seed = settings.seed + 1000 * number
+    seed = settings.seed + int(text.sha256[:8], 16)
     count, tokens = settings.questions, settings.answer
     answers = study(model, tokenizer, text, prefix, "train", count, tokens, seed)
     return Lesson(ids, answers, _pieces(model, tokenizer, ids, prefix, count, seed))
@@ -142,19 +142,22 @@ def train(
     settings: Settings | None = None,
     progress: Progress | None = None,
 ) -> Compressor:
-    """Train a compressor on SKILL.md files; lessons and state are kept in the folder `work`."""
+    """Train a compressor on SKILL.md files; lessons and state are kept in the folder `work`.
+
+    Runs of other settings or skills may share it: a lesson is made once.
+    """
     settings = settings or Settings()
     tell = progress or (lambda *_: None)
     learned, held = texts(paths, tokenizer, settings.held)
     start = compressing.begin(
         model, tokenizer, max(settings.ladder), settings.rank, settings.hidden, settings.seed
     )
-    key = _key(learned + held, start, settings)
+    key = _key(start, settings, learned + held)
     lessons = []
     for i, text in enumerate([*learned, *held]):
-        lessons.append(
-            _kept(work / f"{key}-{i:04}.safetensors", model, tokenizer, text, settings, i)
-        )
+        about = (settings.questions, settings.answer, settings.seed)  # not the skills beside it
+        file = work / f"{_key(start, about, [text])}.safetensors"
+        lessons.append(_kept(file, model, tokenizer, text, settings))
         tell("study", i + 1, len(learned) + len(held))
     unseen = lessons[len(learned) :]
     order = _order(len(learned), settings)
@@ -240,20 +243,18 @@ def _order(count: int, settings: Settings) -> list[int]:
     return [next(lessons) for _ in range(settings.steps)]
 
 
-def _key(texts: Sequence[Document], start: Compressor, settings: Settings) -> str:
-    """Names what a run is about: other skills, another model or settings have another."""
+def _key(start: Compressor, settings: Any, texts: Sequence[Document]) -> str:
+    """Names what is kept: of another model, other settings or texts, it has another."""
     what = hashlib.sha256(repr((dict(start.made_for), settings)).encode())
     for text in texts:
         what.update(text.sha256.encode())
     return what.hexdigest()[:16]
 
 
-def _kept(
-    file: Path, model: Any, tokenizer: Any, text: Document, settings: Settings, number: int
-) -> Lesson:
+def _kept(file: Path, model: Any, tokenizer: Any, text: Document, settings: Settings) -> Lesson:
     """A lesson from its file, or made and written there."""
     if not file.exists():
-        made = lesson(model, tokenizer, text, settings, number)
+        made = lesson(model, tokenizer, text, settings)
         tensors = {"ids": made.ids}
         for part in ("answers", "pieces"):
             found: Study = getattr(made, part)
