@@ -153,9 +153,9 @@ def train(
         model, tokenizer, max(settings.ladder), settings.rank, settings.hidden, settings.seed
     )
     key = _key(start, settings, learned + held)
+    about = (settings.questions, settings.answer, settings.seed)  # what a lesson depends on
     lessons = []
     for i, text in enumerate([*learned, *held]):
-        about = (settings.questions, settings.answer, settings.seed)  # not the skills beside it
         file = work / f"{_key(start, about, [text])}.safetensors"
         lessons.append(_kept(file, model, tokenizer, text, settings))
         tell("study", i + 1, len(learned) + len(held))

@@ -90,6 +90,7 @@ def measure(
     everything: bool,
     file: str,
     others: Sequence[store.Skill] = (),
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """All metrics of one skill at the resolution it is served at.
 
@@ -136,7 +137,7 @@ def measure(
         "questions": count,
         "answer_tokens": test.tokens,
         "weak": _mean(none["kl"], test) < WEAK,
-        "seconds": timing(model, tokenizer, test.questions[0], ids, pieces),
+        "seconds": timing(model, tokenizer, test.questions[0], ids, pieces, clock=clock),
     }
     return facts | ({"all": rest} if everything else {})
 
