@@ -8,8 +8,8 @@ import torch
 
 from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm.errors import SkimError
-from skimlm.skills import adaptive, evaluate, recall, rollout, splice, store
-from skimlm.skills.adaptive import Settings, choose, compress
+from skimlm.skills import adaptive, evaluate, recall, rollout, select, splice, store
+from skimlm.skills.adaptive import Settings, choose, compress, rows_of
 from skimlm.skills.distill import Distilled
 from skimlm.skills.document import body_start, literals, parse
 from skimlm.skills.splice import Pin
@@ -123,7 +123,7 @@ def test_everything_has_all_resolutions_and_baselines(world, made, tmp_path):
     store.write(path, made)
     facts = evaluate.evaluate(*world, [path], count=2, answer=4, everything=True)
     got = {(row["method"], row["k"]) for row in facts["skills"][0]["all"]}
-    methods = {made.method, "head", "selfinfo", "sections"}
+    methods = {made.method, *select.METHODS}
     assert got == {(method, k) for method in methods for k in made.ladder}
     assert "closure" in evaluate.text(facts)
 
@@ -188,10 +188,9 @@ def test_the_smallest_that_is_good_enough_is_chosen():
 
 
 def test_the_ladder_ends_at_half_of_the_text():
-    assert adaptive.rungs(811, 811) == [32, 64, 128, 256, 405]
-    assert adaptive.rungs(2100, 2100) == [32, 64, 128, 256, 512, 1050]
+    assert adaptive.rungs(811, 811) == [34, 48, 68, 97, 139, 199, 284, 405]
     assert adaptive.rungs(40, 40) == [20] and adaptive.rungs(1, 1) == [1]
-    assert adaptive.rungs(811, 100) == [32, 64, 100]
+    assert adaptive.rungs(811, 100) == [34, 49, 70, 100]
     half = adaptive.rungs(811, 811, 6)[-1]
     assert (half + 6) / (811 + 6) <= 0.5 < (half + 7) / (811 + 6)
 
@@ -204,47 +203,83 @@ def test_adaptive_compression_is_deterministic_and_keeps_its_evidence(world, mad
     rungs = made.evidence["rungs"]
     n = len(DOCUMENT.text)
     ladder = adaptive.rungs(n, n, splice.wrapper_tokens(world[1]))
-    tried = {m: [r["k"] for r in rungs if r["method"] == m] for m in ("head", "sections")}
-    assert tried == {"head": ladder, "sections": ladder}
+    tried = [r["k"] for r in rungs if r["method"] == "head"]
+    assert tried == ladder[: -len(tried) - 1 : -1]
+    for method in ("leads", "sections"):
+        assert [r["k"] for r in rungs if r["method"] == method] == tried
     chosen = choose(rungs, 0.9, 0.0)
     assert made.k == (chosen["k"] if chosen else None)
 
 
-def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, monkeypatch):
-    """Training is made up: 0.95 at the three largest sizes, too little below."""
-    asked, ladder = [], adaptive.rungs(len(DOCUMENT.text), 10_000, splice.wrapper_tokens(world[1]))
+@pytest.fixture
+def pretended(world, monkeypatch):
+    """Made-up training adds 1 and closes 0.95 at the three largest sizes; of words leads are best.
+
+    Returns the ladder, what was asked for (sizes, start, how), and a place for other closures.
+    """
+    asked, others = [], {}
+    ladder = adaptive.rungs(len(DOCUMENT.text), 10_000, splice.wrapper_tokens(world[1]))
 
     def distill(model, tokenizer, start, pins, sizes, train, dev, **how):
-        asked.append((sizes, start.clone(), how["goal"]))
+        asked.append((sizes, start.clone(), how))
         return Distilled(start + 1, 7, [{"step": 7}])
 
     def measured(task, method, k, tokens, prefix):
-        good = method == "distill" and k >= ladder[-3]
-        row_ = row(method, k, 0.95 if good else 0.5)
-        return row_ | {"none": task.none / task.dev.tokens}
+        usual = {"head": 0.5, "leads": 0.6, "sections": 0.4}
+        usual["distill"] = 0.95 if k >= ladder[-3] else 0.5
+        none = task.none / task.dev.tokens
+        return row(method, k, others.get((method, k), usual[method])) | {"none": none}
 
     monkeypatch.setattr(adaptive, "distill", distill)
     monkeypatch.setattr(adaptive, "_measured", measured)
+    return ladder, asked, others
+
+
+def kept(world, method, k):
+    return adaptive.select.keep(*world, DOCUMENT, k, method)
+
+
+def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, pretended):
+    ladder, asked, _ = pretended
     made = compress(*world, DOCUMENT, settings=QUICK)
     assert [sizes for sizes, *_ in asked] == [[k] for k in ladder[:-5:-1]]
     none = made.evidence["rungs"][0]["none"]
-    assert all(goal == pytest.approx(max(0.09 * none, adaptive.ENOUGH)) for *_, goal in asked)
-    for (_, before, _), (_, after, _) in zip(asked, asked[1:], strict=False):
-        assert torch.equal(after, (before + 1).bfloat16().float()[: len(after)])
+    for *_, how in asked:
+        assert how["goal"] == pytest.approx(max(0.1 * none, adaptive.ENOUGH))
+        assert how["margin"] == pytest.approx(0.01 * none)
     assert (made.k, made.ladder, made.method) == (ladder[-3], (ladder[-3],), "distill")
     assert torch.equal(made.soft, (asked[2][1] + 1).bfloat16())
-    # what the first words of the text do already needs no training
-    asked.clear()
-    usual = measured
 
-    def head_does(task, method, k, tokens, prefix):
-        found = usual(task, method, k, tokens, prefix)
-        return found | ({"closure": 0.92} if (method, k) == ("head", ladder[-2]) else {})
 
-    monkeypatch.setattr(adaptive, "_measured", head_does)
+def test_training_starts_from_the_best_words_and_then_from_what_was_trained(world, pretended):
+    ladder, asked, _ = pretended
+    compress(*world, DOCUMENT, settings=QUICK)
+    ids = splice.token_ids(world[1], DOCUMENT.text)
+    places = [kept(world, "leads", k).tolist() for k in ladder[:-5:-1]]
+    assert torch.equal(asked[0][1], rows_of(world[0], ids[places[0]]).float())
+    trained = dict(zip(places[0], (asked[0][1] + 1).bfloat16().float(), strict=True))
+    assert torch.equal(asked[1][1], torch.stack([trained[place] for place in places[1]]))
+    assert asked[2][1].shape == asked[1][1][: ladder[-3]].shape
+
+
+def test_what_words_do_already_needs_no_training(world, pretended):
+    ladder, asked, others = pretended
+    others["head", ladder[-1]] = others["sections", ladder[-3]] = 0.92
     made = compress(*world, DOCUMENT, settings=QUICK)
-    assert [sizes for sizes, *_ in asked] == [[ladder[-3]], [ladder[-4]]]
-    assert (made.k, made.method) == (ladder[-3], "distill")
+    assert [sizes for sizes, *_ in asked] == [[ladder[-2]], [ladder[-4]]]
+    assert (made.k, made.method) == (ladder[-3], "sections")
+    ids = splice.token_ids(world[1], DOCUMENT.text)
+    assert torch.equal(made.soft, rows_of(world[0], ids[kept(world, "sections", ladder[-3])]))
+
+
+def test_a_size_starts_from_its_best_words_too(world, pretended):
+    _, asked, others = pretended
+    others["sections", 150] = 0.7
+    compress(*world, DOCUMENT, tokens=150, settings=QUICK)
+    [(sizes, start, how)] = asked
+    ids = splice.token_ids(world[1], DOCUMENT.text)
+    assert torch.equal(start, rows_of(world[0], ids[kept(world, "sections", 150)]).float())
+    assert sizes == [32, 64, 128, 150] and how["goal"] == 0
 
 
 def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch):
@@ -256,7 +291,7 @@ def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch
     assert len(made.evidence["trainings"]) == 1  # the largest size was enough to know
 
 
-@pytest.mark.parametrize("method", ["head", "selfinfo", "sections"])
+@pytest.mark.parametrize("method", ["head", "leads", "selfinfo", "sections"])
 def test_untrained_methods_give_the_embeddings_of_kept_words(world, method):
     model, tokenizer = world
     made = compress(model, tokenizer, DOCUMENT, method=method, tokens=40)
@@ -270,7 +305,7 @@ def test_a_size_is_kept_to_and_nested(world):
     made = compress(*world, DOCUMENT, ratio=0.25, settings=QUICK)
     k = round(0.25 * len(DOCUMENT.text))
     assert (made.k, made.method) == (k, "distill")
-    assert made.ladder == tuple(sorted({r for r in adaptive.RUNGS if r < 0.9 * k} | {k}))
+    assert made.ladder == tuple(sorted({r for r in adaptive.NESTED if r < 0.9 * k} | {k}))
 
 
 def test_pinned_spans_stay_text_and_the_rest_is_the_start(world):

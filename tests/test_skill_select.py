@@ -1,5 +1,6 @@
 """Untrained methods: which tokens they keep, against plain recounts."""
 
+import itertools
 import math
 from collections import Counter
 
@@ -28,6 +29,26 @@ def test_every_method_keeps_k_places_ascending(world, method, k):
 
 def test_head_keeps_the_beginning(world):
     assert select.keep(*world, DOCUMENT, 7, "head").tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("method", select.METHODS)
+def test_a_smaller_size_keeps_some_of_what_a_larger_one_keeps(world, method):
+    kept = [set(select.keep(*world, DOCUMENT, k, method).tolist()) for k in range(1, 160, 7)]
+    assert all(some < more for some, more in itertools.pairwise(kept))
+
+
+def test_leads_are_dealt_like_cards(world):
+    """One token to every section in turn, until k are dealt or a section is out of them."""
+    parts = [part.text for part in sections(DOCUMENT.text)]
+    begins = [sum(map(len, parts[:i])) for i in range(len(parts))]
+    taken, dealt = [0] * len(parts), 0
+    while dealt < len(DOCUMENT.text):
+        for i, part in enumerate(parts):
+            if taken[i] == len(part):
+                continue
+            taken[i], dealt = taken[i] + 1, dealt + 1
+            want = [b + j for b, count in zip(begins, taken, strict=True) for j in range(count)]
+            assert select.keep(*world, DOCUMENT, dealt, "leads").tolist() == want
 
 
 def test_self_information_is_that_of_the_model_and_spans_come_first(world):

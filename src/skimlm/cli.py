@@ -422,7 +422,9 @@ def skill() -> None:
 @click.option("--model", required=True, help="Folder, hub id or .gguf the skill is for.")
 @click.option(
     "--method",
-    type=click.Choice(["adaptive", "distill", "head", "selfinfo", "sections", "amortised"]),
+    type=click.Choice(
+        ["adaptive", "distill", "head", "leads", "selfinfo", "sections", "amortised"]
+    ),
     default="adaptive",
     show_default=True,
     help="adaptive: the fewest soft tokens that measure up; or one method at one size.",

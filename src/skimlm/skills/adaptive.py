@@ -2,11 +2,12 @@
 
     closure(k) = 1 - KL(full text || k soft tokens) / KL(full text || no skill)      dev questions
 
-A ladder of k up to half of the text is tried, untrained (head, sections) and distilled, from the
-largest down as long as it goes well. The smallest k counts whose closure is at least `target` (or
-whose KL is tiny) and whose literal recall is at least `floor`; of equals the untrained one, which
-is plain words. If none does, the full text is served. What was measured stays in the artefact. The
-same inputs give the same file: no clock, no judge, no network.
+A ladder of k is tried from half of the text down, untrained (head, leads, sections) and, where that
+is not good enough, distilled from the best of them, as long as it goes well. The smallest k counts
+whose closure is at least `target` (or whose KL is tiny) and whose literal recall is at least
+`floor`; of equals the untrained one, which is plain words. If none does, the full text is served.
+What was measured stays in the artefact. The same inputs give the same file: no clock, no judge, no
+network.
 
 With a size given there is no choice: that many soft tokens are distilled, nested (distill.py).
 """
@@ -32,11 +33,12 @@ from skimlm.skills.rollout import Prefix
 from skimlm.skills.splice import Pin, closing, opening, pieces_of, token_ids, wrapper_tokens
 from skimlm.skills.store import Skill, check_reach, fingerprints
 
-RUNGS = (32, 64, 128, 256, 512, 1024, 2048)
-MOST = 0.5  # of the text: above it soft tokens are not worth their trouble
+NESTED = (32, 64, 128, 256, 512, 1024, 2048)  # sizes below one that is asked for
+MOST, LEAST = 0.5, 32  # of the text: above it soft tokens are not worth their trouble; tokens
+RUNG = 0.7  # of the size before
 ENOUGH = 0.05  # nats per token: as good as the text, however small the effect of the skill
 MARGIN = 0.01  # of closure above the target: where training ends
-CANDIDATES = ("head", "sections")  # untrained
+CANDIDATES = ("head", "leads", "sections")  # untrained
 ROOM = 256  # positions kept for a question and its answer
 Progress = Callable[[str, int, int], None]
 
@@ -159,14 +161,16 @@ def budget(text_tokens: int, tokens: int | None, ratio: float | None) -> int | N
 
 
 def rungs(text_tokens: int, most: int, wrapper: int = 0) -> list[int]:
-    """Powers of two up to half of the text, and that half; the wrapper counts on both sides."""
-    half = max(1, min(most, int((text_tokens + wrapper) * MOST) - wrapper))
-    return [k for k in RUNGS if k < 0.8 * half] + [half]
+    """Half of the text, which the wrapper counts in on both sides, and smaller; ascending."""
+    sizes = [max(1, min(most, int((text_tokens + wrapper) * MOST) - wrapper))]
+    while (k := round(RUNG * sizes[-1])) >= LEAST:
+        sizes.append(k)
+    return sizes[::-1]
 
 
 def nest(k: int) -> list[int]:
     """A fixed size with the powers of two below it."""
-    return [rung for rung in RUNGS if rung < 0.9 * k] + [k]
+    return [rung for rung in NESTED if rung < 0.9 * k] + [k]
 
 
 def rows_of(model: Any, ids: Tensor) -> Tensor:
@@ -272,9 +276,11 @@ def _task(
 
 def _sized(task: _Task, ladder: list[int]) -> _Made:
     """Distilled to the largest of `ladder`, nested: the others are good beginnings of it."""
-    soft, pins, trained = _trained(task, task.start, ladder)
-    rows = [_untrained(task, method, k) for method in CANDIDATES for k in ladder]
-    rows = [_distilled(task, soft, pins, k) for k in ladder] + rows
+    most = ladder[-1]
+    untrained = [_untrained(task, method, most) for method in CANDIDATES]
+    start = task.start[_places(task, _best(untrained), most)]
+    soft, pins, trained = _trained(task, start, ladder)
+    rows = [_distilled(task, soft, pins, k) for k in ladder] + untrained
     return _Made(soft, pins, ladder, rows, [trained], rows[len(ladder) - 1])
 
 
@@ -282,25 +288,28 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
     """The fewest soft tokens that are good enough.
 
     From the largest size down, each trained alone and from the one before: a size that trains
-    together with smaller ones gets less good (docs/log.md). Sizes that untrained text already
-    serves are left out; the first that is not good enough is the last.
+    together with smaller ones gets less good (docs/log.md). A size that untrained text already
+    serves is not trained; the first that is not good enough is the last.
     """
-    rows = [_untrained(task, method, k) for method in CANDIDATES for k in ladder]
-    goal = max((1 - task.target - MARGIN) * task.none / task.dev.tokens, ENOUGH)
-    start, best, trainings = task.start, None, []
+    rows, trainings, best = [], [], None
+    method, last = "", None  # where the first training starts; soft tokens, their places
     for k in reversed(ladder):
-        chosen = choose(rows, task.target, task.floor)
-        if chosen and chosen["k"] <= k:
+        untrained = [_untrained(task, name, k) for name in CANDIDATES]
+        rows += untrained
+        if choose(untrained, task.target, task.floor):
             continue
-        soft, pins, trained = _trained(task, start, [k], goal)
+        method = method or _best(untrained)
+        kept = _places(task, method, k)
+        start = last[0][torch.isin(last[1], kept)].float() if last else task.start[kept]
+        soft, pins, trained = _trained(task, start, [k], goal=True)
+        last = soft, kept
         rows.append(_distilled(task, soft, pins, k))
-        trainings.append(trained)
+        trainings.append(trained | {"start": method})
         good = choose(rows[-1:], task.target, task.floor) is not None
         if good or best is None:
             best = soft, pins, [k]
         if not good:
             break
-        start = soft.float()
     chosen = choose(rows, task.target, task.floor)
     if chosen and chosen["method"] in CANDIDATES:
         best = rows_of(task.model, _kept(task, chosen["method"], chosen["k"])), (), [chosen["k"]]
@@ -308,16 +317,33 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
     return _Made(*best, rows, trainings, chosen)
 
 
+def _best(rows: Sequence[dict[str, Any]]) -> str:
+    """The method that closes most."""
+    return str(max(rows, key=lambda row: row["closure"])["method"])
+
+
+def _places(task: _Task, method: str, k: int) -> Tensor:
+    """Rows of `task.start` that k soft tokens start from; between pins, the first."""
+    if task.pins:
+        return torch.arange(k)
+    return select.keep(task.model, task.tokenizer, task.document, k, method)
+
+
 def _trained(
-    task: _Task, start: Tensor, ladder: list[int], goal: float = 0.0
+    task: _Task, start: Tensor, ladder: list[int], goal: bool = False
 ) -> tuple[Tensor, tuple[Pin, ...], dict[str, Any]]:
-    """Soft tokens [k, d] for the sizes of `ladder`, pins among them, how the training went."""
+    """Soft tokens [k, d] from `start` [k, d] for the sizes of `ladder`, pins, how training went.
+
+    With `goal` only as far as the target, and a margin more, asks.
+    """
     k, settings = ladder[-1], task.settings
+    none = task.none / task.dev.tokens
+    needed = max((1 - task.target) * none, ENOUGH) if goal else 0.0
     pins = tuple(Pin(min(p.at, k), p.text) for p in task.pins)
     found = distill(
-        task.model, task.tokenizer, start[:k], pins, ladder, task.train, task.dev,
-        steps=settings.steps, rows=settings.rows, lr=settings.lr, check=settings.check, goal=goal,
-        seed=settings.seed, progress=task.progress,
+        task.model, task.tokenizer, start, pins, ladder, task.train, task.dev,
+        steps=settings.steps, rows=settings.rows, lr=settings.lr, check=settings.check,
+        goal=needed, margin=MARGIN * none, seed=settings.seed, progress=task.progress,
     )  # fmt: skip
     facts = {"ladder": ladder, "step": found.step, "history": found.history}
     return found.soft.to(torch.bfloat16), pins, facts

@@ -5,9 +5,9 @@ the model with the full text in front of it (the teacher), and S is fitted by
 
     L(S) = mean over answers' tokens of KL(p(. | text, q, y<t) || p(. | S[:k], q, y<t))
 
-with Adam, from the embeddings of the skill's first K tokens: the start is head truncation, and the
-step with the least divergence on dev questions is kept, so a training that does not help leaves
-the start. After Cartridges (arXiv 2506.06266) and SKIM (arXiv 2606.12203).
+with Adam, from the embeddings of K of the skill's own tokens (select.py), and the step with the
+least divergence on dev questions is kept, so a training that does not help leaves the start. After
+Cartridges (arXiv 2506.06266) and SKIM (arXiv 2606.12203).
 
 Nested: S[:k] is the skill at resolution k, for every k of a ladder. Attention is causal, so one
 pass over S gives the keys and values of all its prefixes. Every step deals its rows of questions to
@@ -136,14 +136,15 @@ def distill(
     check: int = 20,
     patience: int = 3,
     goal: float = 0.0,
+    margin: float = 0.0,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Distilled:
     """Train soft tokens from `start` [K, d], nested; on dev every k of `ladder` counts the same.
 
     Dev divergence is measured every `check` steps; after `patience` times without a better one
-    training ends. With a `goal` for their mean, in nats per token, training also ends where it is
-    reached, or where the pace of the last two checks would not reach it by the last step.
+    training ends. With a `goal` for their mean, in nats per token, it also ends `margin` below
+    that, or where the pace of the last two checks would not reach it by the last step.
     """
     assert max(ladder) == len(start)
     soft = start.detach().float().clone().requires_grad_()
@@ -197,7 +198,7 @@ def distill(
                 break
             earlier = history[-min(3, len(history))]
             pace = (mean(earlier) - value) / (step - earlier["step"])
-            if goal and not goal < value <= goal + pace * (steps - step):
+            if goal and not goal - margin < value <= goal + pace * (steps - step):
                 break
     return Distilled(best_soft, best_step, history)
 

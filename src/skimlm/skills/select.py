@@ -1,16 +1,19 @@
 """A skill in k tokens without any training: which of its own tokens to keep.
 
     head      the first k: skills say what matters first
+    leads     the beginning of every section, all equally long, shorter sections whole
     selfinfo  the k least expected ones: -log p(token | text before) under the model itself, spans
               that only work word for word before all others (after Selective Context and LLMLingua)
     sections  whole sections, those nearest to the description first (BM25), until k tokens are full
 
-All return the kept tokens' places, ascending. They are candidates of their own, what distillation
-starts from, and what it has to beat.
+All return the kept tokens' places, ascending; those of a smaller k are among those of a larger one.
+They are candidates of their own, what distillation starts from, and what it has to beat.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import re
 from collections import Counter
@@ -20,9 +23,9 @@ import torch
 from torch import Tensor
 
 from skimlm.evaluate import token_nll
-from skimlm.skills.document import Document, sections, spans
+from skimlm.skills.document import Document, Section, sections, spans
 
-METHODS = ("head", "selfinfo", "sections")
+METHODS = ("head", "leads", "selfinfo", "sections")
 
 
 def keep(model: Any, tokenizer: Any, document: Document, k: int, method: str) -> Tensor:
@@ -32,6 +35,8 @@ def keep(model: Any, tokenizer: Any, document: Document, k: int, method: str) ->
         return torch.arange(len(ids))
     if method == "head":
         return torch.arange(k)
+    if method == "leads":
+        return leads(document, places, k)
     if method == "selfinfo":
         return selfinfo(model, document.text, ids, places, k)
     if method == "sections":
@@ -62,21 +67,39 @@ def selfinfo(model: Any, text: str, ids: Tensor, places: list[tuple[int, int]], 
     return score.topk(k).indices.sort().values
 
 
+def leads(document: Document, places: list[tuple[int, int]], k: int) -> Tensor:
+    """The first t tokens of every section, t as large as k allows; the first get one more."""
+    members = _members(sections(document.text), places)
+
+    def kept(t: int) -> int:
+        return sum(min(t, len(own)) for own in members)
+
+    t = bisect.bisect_right(range(k + 1), k, key=kept) - 1
+    left, chosen = k - kept(t), []
+    for own in members:
+        more = int(left > 0 and len(own) > t)
+        chosen += own[: t + more]
+        left -= more
+    return torch.tensor(chosen)
+
+
 def by_section(document: Document, places: list[tuple[int, int]], k: int) -> Tensor:
     """Front matter, then whole sections by rank; the last one is cut where k is reached."""
     parts = sections(document.text)
     ranks = bm25([part.text for part in parts], f"{document.name} {document.description}")
     order = sorted(range(len(parts)), key=lambda i: (bool(parts[i].path), -ranks[i], i))
-    starts, at = [], 0
-    for part in parts:
-        starts.append(at)
-        at += len(part.text)
-    owner = [sum(start <= a for start in starts[1:]) for a, _ in places]
-    members: list[list[int]] = [[] for _ in parts]
-    for token, own in enumerate(owner):
-        members[own].append(token)
+    members = _members(parts, places)
     chosen = [token for part in order for token in members[part]][:k]
     return torch.tensor(sorted(chosen))
+
+
+def _members(parts: list[Section], places: list[tuple[int, int]]) -> list[list[int]]:
+    """The tokens of every section, by where they begin."""
+    starts = list(itertools.accumulate((len(part.text) for part in parts[:-1]), initial=0))
+    members: list[list[int]] = [[] for _ in parts]
+    for token, (begin, _) in enumerate(places):
+        members[bisect.bisect_right(starts, begin) - 1].append(token)
+    return members
 
 
 def bm25(texts: list[str], query: str, k1: float = 1.5, b: float = 0.75) -> list[float]:

@@ -34,7 +34,7 @@ KEY = "skim"  # of the metadata of the file
 SUFFIX = ".skim"
 MAX_ROWS, MAX_WIDTH = 16_384, 65_536
 MAX_PINS = 4_096
-METHODS = ("head", "selfinfo", "sections", "distill", "amortised")
+METHODS = ("head", "leads", "selfinfo", "sections", "distill", "amortised")
 HASHES = ("tokenizer", "chat_template", "model")
 
 
