@@ -3,7 +3,7 @@
     python bench/skills.py --skills DIR --names a,b --out OUT.json --save DIR [--compressor FILE]
 
 DIR holds files *NAME.md. A skill is compressed as `skimlm skill compress` does by default, and (but
-for --served) distilled once more, nested, up to half of its text, for the table of all sizes; the
+for --served) distilled once more, nested, for the table of all sizes up to half of its text; the
 .skim files are kept under --save. All is then scored on --questions test questions. OUT.json has a
 row per skill and is written after each: what is there is not run again, so names may be given a few
 at a time. OUT.md is the table of all of them.
@@ -29,7 +29,7 @@ from skimlm.report import peak_rss_bytes
 from skimlm.skills import adaptive, document, evaluate, select, splice, store
 
 SIZES = (32, 64, 128, 256)
-METHODS = ("head", "sections", "selfinfo", "amortised", "nested")
+METHODS = ("head", "leads", "sections", "selfinfo", "amortised", "nested")
 
 
 def measure(model, tokenizer, file, args):
@@ -38,16 +38,16 @@ def measure(model, tokenizer, file, args):
     ids = adaptive.token_ids(tokenizer, read.text)
     served = made(model, tokenizer, read, args.save / f"{file.stem}.skim")
     half = adaptive.rungs(len(ids), len(ids), splice.wrapper_tokens(tokenizer))[-1]
+    most = min(SIZES[-1], half)
     others, seconds = [], timed(model, tokenizer, read, ids)
     if not args.served:
         path = args.save / f"{file.stem}.nested.skim"
-        nested = made(model, tokenizer, read, path, method="distill", tokens=half)
+        nested = made(model, tokenizer, read, path, method="distill", tokens=most)
         others.append(dataclasses.replace(nested, method="nested"))
         seconds["nested"] = nested.evidence["cpu_seconds"]
     if args.compressor:
         started = time.process_time()
         how = {"method": "amortised", "compressor": args.compressor}
-        most = min(SIZES[-1], half)
         others.append(adaptive.compress(model, tokenizer, read, tokens=most, **how))
         seconds["amortised"] = time.process_time() - started
     row = {"all": []} | evaluate.measure(

@@ -9,7 +9,7 @@ import torch
 from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm.errors import SkimError
 from skimlm.skills import adaptive, evaluate, recall, rollout, select, splice, store
-from skimlm.skills.adaptive import Settings, choose, compress, rows_of
+from skimlm.skills.adaptive import CANDIDATES, Settings, choose, compress, rows_of
 from skimlm.skills.distill import Distilled
 from skimlm.skills.document import body_start, literals, parse
 from skimlm.skills.splice import Pin
@@ -188,9 +188,10 @@ def test_the_smallest_that_is_good_enough_is_chosen():
 
 
 def test_the_ladder_ends_at_half_of_the_text():
-    assert adaptive.rungs(811, 811) == [34, 48, 68, 97, 139, 199, 284, 405]
+    assert adaptive.rungs(811, 811)[-4:] == [248, 292, 344, 405]
+    assert adaptive.rungs(811, 811)[:2] == [36, 42]
     assert adaptive.rungs(40, 40) == [20] and adaptive.rungs(1, 1) == [1]
-    assert adaptive.rungs(811, 100) == [34, 49, 70, 100]
+    assert adaptive.rungs(811, 50) == [36, 42, 50]
     half = adaptive.rungs(811, 811, 6)[-1]
     assert (half + 6) / (811 + 6) <= 0.5 < (half + 7) / (811 + 6)
 
@@ -203,10 +204,15 @@ def test_adaptive_compression_is_deterministic_and_keeps_its_evidence(world, mad
     rungs = made.evidence["rungs"]
     n = len(DOCUMENT.text)
     ladder = adaptive.rungs(n, n, splice.wrapper_tokens(world[1]))
-    tried = [r["k"] for r in rungs if r["method"] == "head"]
-    assert tried == ladder[: -len(tried) - 1 : -1]
-    for method in ("leads", "sections"):
-        assert [r["k"] for r in rungs if r["method"] == method] == tried
+    tried = {m: [r["k"] for r in rungs if r["method"] == m] for m in (*CANDIDATES, "distill")}
+    assert (
+        tried["head"]
+        == tried["leads"]
+        == tried["sections"]
+        == ladder[: -len(tried["head"]) - 1 : -1]
+    )
+    trained = ladder[: len(ladder) - len(tried["head"]) + 1]
+    assert tried["distill"] == trained[: -len(tried["distill"]) - 1 : -1]
     chosen = choose(rungs, 0.9, 0.0)
     assert made.k == (chosen["k"] if chosen else None)
 
@@ -264,12 +270,13 @@ def test_training_starts_from_the_best_words_and_then_from_what_was_trained(worl
 
 def test_what_words_do_already_needs_no_training(world, pretended):
     ladder, asked, others = pretended
-    others["head", ladder[-1]] = others["sections", ladder[-3]] = 0.92
+    others["head", ladder[-1]] = others["sections", ladder[-2]] = others["head", ladder[-3]] = 0.92
     made = compress(*world, DOCUMENT, settings=QUICK)
-    assert [sizes for sizes, *_ in asked] == [[ladder[-2]], [ladder[-4]]]
-    assert (made.k, made.method) == (ladder[-3], "sections")
-    ids = splice.token_ids(world[1], DOCUMENT.text)
-    assert torch.equal(made.soft, rows_of(world[0], ids[kept(world, "sections", ladder[-3])]))
+    assert [sizes for sizes, *_ in asked] == [[ladder[-4]]]
+    assert (made.k, made.ladder, made.method) == (ladder[-3], (ladder[-3],), "head")
+    assert torch.equal(
+        made.soft, rows_of(world[0], splice.token_ids(world[1], DOCUMENT.text))[: made.k]
+    )
 
 
 def test_a_size_starts_from_its_best_words_too(world, pretended):

@@ -2,12 +2,11 @@
 
     closure(k) = 1 - KL(full text || k soft tokens) / KL(full text || no skill)      dev questions
 
-A ladder of k is tried from half of the text down, untrained (head, leads, sections) and, where that
-is not good enough, distilled from the best of them, as long as it goes well. The smallest k counts
-whose closure is at least `target` (or whose KL is tiny) and whose literal recall is at least
-`floor`; of equals the untrained one, which is plain words. If none does, the full text is served.
-What was measured stays in the artefact. The same inputs give the same file: no clock, no judge, no
-network.
+A ladder of k is tried from half of the text down as long as it goes well: untrained (head, leads,
+sections) and, from where none of them is good enough, distilled from the best. The smallest k
+counts whose closure is at least `target` (or whose KL is tiny) and whose literal recall is at least
+`floor`. If none does, the full text is served. What was measured stays in the artefact. The same
+inputs give the same file: no clock, no judge, no network.
 
 With a size given there is no choice: that many soft tokens are distilled, nested (distill.py).
 """
@@ -35,7 +34,7 @@ from skimlm.skills.store import Skill, check_reach, fingerprints
 
 NESTED = (32, 64, 128, 256, 512, 1024, 2048)  # sizes below one that is asked for
 MOST, LEAST = 0.5, 32  # of the text: above it soft tokens are not worth their trouble; tokens
-RUNG = 0.7  # of the size before
+RUNG = 0.85  # of the size before
 ENOUGH = 0.05  # nats per token: as good as the text, however small the effect of the skill
 MARGIN = 0.01  # of closure above the target: where training ends
 CANDIDATES = ("head", "leads", "sections")  # untrained
@@ -287,18 +286,19 @@ def _sized(task: _Task, ladder: list[int]) -> _Made:
 def _fewest(task: _Task, ladder: list[int]) -> _Made:
     """The fewest soft tokens that are good enough.
 
-    From the largest size down, each trained alone and from the one before: a size that trains
-    together with smaller ones gets less good (docs/log.md). A size that untrained text already
-    serves is not trained; the first that is not good enough is the last.
+    From the largest size down: plain words as long as they do, then trained, each size alone and
+    from the one before: a size that trains together with smaller ones gets less good (docs/log.md).
+    The first that is not good enough is the last.
     """
     rows, trainings, best = [], [], None
-    method, last = "", None  # where the first training starts; soft tokens, their places
+    method, last = "", None  # where training starts; the last soft tokens and their places
     for k in reversed(ladder):
-        untrained = [_untrained(task, name, k) for name in CANDIDATES]
-        rows += untrained
-        if choose(untrained, task.target, task.floor):
-            continue
-        method = method or _best(untrained)
+        if last is None:
+            untrained = [_untrained(task, name, k) for name in CANDIDATES]
+            rows += untrained
+            if choose(untrained, task.target, task.floor):
+                continue
+            method = _best(untrained)
         kept = _places(task, method, k)
         start = last[0][torch.isin(last[1], kept)].float() if last else task.start[kept]
         soft, pins, trained = _trained(task, start, [k], goal=True)
