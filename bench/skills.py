@@ -1,12 +1,13 @@
-"""Skills as soft tokens: the default command and every method at every size, on unseen questions.
+"""Skills as soft tokens on unseen questions: what the default command serves, or all methods.
 
-    python bench/skills.py --skills DIR --names a,b --out OUT.json --save DIR [--compressor FILE]
+    python bench/skills.py --skills DIR --names a,b --out OUT.json --save DIR
+    python bench/skills.py --methods [--compressor FILE] ...
 
-DIR holds files *NAME.md. A skill is compressed as `skimlm skill compress` does by default, and (but
-for --served) distilled once more, nested, for the table of all sizes up to half of its text; the
-.skim files are kept under --save. All is then scored on --questions test questions. OUT.json has a
-row per skill and is written after each: what is there is not run again, so names may be given a few
-at a time. OUT.md is the table of all of them.
+DIR holds files *NAME.md. A skill is compressed as `skimlm skill compress` does by default; with
+--methods it is instead distilled nested up to 256 tokens, or half of its text, and compared with
+all other methods at all sizes. The .skim files are kept under --save. All is scored on --questions
+test questions. OUT.json has a row per skill and is written after each: what is there is not run
+again, so names may be given a few at a time. OUT.md is the table of all of them.
 
 Seconds are those of this process's CPU, one thread, since the machine may be shared; prefill is the
 median of five. Intervals: 95 %, bootstrap over skills, and over questions within them.
@@ -33,28 +34,46 @@ METHODS = ("head", "leads", "sections", "selfinfo", "amortised", "nested")
 
 
 def measure(model, tokenizer, file, args):
-    """One skill: compressed, stored, all methods and sizes scored."""
+    """One skill as the default command serves it."""
+    read = document.read(file)
+    served = made(model, tokenizer, read, args.save / f"{file.stem}.skim")
+    evidence = served.evidence
+    return scored(model, tokenizer, read, served, (), file, args) | {
+        "served": served.k,
+        "cpu_seconds": evidence["cpu_seconds"],
+        "dev": evidence["rungs"],
+        "trainings": evidence["trainings"],
+        "settings": evidence["settings"],
+    }
+
+
+def compare(model, tokenizer, file, args):
+    """One skill by all methods at all sizes."""
     read = document.read(file)
     ids = adaptive.token_ids(tokenizer, read.text)
-    served = made(model, tokenizer, read, args.save / f"{file.stem}.skim")
     half = adaptive.rungs(len(ids), len(ids), splice.wrapper_tokens(tokenizer))[-1]
     most = min(SIZES[-1], half)
-    others, seconds = [], timed(model, tokenizer, read, ids)
-    if not args.served:
-        path = args.save / f"{file.stem}.nested.skim"
-        nested = made(model, tokenizer, read, path, method="distill", tokens=most)
-        others.append(dataclasses.replace(nested, method="nested"))
-        seconds["nested"] = nested.evidence["cpu_seconds"]
+    seconds = timed(model, tokenizer, read, ids)
+    path = args.save / f"{file.stem}.nested.skim"
+    nested = made(model, tokenizer, read, path, method="distill", tokens=most)
+    others = [dataclasses.replace(nested, method="nested")]
+    seconds["nested"] = nested.evidence["cpu_seconds"]
     if args.compressor:
         started = time.process_time()
         how = {"method": "amortised", "compressor": args.compressor}
         others.append(adaptive.compress(model, tokenizer, read, tokens=most, **how))
         seconds["amortised"] = time.process_time() - started
-    row = {"all": []} | evaluate.measure(
+    row = scored(model, tokenizer, read, None, others, file, args)
+    return row | {"method_seconds": seconds, "trainings": nested.evidence["trainings"]}
+
+
+def scored(model, tokenizer, read, skill, others, file, args):
+    """What `skimlm skill eval` measures, in CPU seconds, with where it was measured."""
+    row = evaluate.measure(
         model,
         tokenizer,
         read,
-        served,
+        skill,
         args.questions,
         args.answer,
         bool(others),
@@ -62,15 +81,7 @@ def measure(model, tokenizer, file, args):
         others,
         time.process_time,
     )
-    row["served"] = served.k
-    row["cpu_seconds"] = served.evidence["cpu_seconds"]
-    row["method_seconds"] = seconds
-    row["dev"] = served.evidence["rungs"]
-    row["trainings"] = served.evidence["trainings"]
-    row["settings"] = served.evidence["settings"]
-    row["peak_rss_bytes"] = peak_rss_bytes()
-    row["provenance"] = provenance()
-    return row
+    return row | {"peak_rss_bytes": peak_rss_bytes(), "provenance": provenance()}
 
 
 def rounded(what):
@@ -134,24 +145,25 @@ def closing(one):
     return score
 
 
-def table(rows):
-    """Markdown of all rows."""
+def table_of_methods(rows):
+    """Markdown of all methods and sizes: means over skills that have the size."""
     strong = [row for row in rows if not row["weak"]]
     lines = [
         "| method | k | skills | tokens | closure | over head | recall | CPU s to compress |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
-        for k in (*SIZES, None):
+        for k in SIZES:
             have = [r for r in strong if any(fits(o, method, k) for o in r["all"])]
-            if have and (method, k) != ("amortised", None):
+            if have:
                 lines.append(line(have, method, k))
-    lines += [
-        "",
-        "What the default command serves, chosen on dev questions, on test questions:",
-        "",
-    ]
-    lines += [
+    return "\n".join(lines) + "\n"
+
+
+def table(rows):
+    """Markdown of what the default command serves, chosen on dev questions, on test questions."""
+    strong = [row for row in rows if not row["weak"]]
+    lines = [
         "| skill | text | served | tokens | share | closure, 95 % | literal recall | KL no skill"
         " | CPU s to compress | prefill CPU s cold: full, skill, none | warm: full, skill |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -183,18 +195,18 @@ def table(rows):
 
 
 def fits(one, method, k):
-    """Whether an entry is of a method, and of a size if one is given."""
-    return one["method"] == method and k in (None, one["k"])
+    """Whether an entry is of a method and a size."""
+    return one["method"] == method and one["k"] == k
 
 
 def line(rows, method, k):
-    """A method at one size, or (None) at its largest: means over skills."""
+    """A method at one size: means over skills."""
 
     def one(row):
-        return max((o for o in row["all"] if fits(o, method, k)), key=lambda o: o["k"])
+        return next(o for o in row["all"] if fits(o, method, k))
 
     def gap(row, picks):
-        head = next(o for o in row["all"] if fits(o, "head", one(row)["k"]))
+        head = next(o for o in row["all"] if fits(o, "head", k))
         return closing(one)(row, picks) - closing(lambda _: head)(row, picks)
 
     low, high = interval(rows, closing(one))
@@ -204,7 +216,7 @@ def line(rows, method, k):
     share = statistics.fmean(one(row)["tokens"] / row["text_tokens"] for row in rows)
     mean = statistics.fmean(one(row)["closure"] for row in rows)
     return (
-        f"| {method} | {k or 'half'} | {len(rows)} | {share:.0%} | {mean:.3f}"
+        f"| {method} | {k} | {len(rows)} | {share:.0%} | {mean:.3f}"
         f" ({low:.3f} to {high:.3f}) | {less:+.3f} to {more:+.3f} |"
         f" {statistics.fmean(recall) if recall else float('nan'):.2f} | {seconds:.1f} |"
     )
@@ -220,7 +232,7 @@ def main():
     parser.add_argument("--compressor", help="what skill train made: its column is added")
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--answer", type=int, default=48)
-    parser.add_argument("--served", action="store_true", help="only what the default serves")
+    parser.add_argument("--methods", action="store_true", help="not the default: all methods")
     args = parser.parse_args()
     args.save.mkdir(parents=True, exist_ok=True)
     rows = json.loads(args.out.read_text()) if args.out.exists() else {}
@@ -233,11 +245,12 @@ def main():
         if model is None:
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
             model, tokenizer = checkpoint.load(args.model or demo.model_file())
-        rows[name] = measure(model, tokenizer, file, args)
+        rows[name] = (compare if args.methods else measure)(model, tokenizer, file, args)
         lines = (f"{json.dumps(key)}: {json.dumps(rounded(row))}" for key, row in rows.items())
         args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    args.out.with_suffix(".md").write_text(table(list(rows.values())))
-    print(table(list(rows.values())))
+    shown = (table_of_methods if args.methods else table)(list(rows.values()))
+    args.out.with_suffix(".md").write_text(shown)
+    print(shown)
 
 
 if __name__ == "__main__":

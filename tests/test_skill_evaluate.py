@@ -250,11 +250,21 @@ def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, pr
     made = compress(*world, DOCUMENT, settings=QUICK)
     assert [sizes for sizes, *_ in asked] == [[k] for k in ladder[:-5:-1]]
     none = made.evidence["rungs"][0]["none"]
+    assert [how["steps"] for *_, how in asked] == [QUICK.steps] + 3 * [-(-QUICK.steps // 2)]
     for *_, how in asked:
         assert how["goal"] == pytest.approx(max(0.1 * none, adaptive.ENOUGH))
         assert how["margin"] == pytest.approx(0.01 * none)
     assert (made.k, made.ladder, made.method) == (ladder[-3], (ladder[-3],), "distill")
     assert torch.equal(made.soft, (asked[2][1] + 1).bfloat16())
+
+
+def test_a_size_that_is_only_just_good_enough_is_the_last(world, pretended):
+    ladder, asked, others = pretended
+    others["distill", ladder[-2]] = 0.905
+    made = compress(*world, DOCUMENT, settings=QUICK)
+    assert [sizes for sizes, *_ in asked] == [[ladder[-1]], [ladder[-2]]]
+    assert (made.k, made.method) == (ladder[-2], "distill")
+    assert torch.equal(made.soft, (asked[1][1] + 1).bfloat16())
 
 
 def test_training_starts_from_the_best_words_and_then_from_what_was_trained(world, pretended):

@@ -454,7 +454,7 @@ def skill() -> None:
 @click.option("--compressor", type=FILE, help="What skill train has made, for --method amortised.")
 @click.option("--pin", is_flag=True, help="Keep code, commands, numbers and prohibitions as text.")
 @click.option("--train", type=POSITIVE, help="Questions to train on.  [default: 96]")
-@click.option("--steps", type=POSITIVE, help="Training steps per size, at most.  [default: 60]")
+@click.option("--steps", type=POSITIVE, help="Training steps, at most.  [default: 60]")
 @SKILL_SEED
 @FORCE
 @REVISION

@@ -36,7 +36,7 @@ NESTED = (32, 64, 128, 256, 512, 1024, 2048)  # sizes below one that is asked fo
 MOST, LEAST = 0.5, 32  # of the text: above it soft tokens are not worth their trouble; tokens
 RUNG = 0.85  # of the size before
 ENOUGH = 0.05  # nats per token: as good as the text, however small the effect of the skill
-MARGIN = 0.01  # of closure above the target: where training ends
+MARGIN = 0.01  # of closure above the target: where training ends and a smaller size is tried
 CANDIDATES = ("head", "leads", "sections")  # untrained
 ROOM = 256  # positions kept for a question and its answer
 Progress = Callable[[str, int, int], None]
@@ -49,7 +49,7 @@ class Settings:
     train: int = 96  # questions
     dev: int = 24
     answer: int = 48  # tokens
-    steps: int = 60  # at most, for every size that is trained
+    steps: int = 60  # at most, for the first size that is trained; half of it for those after it
     check: int = 10  # steps between measurements on dev
     rows: int = 8  # questions per step
     lr: float = 3e-3
@@ -278,7 +278,7 @@ def _sized(task: _Task, ladder: list[int]) -> _Made:
     most = ladder[-1]
     untrained = [_untrained(task, method, most) for method in CANDIDATES]
     start = task.start[_places(task, _best(untrained), most)]
-    soft, pins, trained = _trained(task, start, ladder)
+    soft, pins, trained = _trained(task, start, ladder, task.settings.steps)
     rows = [_distilled(task, soft, pins, k) for k in ladder] + untrained
     return _Made(soft, pins, ladder, rows, [trained], rows[len(ladder) - 1])
 
@@ -288,7 +288,8 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
 
     From the largest size down: plain words as long as they do, then trained, each size alone and
     from the one before: a size that trains together with smaller ones gets less good (docs/log.md).
-    The first that is not good enough is the last.
+    The first that is not good enough, or only just, is the last. Sizes after the first start from
+    trained ones and get half of the steps.
     """
     rows, trainings, best = [], [], None
     method, last = "", None  # where training starts; the last soft tokens and their places
@@ -301,14 +302,15 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
             method = _best(untrained)
         kept = _places(task, method, k)
         start = last[0][torch.isin(last[1], kept)].float() if last else task.start[kept]
-        soft, pins, trained = _trained(task, start, [k], goal=True)
+        steps = task.settings.steps if last is None else -(-task.settings.steps // 2)
+        soft, pins, trained = _trained(task, start, [k], steps, goal=True)
         last = soft, kept
         rows.append(_distilled(task, soft, pins, k))
         trainings.append(trained | {"start": method})
         good = choose(rows[-1:], task.target, task.floor) is not None
         if good or best is None:
             best = soft, pins, [k]
-        if not good:
+        if not choose(rows[-1:], task.target + MARGIN, task.floor):
             break
     chosen = choose(rows, task.target, task.floor)
     if chosen and chosen["method"] in CANDIDATES:
@@ -330,7 +332,7 @@ def _places(task: _Task, method: str, k: int) -> Tensor:
 
 
 def _trained(
-    task: _Task, start: Tensor, ladder: list[int], goal: bool = False
+    task: _Task, start: Tensor, ladder: list[int], steps: int, goal: bool = False
 ) -> tuple[Tensor, tuple[Pin, ...], dict[str, Any]]:
     """Soft tokens [k, d] from `start` [k, d] for the sizes of `ladder`, pins, how training went.
 
@@ -342,7 +344,7 @@ def _trained(
     pins = tuple(Pin(min(p.at, k), p.text) for p in task.pins)
     found = distill(
         task.model, task.tokenizer, start, pins, ladder, task.train, task.dev,
-        steps=settings.steps, rows=settings.rows, lr=settings.lr, check=settings.check,
+        steps=steps, rows=settings.rows, lr=settings.lr, check=settings.check,
         goal=needed, margin=MARGIN * none, seed=settings.seed, progress=task.progress,
     )  # fmt: skip
     facts = {"ladder": ladder, "step": found.step, "history": found.history}
