@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from skill_sample import CHAT, TEXT, chat_tokenizer, skill_model
 from skimlm import cli
+from skimlm.decode import CACHE
 from skimlm.errors import FormatError, SkimError
-from skimlm.skills import amortise, compressor, splice, store
+from skimlm.skills import adaptive, amortise, compressor, splice, store
 from skimlm.skills.adaptive import rows_of
+from skimlm.skills.document import parse
 
 SMALL = amortise.Settings(
     steps=12,
@@ -66,7 +68,7 @@ def test_its_soft_tokens_are_those_of_a_model_with_the_adapters_merged(world):
         # the text by the model as it is, the slots by the adapted one
         text = model(input_ids=torch.cat([chat, ids])[None], use_cache=True).past_key_values
         slots = table[ids[:16]] + made.values["offset"]
-        hidden = merged.get_decoder()(inputs_embeds=slots[None], past_key_values=text)[0][0]
+        hidden = merged.get_decoder()(inputs_embeds=slots[None], **{CACHE: text})[0][0]
         unit = hidden / (hidden.square().mean(-1, keepdim=True) + compressor.EPSILON).sqrt()
         inner = unit @ made.values["in.weight"].T + made.values["in.bias"]
         moved = torch.nn.functional.gelu(inner) @ made.values["out.weight"].T / 4  # sqrt(16)
@@ -253,7 +255,8 @@ def test_the_command_trains_and_compress_uses_it(skills, tokenizer, tmp_path, mo
     assert again.exit_code == 1 and "exists, use --force" in again.stderr
     compress = ("skill", "compress", skills[0], tmp_path / "a.skim", "--model", folder)
     without = run(*compress, "--method", "amortised")
-    assert without.exit_code == 1 and "needs --compressor FILE" in without.stderr
+    line = "error: no compressor comes with skimlm for this model: train one (skimlm skill train)"
+    assert without.exit_code == 1 and without.stderr.splitlines()[-1].startswith(line)
     done = run(*compress, "--method", "amortised", "--compressor", out, "--tokens", 8, "--json")
     assert done.exit_code == 0, done.output
     skill = store.read(tmp_path / "a.skim")
@@ -262,3 +265,21 @@ def test_the_command_trains_and_compress_uses_it(skills, tokenizer, tmp_path, mo
     assert many.exit_code == 1 and "makes at most 12" in many.stderr
     said = run("generate", folder, "Sort?", "--skill", tmp_path / "a.skim", "--max-new-tokens", 3)
     assert said.exit_code == 0, said.output
+
+
+def test_one_that_comes_with_the_package_needs_no_file(world, tmp_path, monkeypatch):
+    model, tokenizer, ids = world
+    other = skill_model("qwen3")
+    compressor.write(tmp_path / "a.safetensors", trained(other, tokenizer))
+    made = trained(model, tokenizer)
+    compressor.write(tmp_path / "b.safetensors", made)
+    monkeypatch.setattr(compressor, "SHIPPED", tmp_path)
+    skill = adaptive.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)
+    with torch.no_grad():
+        made = compressor.read(tmp_path / "b.safetensors")
+        ids = splice.token_ids(tokenizer, parse(TEXT).text)
+        want = compressor.soft_tokens(made, model, tokenizer, ids, 8).bfloat16()
+    assert torch.equal(skill.soft, want)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(SkimError, match="no compressor comes with skimlm for this model"):
+        adaptive.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)

@@ -25,6 +25,7 @@ from skimlm import __version__
 from skimlm.errors import SkimError
 from skimlm.skills import compressor as compressing
 from skimlm.skills import rollout, select
+from skimlm.skills.compressor import Compressor
 from skimlm.skills.distill import Study, distill, divergences, nested, study
 from skimlm.skills.document import Document, spans
 from skimlm.skills.recall import Cloze, known, share
@@ -81,9 +82,8 @@ def compress(
         method = "distill"
     made_for = fingerprints(model, tokenizer)
     if method == "amortised":
-        if compressor is None:
-            raise SkimError("--method amortised needs --compressor FILE (skimlm skill train)")
-        return _amortised(model, tokenizer, document, ids, k, made_for, compressor, source)
+        trained = _compressor(model, tokenizer, compressor)
+        return _amortised(model, tokenizer, document, ids, k, made_for, trained, source)
     if method in select.METHODS:
         if k is None:
             raise SkimError(f"--method {method} needs a size: give --ratio or --tokens")
@@ -123,6 +123,21 @@ def compress(
     )
 
 
+def _compressor(model: Any, tokenizer: Any, file: str | os.PathLike[str] | None) -> Compressor:
+    """The compressor in a file, or the one that comes with the package."""
+    if file is not None:
+        trained = compressing.read(file)
+        compressing.check_fits(trained, model, tokenizer, str(file))
+        return trained
+    found = compressing.shipped(model, tokenizer)
+    if found is None:
+        raise SkimError(
+            "no compressor comes with skimlm for this model: "
+            "train one (skimlm skill train) and give it with --compressor FILE"
+        )
+    return found
+
+
 def _amortised(
     model: Any,
     tokenizer: Any,
@@ -130,12 +145,10 @@ def _amortised(
     ids: Tensor,
     k: int | None,
     made_for: dict[str, Any],
-    file: str | os.PathLike[str],
+    trained: Compressor,
     source: str,
 ) -> Skill:
     """One pass of a trained compressor; by default a quarter of the text, or all of its slots."""
-    trained = compressing.read(file)
-    compressing.check_fits(trained, model, tokenizer, str(file))
     if k is not None and k > trained.slots:
         raise SkimError(f"{k:,} soft tokens: the compressor makes at most {trained.slots:,}")
     ladder = nest(k or max(1, min(trained.slots, len(ids) // 4)))

@@ -16,6 +16,7 @@ those the model has anyway when it reads the skill: nothing is adapted there, an
 them. After SKIM (arXiv 2606.12203), whose compressor is a second model of the size of the first.
 
     read(path) / write(path, compressor)     safetensors with a JSON text in its metadata
+    shipped(model, tokenizer)                one that comes with the package, of this very model
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from skimlm.skills.store import HASHES, fingerprints, stale
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 KEY, FORMAT_VERSION = "skim_compressor", 1
+SHIPPED = Path(__file__).with_name("compressors")
 SCALE = 2.0  # of what adapters add
 EPSILON = 1e-6
 
@@ -110,6 +112,14 @@ def soft_tokens(
     h = h * (h.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
     h = F.gelu(F.linear(h, values["in.weight"], values["in.bias"]))
     return words + F.linear(h, values["out.weight"]) / math.sqrt(h.shape[1])
+
+
+def shipped(model: Any, tokenizer: Any) -> Compressor | None:
+    """The compressor in the package that was trained for this model, if there is one."""
+    for path in sorted(SHIPPED.glob("*.safetensors")):
+        if not stale(found := read(path), model, tokenizer):
+            return found
+    return None
 
 
 def check_fits(compressor: Compressor, model: Any, tokenizer: Any, where: str) -> None:
