@@ -51,7 +51,7 @@ def compare(model, tokenizer, file, args):
     """One skill by all methods at all sizes."""
     read = document.read(file)
     ids = adaptive.token_ids(tokenizer, read.text)
-    half = adaptive.rungs(len(ids), len(ids), splice.wrapper_tokens(tokenizer))[-1]
+    half = adaptive.rungs(len(ids), splice.wrapper_tokens(tokenizer))[-1]
     most = min(SIZES[-1], half)
     seconds = timed(model, tokenizer, read, ids)
     path = args.save / f"{file.stem}.nested.skim"

@@ -188,11 +188,10 @@ def test_the_smallest_that_is_good_enough_is_chosen():
 
 
 def test_the_ladder_ends_at_half_of_the_text():
-    assert adaptive.rungs(811, 811)[-4:] == [248, 292, 344, 405]
-    assert adaptive.rungs(811, 811)[:2] == [36, 42]
-    assert adaptive.rungs(40, 40) == [20] and adaptive.rungs(1, 1) == [1]
-    assert adaptive.rungs(811, 50) == [36, 42, 50]
-    half = adaptive.rungs(811, 811, 6)[-1]
+    assert adaptive.rungs(811)[-4:] == [248, 292, 344, 405]
+    assert adaptive.rungs(811)[:2] == [36, 42]
+    assert adaptive.rungs(40) == [20] and adaptive.rungs(1) == [1]
+    half = adaptive.rungs(811, 6)[-1]
     assert (half + 6) / (811 + 6) <= 0.5 < (half + 7) / (811 + 6)
 
 
@@ -203,7 +202,7 @@ def test_adaptive_compression_is_deterministic_and_keeps_its_evidence(world, mad
     assert (tmp_path / "a.skim").read_bytes() == (tmp_path / "b.skim").read_bytes()
     rungs = made.evidence["rungs"]
     n = len(DOCUMENT.text)
-    ladder = adaptive.rungs(n, n, splice.wrapper_tokens(world[1]))
+    ladder = adaptive.rungs(n, splice.wrapper_tokens(world[1]))
     tried = {m: [r["k"] for r in rungs if r["method"] == m] for m in (*CANDIDATES, "distill")}
     assert (
         tried["head"]
@@ -224,7 +223,7 @@ def pretended(world, monkeypatch):
     Returns the ladder, what was asked for (sizes, start, how), and a place for other closures.
     """
     asked, others = [], {}
-    ladder = adaptive.rungs(len(DOCUMENT.text), 10_000, splice.wrapper_tokens(world[1]))
+    ladder = adaptive.rungs(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))
 
     def distill(model, tokenizer, start, pins, sizes, train, dev, **how):
         asked.append((sizes, start.clone(), how))
@@ -289,6 +288,16 @@ def test_what_words_do_already_needs_no_training(world, pretended):
     )
 
 
+def test_pins_are_kept_whatever_plain_words_would_do(world, pretended):
+    ladder, _, others = pretended
+    others.update({(method, k): 0.99 for method in CANDIDATES for k in range(1, 300)})
+    made = compress(*world, DOCUMENT, pin=True, settings=QUICK)
+    assert made.method == "distill" and "`notes scan --all`" in [pin.text for pin in made.pins]
+    assert {row["method"] for row in made.evidence["rungs"]} == {"distill"}
+    prose = adaptive.layout(*world, DOCUMENT, None, True)[0]  # half of it, beside the pins
+    assert made.evidence["rungs"][0]["k"] == (len(prose) + 18) // 2 - 18
+
+
 def test_a_size_starts_from_its_best_words_too(world, pretended):
     _, asked, others = pretended
     others["sections", 150] = 0.7
@@ -304,7 +313,7 @@ def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch
     made = compress(*world, DOCUMENT, settings=QUICK)
     n = len(DOCUMENT.text)
     assert made.k is None
-    assert made.ladder == (adaptive.rungs(n, n, splice.wrapper_tokens(world[1]))[-1],)
+    assert made.ladder == (adaptive.rungs(n, splice.wrapper_tokens(world[1]))[-1],)
     assert len(made.evidence["trainings"]) == 1  # the largest size was enough to know
 
 

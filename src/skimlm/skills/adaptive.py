@@ -95,7 +95,7 @@ def compress(
     if k is not None:
         made = _sized(task, nest(min(k, len(start))))
     else:
-        ladder = rungs(len(ids), len(start), wrapper_tokens(tokenizer))
+        ladder = rungs(len(start), wrapper_tokens(tokenizer))
         made = _fewest(task, ladder) if method == "adaptive" else _sized(task, ladder)
     evidence = {
         "text_tokens": len(ids),
@@ -172,9 +172,9 @@ def budget(text_tokens: int, tokens: int | None, ratio: float | None) -> int | N
     return k
 
 
-def rungs(text_tokens: int, most: int, wrapper: int = 0) -> list[int]:
-    """Half of the text, which the wrapper counts in on both sides, and smaller; ascending."""
-    sizes = [max(1, min(most, int((text_tokens + wrapper) * MOST) - wrapper))]
+def rungs(tokens: int, wrapper: int = 0) -> list[int]:
+    """Half of what is not pinned, the wrapper counted on both sides, and less; ascending."""
+    sizes = [max(1, int((tokens + wrapper) * MOST) - wrapper)]
     while (k := round(RUNG * sizes[-1])) >= LEAST:
         sizes.append(k)
     return sizes[::-1]
@@ -289,7 +289,7 @@ def _task(
 def _sized(task: _Task, ladder: list[int]) -> _Made:
     """Distilled to the largest of `ladder`, nested: the others are good beginnings of it."""
     most = ladder[-1]
-    untrained = [_untrained(task, method, most) for method in CANDIDATES]
+    untrained = _candidates(task, most)
     start = task.start[_places(task, _best(untrained), most)]
     soft, pins, trained = _trained(task, start, ladder, task.settings.steps)
     rows = [_distilled(task, soft, pins, k) for k in ladder] + untrained
@@ -308,7 +308,7 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
     method, last = "", None  # where training starts; the last soft tokens and their places
     for k in reversed(ladder):
         if last is None:
-            untrained = [_untrained(task, name, k) for name in CANDIDATES]
+            untrained = _candidates(task, k)
             rows += untrained
             if choose(untrained, task.target, task.floor):
                 continue
@@ -332,9 +332,14 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
     return _Made(*best, rows, trainings, chosen)
 
 
+def _candidates(task: _Task, k: int) -> list[dict[str, Any]]:
+    """What untrained methods do at a size; none of them keeps pins."""
+    return [] if task.pins else [_untrained(task, method, k) for method in CANDIDATES]
+
+
 def _best(rows: Sequence[dict[str, Any]]) -> str:
     """The method that closes most."""
-    return str(max(rows, key=lambda row: row["closure"])["method"])
+    return max(rows, key=lambda row: row["closure"])["method"] if rows else "head"
 
 
 def _places(task: _Task, method: str, k: int) -> Tensor:
