@@ -212,7 +212,7 @@ def test_adaptive_compression_is_deterministic_and_keeps_its_evidence(world, mad
     )
     trained = ladder[: len(ladder) - len(tried["head"]) + 1]
     assert tried["distill"] == trained[: -len(tried["distill"]) - 1 : -1]
-    chosen = choose(rungs, 0.9, 0.0)
+    chosen = choose(rungs, 0.91, 0.0)
     assert made.k == (chosen["k"] if chosen else None)
 
 
@@ -251,19 +251,20 @@ def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, pr
     none = made.evidence["rungs"][0]["none"]
     assert [how["steps"] for *_, how in asked] == [QUICK.steps] + 3 * [-(-QUICK.steps // 2)]
     for *_, how in asked:
-        assert how["goal"] == pytest.approx(max(0.1 * none, adaptive.ENOUGH))
-        assert how["margin"] == pytest.approx(0.01 * none)
+        assert how["goal"] == pytest.approx(max(0.09 * none, adaptive.ENOUGH))
     assert (made.k, made.ladder, made.method) == (ladder[-3], (ladder[-3],), "distill")
     assert torch.equal(made.soft, (asked[2][1] + 1).bfloat16())
 
 
-def test_a_size_that_is_only_just_good_enough_is_the_last(world, pretended):
+def test_a_margin_above_the_target_is_asked_for(world, pretended):
     ladder, asked, others = pretended
     others["distill", ladder[-2]] = 0.905
     made = compress(*world, DOCUMENT, settings=QUICK)
     assert [sizes for sizes, *_ in asked] == [[ladder[-1]], [ladder[-2]]]
-    assert (made.k, made.method) == (ladder[-2], "distill")
-    assert torch.equal(made.soft, (asked[1][1] + 1).bfloat16())
+    assert (made.k, made.method, made.evidence["target"]) == (ladder[-1], "distill", 0.9)
+    assert made.evidence["asked"] == pytest.approx(0.91)
+    others.update({("head", k): 0.999 for k in ladder})
+    assert compress(*world, DOCUMENT, target=1.0, settings=QUICK).method != "head"
 
 
 def test_training_starts_from_the_best_words_and_then_from_what_was_trained(world, pretended):

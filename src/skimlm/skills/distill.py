@@ -136,15 +136,14 @@ def distill(
     check: int = 20,
     patience: int = 3,
     goal: float = 0.0,
-    margin: float = 0.0,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Distilled:
     """Train soft tokens from `start` [K, d], nested; on dev every k of `ladder` counts the same.
 
     Dev divergence is measured every `check` steps; after `patience` times without a better one
-    training ends. With a `goal` for their mean, in nats per token, it also ends `margin` below
-    that, or where the pace of the last two checks would not reach it by the last step.
+    training ends. With a `goal` for their mean, in nats per token, it also ends where that is
+    reached, or where the pace of the last two checks would not reach it by the last step.
     """
     assert max(ladder) == len(start)
     soft = start.detach().float().clone().requires_grad_()
@@ -198,7 +197,7 @@ def distill(
                 break
             earlier = history[-min(3, len(history))]
             pace = (mean(earlier) - value) / (step - earlier["step"])
-            if goal and not goal - margin < value <= goal + pace * (steps - step):
+            if goal and not goal < value <= goal + pace * (steps - step):
                 break
     return Distilled(best_soft, best_step, history)
 
