@@ -307,6 +307,9 @@ def test_a_size_starts_from_its_best_words_too(world, pretended):
     ids = splice.token_ids(world[1], DOCUMENT.text)
     assert torch.equal(start, rows_of(world[0], ids[kept(world, "sections", 150)]).float())
     assert sizes == [32, 64, 128, 150] and how["goal"] == 0
+    compress(*world, DOCUMENT, method="distill", settings=QUICK)
+    half = adaptive.rungs(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))[-1]
+    assert asked[1][0] == [32, 64, 128, half]
 
 
 def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch):

@@ -93,11 +93,11 @@ def compress(
     start, pins = layout(model, tokenizer, document, ids, pin)
     asked = 1 - (1 - MARGIN) * (1 - target)
     task = _task(model, tokenizer, document, ids, start, pins, settings, asked, floor, progress)
-    if k is not None:
-        made = _sized(task, nest(min(k, len(start))))
+    ladder = rungs(len(start), wrapper_tokens(tokenizer))
+    if method == "adaptive":
+        made = _fewest(task, ladder)
     else:
-        ladder = rungs(len(start), wrapper_tokens(tokenizer))
-        made = _fewest(task, ladder) if method == "adaptive" else _sized(task, ladder)
+        made = _sized(task, nest(min(k or ladder[-1], len(start))))
     evidence = {
         "text_tokens": len(ids),
         "target": target,
