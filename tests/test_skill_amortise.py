@@ -13,7 +13,7 @@ from skill_sample import CHAT, TEXT, chat_tokenizer, skill_model
 from skimlm import cli
 from skimlm.decode import CACHE
 from skimlm.errors import FormatError, SkimError
-from skimlm.skills import adaptive, amortise, compressor, splice, store
+from skimlm.skills import adaptive, amortise, compressor, select, splice, store
 from skimlm.skills.adaptive import rows_of
 from skimlm.skills.document import parse
 
@@ -46,18 +46,28 @@ def trained(model, tokenizer, seed=1):
     return dataclasses.replace(made, values=values)
 
 
-def test_untrained_it_is_head_truncation(world):
+def leads(tokenizer, k, most=16):
+    document = parse(TEXT)
+    return select.leads(document, select.tokens(tokenizer, document.text)[1], k, most)
+
+
+def test_untrained_it_is_the_beginnings_of_all_sections(world):
     model, tokenizer, ids = world
     made = compressor.begin(model, tokenizer, slots=16, rank=2, hidden=16)
-    got = compressor.soft_tokens(made, model, tokenizer, ids)
-    assert torch.equal(got, model.get_input_embeddings()(ids[:16]))
-    assert torch.equal(got.bfloat16(), rows_of(model, ids[:16]))
+    got = compressor.soft_tokens(made, model, tokenizer, ids, leads(tokenizer, 30))
+    kept = ids[select.keep(model, tokenizer, parse(TEXT), 30, "leads")]
+    assert torch.equal(got, model.get_input_embeddings()(kept))
+    assert torch.equal(got.bfloat16(), rows_of(model, kept))
 
 
 def test_its_soft_tokens_are_those_of_a_model_with_the_adapters_merged(world):
+    """Section by section: the text by the model as it is, the slots by the adapted one."""
     model, tokenizer, ids = world
     made = trained(model, tokenizer)
     merged = copy.deepcopy(model)
+    parts = leads(tokenizer, 30)
+    assert len(parts) == 4 and len(set(map(len, parts))) > 1
+    want = []
     with torch.no_grad():
         for name, module in merged.get_decoder().named_modules():
             if f"{name}.a" in made.values:
@@ -65,31 +75,35 @@ def test_its_soft_tokens_are_those_of_a_model_with_the_adapters_merged(world):
                 module.weight += compressor.SCALE * ab
         table = merged.get_input_embeddings().weight
         chat = splice.token_ids(tokenizer, "<user>Relevant Skill:\n")
-        # the text by the model as it is, the slots by the adapted one
-        text = model(input_ids=torch.cat([chat, ids])[None], use_cache=True).past_key_values
-        slots = table[ids[:16]] + made.values["offset"]
-        hidden = merged.get_decoder()(inputs_embeds=slots[None], **{CACHE: text})[0][0]
-        unit = hidden / (hidden.square().mean(-1, keepdim=True) + compressor.EPSILON).sqrt()
-        inner = unit @ made.values["in.weight"].T + made.values["in.bias"]
-        moved = torch.nn.functional.gelu(inner) @ made.values["out.weight"].T / 4  # sqrt(16)
-        want = table[ids[:16]] + moved
+        for part in parts:
+            text = model(input_ids=torch.cat([chat, ids])[None], use_cache=True).past_key_values
+            words = table[ids[part]]
+            slots = words + made.values["offset"][: len(part)]
+            hidden = merged.get_decoder()(inputs_embeds=slots[None], **{CACHE: text})[0][0]
+            unit = hidden / (hidden.square().mean(-1, keepdim=True) + compressor.EPSILON).sqrt()
+            inner = unit @ made.values["in.weight"].T + made.values["in.bias"]
+            moved = torch.nn.functional.gelu(inner) @ made.values["out.weight"].T / 4  # sqrt(16)
+            want.append(words + moved)
         before = model(input_ids=ids[None]).logits
-        got = compressor.soft_tokens(made, model, tokenizer, ids)
-        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+        got = compressor.soft_tokens(made, model, tokenizer, ids, parts)
+        torch.testing.assert_close(got, torch.cat(want), atol=1e-4, rtol=1e-3)
         assert torch.equal(model(input_ids=ids[None]).logits, before)  # adapters are off again
 
 
-def test_a_smaller_resolution_is_a_prefix_and_sees_the_whole_text(world):
+def test_a_sections_first_are_what_fewer_would_be_and_all_see_the_whole_text(world):
     model, tokenizer, ids = world
     made = trained(model, tokenizer)
+    many, few = leads(tokenizer, 50), leads(tokenizer, 9)
     with torch.no_grad():
-        whole = compressor.soft_tokens(made, model, tokenizer, ids)
-        some = compressor.soft_tokens(made, model, tokenizer, ids, 5)
-        torch.testing.assert_close(whole[:5], some, atol=1e-5, rtol=1e-4)
+        whole = compressor.soft_tokens(made, model, tokenizer, ids, many)
+        some = compressor.soft_tokens(made, model, tokenizer, ids, few)
+        places = torch.tensor(sum(many, []))
+        same = whole[torch.isin(places, torch.tensor(sum(few, [])))]
+        torch.testing.assert_close(same, some, atol=1e-5, rtol=1e-4)
         ids = ids.clone()
         ids[-1] = 65
-        assert (compressor.soft_tokens(made, model, tokenizer, ids, 5) - some).abs().max() > 1e-4
-    assert len(compressor.soft_tokens(made, model, tokenizer, ids[:3])) == 3
+        other = compressor.soft_tokens(made, model, tokenizer, ids, few)
+    assert ((other - some).abs().amax(1) > 1e-5).all()
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +275,8 @@ def test_the_command_trains_and_compress_uses_it(skills, tokenizer, tmp_path, mo
     assert done.exit_code == 0, done.output
     skill = store.read(tmp_path / "a.skim")
     assert (skill.method, skill.k, len(skill.soft)) == ("amortised", 8, 8)
-    many = run(*compress, "--method", "amortised", "--compressor", out, "--tokens", 13, "--force")
-    assert many.exit_code == 1 and "makes at most 12" in many.stderr
+    many = run(*compress, "--method", "amortised", "--compressor", out, "--tokens", 400, "--force")
+    assert many.exit_code == 1 and "makes at most 60 of this skill" in many.stderr
     said = run("generate", folder, "Sort?", "--skill", tmp_path / "a.skim", "--max-new-tokens", 3)
     assert said.exit_code == 0, said.output
 
@@ -278,7 +292,7 @@ def test_one_that_comes_with_the_package_needs_no_file(world, tmp_path, monkeypa
     with torch.no_grad():
         made = compressor.read(tmp_path / "b.safetensors")
         ids = splice.token_ids(tokenizer, parse(TEXT).text)
-        want = compressor.soft_tokens(made, model, tokenizer, ids, 8).bfloat16()
+        want = compressor.soft_tokens(made, model, tokenizer, ids, leads(tokenizer, 8)).bfloat16()
     assert torch.equal(skill.soft, want)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(SkimError, match="no compressor comes with skimlm for this model"):

@@ -62,7 +62,8 @@ def test_only_soft_tokens_get_gradients(world):
     model = copy.deepcopy(model)
     soft = rows_of(model, ids[:12]).float().requires_grad_()
     with distilling.frozen(model):
-        loss = distilling.loss_of(model, tokenizer, soft, (), [4, 12], train, [0, 1, 2], 1)
+        prefixes = nested(model, tokenizer, soft, (), [4, 12])
+        loss = distilling.loss_of(model, prefixes, train, [0, 1, 2], 1)
         loss.backward()
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert (soft.grad.norm(dim=1) > 0).all()
@@ -72,7 +73,8 @@ def test_the_loss_is_the_mean_divergence_per_token_of_the_rows_it_deals(world):
     model, tokenizer, ids, _, train, _ = world
     soft = rows_of(model, ids[:12]).float()
     with torch.no_grad():
-        got = distilling.loss_of(model, tokenizer, soft, (), [4, 12], train, [5, 1, 7], 2)
+        prefixes = nested(model, tokenizer, soft, (), [4, 12])
+        got = distilling.loss_of(model, prefixes, train, [5, 1, 7], 2)
         total, tokens = 0.0, 0
         assert distilling.deal(2, 3, 2) == [1, 1, 0]
         for row, k in ((5, 12), (1, 12), (7, 4)):

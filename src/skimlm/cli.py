@@ -556,7 +556,7 @@ def skill_train(
         "out": str(out),
         "bytes": out.stat().st_size,
         "skills": len(made.facts["skills"]),
-        "held_out_kl": losses if as_json else f"{losses[0]:.4f} (truncation) to {min(losses):.4f}",
+        "held_out_kl": losses if as_json else f"{losses[0]:.4f} (untrained) to {min(losses):.4f}",
     }
     _print(facts, facts_text, as_json)
 

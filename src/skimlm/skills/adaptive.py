@@ -147,16 +147,19 @@ def _amortised(
     trained: Compressor,
     source: str,
 ) -> Skill:
-    """One pass of a trained compressor; by default a quarter of the text, or all of its slots."""
-    if k is not None and k > trained.slots:
-        raise SkimError(f"{k:,} soft tokens: the compressor makes at most {trained.slots:,}")
-    ladder = nest(k or max(1, min(trained.slots, len(ids) // 4)))
+    """One pass of a trained compressor; by default a quarter of the text."""
+    _, places = select.tokens(tokenizer, document.text)
+    sections = select.leads(document, places, k or max(1, len(ids) // 4), trained.slots)
+    made = sum(map(len, sections))
+    if k is not None and made < k:
+        raise SkimError(
+            f"{k:,} soft tokens: the compressor makes at most {made:,} of this skill, "
+            f"{trained.slots:,} of a section"
+        )
     with torch.no_grad():
-        soft = compressing.soft_tokens(trained, model, tokenizer, ids, ladder[-1])
+        soft = compressing.soft_tokens(trained, model, tokenizer, ids, sections).to(torch.bfloat16)
     facts = {"text_tokens": len(ids), "skimlm": __version__, "compressor": dict(trained.facts)}
-    soft = soft.to(torch.bfloat16)
-    k = ladder[-1]
-    return Skill(document, soft, (), tuple(ladder), k, "amortised", made_for, facts, source)
+    return Skill(document, soft, (), (made,), made, "amortised", made_for, facts, source)
 
 
 def budget(text_tokens: int, tokens: int | None, ratio: float | None) -> int | None:

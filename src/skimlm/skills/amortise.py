@@ -4,12 +4,12 @@
                its full text in front of the model: answers to study questions, sampled, and pieces
                of the text itself, to be repeated
     steps      one lesson each: the compressor reads it, and the divergence between the model with
-               the full text and with the first k soft tokens is brought down, k from a ladder
+               the full text and with k soft tokens is brought down, k from a ladder
 
 First the text is repeated (reconstruction), then questions are answered (alignment). What is
-trained starts as head truncation. The state is kept as it goes: a run that was stopped goes on, to
-the same result. A few lessons are kept apart, whole skills: their divergence is measured along the
-way, and the best state of all is the result.
+trained starts as the beginnings of all sections. The state is kept as it goes: a run that was
+stopped goes on, to the same result. A few lessons are kept apart, whole skills: their divergence is
+measured along the way, and the best state of all is the result.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from skimlm.errors import SkimError
 from skimlm.hooks import frozen
 from skimlm.optimize import descend
 from skimlm.skills import compressor as compressing
-from skimlm.skills import distill, document, rollout
+from skimlm.skills import distill, document, rollout, select
 from skimlm.skills.compressor import Compressor
-from skimlm.skills.distill import Study, divergences, nested, study
+from skimlm.skills.distill import Study, divergences, study
 from skimlm.skills.document import Document
 from skimlm.skills.splice import closing, opening, token_ids
 
@@ -65,6 +65,7 @@ class Settings:
 class Lesson:
     """A text, and what the model says behind it."""
 
+    text: Document
     ids: Tensor  # [n]
     answers: Study
     pieces: Study
@@ -118,7 +119,7 @@ def lesson(model: Any, tokenizer: Any, text: Document, settings: Settings) -> Le
     seed = settings.seed + int(text.sha256[:8], 16)
     count, tokens = settings.questions, settings.answer
     answers = study(model, tokenizer, text, prefix, "train", count, tokens, seed)
-    return Lesson(ids, answers, _pieces(model, tokenizer, ids, prefix, count, seed))
+    return Lesson(text, ids, answers, _pieces(model, tokenizer, ids, prefix, count, seed))
 
 
 def _pieces(
@@ -182,7 +183,7 @@ def train(
         "skills": sorted({text.name for text in learned}),
         "lessons": len(learned),
         "held_out": sorted({text.name for text in held}),
-        "held_out_kl": state.losses,  # nats per token, all of the ladder; the first is truncation
+        "held_out_kl": state.losses,  # nats per token, all of the ladder; the first is leads
         "settings": dataclasses.asdict(settings),
     }
     return Compressor(state.best, start.made_for, facts)
@@ -199,14 +200,26 @@ def _gradients(
 ) -> dict[str, tuple[Tensor, float]]:
     """Of the divergence on one lesson, by name, with the rate."""
     leaves = {n: v.detach().clone().requires_grad_() for n, v in values.items()}
-    ladder = _ladder(settings, len(what.ids))
-    made = Compressor(leaves, start.made_for)
-    soft = compressing.soft_tokens(made, model, tokenizer, what.ids, ladder[-1])
+    prefixes = _prefixes(model, tokenizer, Compressor(leaves, start.made_for), what, settings)
     said = what.pieces if step < settings.repeat * settings.steps else what.answers
     chance = random.Random(settings.seed + step)
     rows = chance.sample(range(len(said.answers)), min(settings.rows, len(said.answers)))
-    distill.loss_of(model, tokenizer, soft, (), ladder, said, rows, step).backward()
+    distill.loss_of(model, prefixes, said, rows, step).backward()
     return {n: (leaf.grad, settings.lr) for n, leaf in leaves.items() if leaf.grad is not None}
+
+
+def _prefixes(
+    model: Any, tokenizer: Any, compressor: Compressor, what: Lesson, settings: Settings
+) -> dict[int, rollout.Prefix]:
+    """What stands before a question at every resolution, smallest first; slots are read once."""
+    ladder = _ladder(settings, len(what.ids))
+    _, places = select.tokens(tokenizer, what.text.text)
+    leads = {k: select.leads(what.text, places, k, compressor.slots) for k in ladder}
+    most = leads[ladder[-1]]
+    soft = compressing.soft_tokens(compressor, model, tokenizer, what.ids, most)
+    at = torch.tensor(sum(most, []))
+    some = {k: soft[torch.isin(at, torch.tensor(sum(leads[k], [])))] for k in ladder}
+    return {k: rollout.read(model, opening(tokenizer, [[some[k]]])) for k in ladder}
 
 
 def _measure(
@@ -222,12 +235,11 @@ def _measure(
     with torch.no_grad():
         for what in lessons:
             made = Compressor(values, start.made_for)
-            ladder = _ladder(settings, len(what.ids))
-            soft = compressing.soft_tokens(made, model, tokenizer, what.ids, ladder[-1])
+            prefixes = _prefixes(model, tokenizer, made, what, settings)
             asked = what.answers.first(-(-settings.questions // 2))
-            for prefix in nested(model, tokenizer, soft, (), ladder).values():
+            for prefix in prefixes.values():
                 kl = sum(divergences(model, prefix, asked)) / asked.tokens
-                total.append(kl / len(ladder))
+                total.append(kl / len(prefixes))
     return sum(total) / len(lessons)
 
 
@@ -278,4 +290,4 @@ def _kept(file: Path, model: Any, tokenizer: Any, text: Document, settings: Sett
         ]
         return Study([], *columns)
 
-    return Lesson(read["ids"], rows("answers"), rows("pieces"))
+    return Lesson(text, read["ids"], rows("answers"), rows("pieces"))

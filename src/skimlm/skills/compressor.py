@@ -1,19 +1,21 @@
 """An amortised compressor: one pass of the model itself turns any skill's text into soft tokens.
 
-    [chat prefix "Relevant Skill:\\n"] [text]     the model as it is
-                                         [slots]     the model, with LoRA on its attention
+    [chat prefix "Relevant Skill:\\n"] [text]      the model as it is
+                        [slots of section 1]      the model, with LoRA on its attention
+                        [slots of section 2] ...
 
-    slot i = E(token i of the text) + offset i
-    soft i = E(token i of the text) + P(RMSNorm(H_i))     H: slots' states
+    slot j of a section = E(its token j) + offset j
+    soft token          = E(its token j) + P(RMSNorm(H))     H: the slot's state
 
-    P(x) = out GELU(in x + bias) / sqrt(h)               h: width inside; a step of Adam on `out`
-                                                         moves a sum of h terms at once
+    P(x) = out GELU(in x + bias) / sqrt(h)                   h: width inside; a step of Adam on
+                                                             `out` moves a sum of h terms at once
 
-Slots stand behind the whole text, so each has seen all of it; attention is causal, so the first k
-of K soft tokens are what k slots would have given. `out` starts at 0: what is not trained is head
-truncation, and training can be judged by what it gains on that. The text's keys and values are
-those the model has anyway when it reads the skill: nothing is adapted there, and no gradient needs
-them. After SKIM (arXiv 2606.12203), whose compressor is a second model of the size of the first.
+Slots stand for the first tokens of every section (`leads` of select.py), each behind the whole text
+and the slots of its own section before it, and behind nothing else: the first of a section's soft
+tokens are what fewer of them would have been. `out` starts at 0: what is not trained is leads, and
+training can be judged by what it gains on them. The text's keys and values are those the model has
+anyway when it reads the skill: nothing is adapted there, and no gradient needs them. After SKIM
+(arXiv 2606.12203), whose compressor is a second model of the size of the first.
 
     read(path) / write(path, compressor)     safetensors with a JSON text in its metadata
     shipped(model, tokenizer)                one that comes with the package, of this very model
@@ -24,7 +26,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,14 +65,14 @@ class Compressor:
 
     @property
     def slots(self) -> int:
-        """Soft tokens it makes at most."""
+        """Soft tokens it makes of a section at most."""
         return len(self.values["offset"])
 
 
 def begin(
     model: Any, tokenizer: Any, slots: int = 256, rank: int = 16, hidden: int = 1024, seed: int = 0
 ) -> Compressor:
-    """An untrained compressor: its soft tokens are the embeddings of the first tokens."""
+    """An untrained compressor: its soft tokens are the embeddings of the sections' first tokens."""
     adapted = _adapted(model)
     if not adapted:
         raise SkimError(
@@ -95,18 +97,34 @@ def begin(
 
 
 def soft_tokens(
-    compressor: Compressor, model: Any, tokenizer: Any, ids: Tensor, k: int | None = None
+    compressor: Compressor,
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    sections: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Soft tokens [k, d] float32 of a text of ids [n]; at most as many as there are slots, or n."""
+    """Soft tokens [k, d] float32 in place of some of a text's tokens, ids [n].
+
+    `sections` has their places, the first of every section (`select.leads`), at most `slots` each.
+    """
     values = compressor.values
-    k = min(compressor.slots if k is None else k, compressor.slots, len(ids))
-    words = model.get_input_embeddings()(ids[:k].to(model.device)).detach().float()
-    slots = words + values["offset"][:k]
+    kept = torch.tensor([place for places in sections for place in places])
+    inside = torch.tensor([j for places in sections for j in range(len(places))])
+    section = torch.tensor([i for i, places in enumerate(sections) for _ in places])
+    words = model.get_input_embeddings()(ids[kept].to(model.device)).detach().float()
+    slots = words + values["offset"][inside]
     with torch.no_grad():
         text = read_pieces(model, opening(tokenizer, [[ids]]))
+    seen = (section[:, None] == section) & (inside[:, None] >= inside)
+    seen = torch.cat([seen.new_ones(len(kept), text.length), seen], 1)
+    mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, -torch.inf)
     with forwards_replaced(_adapted(model), _with_adapters(values)):
         hidden = model.get_decoder()(
-            inputs_embeds=slots.to(model.dtype)[None], use_cache=True, **{CACHE: text.lend(1)}
+            inputs_embeds=slots.to(model.dtype)[None],
+            attention_mask=mask[None, None].to(model.device),
+            position_ids=(text.length + inside)[None].to(model.device),
+            use_cache=True,
+            **{CACHE: text.lend(1)},
         ).last_hidden_state
     h = hidden[0].float()
     h = h * (h.square().mean(-1, keepdim=True) + EPSILON).rsqrt()

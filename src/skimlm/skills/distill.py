@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,16 +168,8 @@ def distill(
         for step in range(1, steps + 1):
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule(step, steps)
-            loss = loss_of(
-                model,
-                tokenizer,
-                soft,
-                pins,
-                ladder,
-                train,
-                [next(order) for _ in range(rows)],
-                step,
-            )
+            picked = [next(order) for _ in range(rows)]
+            loss = loss_of(model, nested(model, tokenizer, soft, pins, ladder), train, picked, step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -203,28 +195,21 @@ def distill(
 
 
 def loss_of(
-    model: Any,
-    tokenizer: Any,
-    soft: Tensor,
-    pins: Sequence[Pin],
-    ladder: Sequence[int],
-    train: Study,
-    rows: Sequence[int],
-    step: int,
+    model: Any, prefixes: Mapping[int, Prefix], train: Study, rows: Sequence[int], step: int
 ) -> Tensor:
-    """Mean KL per token over `rows` of the study, dealt to the resolutions."""
-    prefixes = nested(model, tokenizer, soft, pins, ladder)
+    """Mean KL per token over `rows` of the study, dealt to the resolutions, smallest first."""
+    ladder = list(prefixes)
     hands = deal(len(ladder), len(rows), step)
-    total, tokens = soft.new_zeros(()), 0
+    losses, tokens = [], 0
     for i in sorted(set(hands)):
         mine = [row for row, hand in zip(rows, hands, strict=True) if hand == i]
         said = [train.answers[row] for row in mine]
         asked = [train.questions[row] for row in mine]
         states = rollout.score(model, prefixes[ladder[i]], asked, said)
         teacher = torch.cat([train.teacher[row] for row in mine])
-        total = total + rollout.divergence(model, teacher, states).sum()
+        losses.append(rollout.divergence(model, teacher, states).sum())
         tokens += len(teacher)
-    return total / tokens
+    return torch.stack(losses).sum() / tokens
 
 
 def deal(rungs: int, rows: int, step: int) -> list[int]:

@@ -36,7 +36,7 @@ def keep(model: Any, tokenizer: Any, document: Document, k: int, method: str) ->
     if method == "head":
         return torch.arange(k)
     if method == "leads":
-        return leads(document, places, k)
+        return torch.tensor(list(itertools.chain(*leads(document, places, k))))
     if method == "selfinfo":
         return selfinfo(model, document.text, ids, places, k)
     if method == "sections":
@@ -67,9 +67,15 @@ def selfinfo(model: Any, text: str, ids: Tensor, places: list[tuple[int, int]], 
     return score.topk(k).indices.sort().values
 
 
-def leads(document: Document, places: list[tuple[int, int]], k: int) -> Tensor:
-    """The first t tokens of every section, t as large as k allows; the first get one more."""
-    members = _members(sections(document.text), places)
+def leads(
+    document: Document, places: list[tuple[int, int]], k: int, most: int | None = None
+) -> list[list[int]]:
+    """The first t tokens of every section, t as large as k allows; the first get one more.
+
+    Of no section more than `most`: there may then be fewer than k.
+    """
+    members = [own[:most] for own in _members(sections(document.text), places)]
+    k = min(k, sum(map(len, members)))
 
     def kept(t: int) -> int:
         return sum(min(t, len(own)) for own in members)
@@ -78,9 +84,9 @@ def leads(document: Document, places: list[tuple[int, int]], k: int) -> Tensor:
     left, chosen = k - kept(t), []
     for own in members:
         more = int(left > 0 and len(own) > t)
-        chosen += own[: t + more]
+        chosen.append(own[: t + more])
         left -= more
-    return torch.tensor(chosen)
+    return chosen
 
 
 def by_section(document: Document, places: list[tuple[int, int]], k: int) -> Tensor:
