@@ -13,7 +13,7 @@ from skill_sample import CHAT, TEXT, chat_tokenizer, skill_model
 from skimlm import cli
 from skimlm.decode import CACHE
 from skimlm.errors import FormatError, SkimError
-from skimlm.skills import adaptive, amortise, compressor, select, splice, store
+from skimlm.skills import adaptive, amortise, compressor, rollout, select, splice, store
 from skimlm.skills.adaptive import rows_of
 from skimlm.skills.document import parse
 
@@ -104,6 +104,23 @@ def test_a_sections_first_are_what_fewer_would_be_and_all_see_the_whole_text(wor
         ids[-1] = 65
         other = compressor.soft_tokens(made, model, tokenizer, ids, few)
     assert ((other - some).abs().amax(1) > 1e-5).all()
+
+
+def test_a_lesson_is_trained_at_every_resolution(world):
+    model, tokenizer, ids = world
+    made = trained(model, tokenizer)
+    text = parse(TEXT)
+    ids = splice.token_ids(tokenizer, text.text)
+    what = amortise.Lesson(text, ids, None, None)
+    with torch.no_grad():
+        prefixes = amortise._prefixes(model, tokenizer, made, what, SMALL)
+        assert list(prefixes) == [4, 12]
+        for k, prefix in prefixes.items():
+            soft = compressor.soft_tokens(made, model, tokenizer, ids, leads(tokenizer, k))
+            alone = rollout.read(model, splice.opening(tokenizer, [[soft]]))
+            assert prefix.length == alone.length
+            keys = [p.cache.layers[1].keys for p in (prefix, alone)]
+            torch.testing.assert_close(*keys, atol=1e-4, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
