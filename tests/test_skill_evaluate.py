@@ -1,5 +1,6 @@
 """The numbers of `skill eval` and the choice of k, recounted from whole prompts."""
 
+import dataclasses
 import json
 import random
 
@@ -9,6 +10,7 @@ import torch
 from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm.errors import SkimError
 from skimlm.skills import adaptive, evaluate, recall, rollout, select, splice, store
+from skimlm.skills import compressor as compressing
 from skimlm.skills.adaptive import CANDIDATES, Settings, choose, compress, rows_of
 from skimlm.skills.distill import Distilled
 from skimlm.skills.document import body_start, literals, parse
@@ -229,7 +231,7 @@ def pretended(world, monkeypatch):
         return Distilled(start + 1, 7, [{"step": 7}])
 
     def measured(task, method, k, tokens, prefix):
-        usual = {"head": 0.5, "leads": 0.6, "sections": 0.4}
+        usual = {"head": 0.5, "leads": 0.6, "sections": 0.4, "amortised": 0.1}
         usual["distill"] = 0.95 if k >= ladder[-3] else 0.5
         none = task.none / task.dev.tokens
         # the fifth training is the one after the sizes
@@ -291,6 +293,35 @@ def test_what_words_do_already_needs_no_training(world, pretended):
     assert torch.equal(
         made.soft, rows_of(world[0], splice.token_ids(world[1], DOCUMENT.text))[: made.k]
     )
+
+
+@pytest.fixture
+def compressor(world, tmp_path):
+    """A file with a compressor of which every number does something."""
+    made = compressing.begin(*world, slots=16, rank=2, hidden=16)
+    g = torch.Generator().manual_seed(1)
+    values = {n: 0.1 * torch.randn(v.shape, generator=g) for n, v in made.values.items()}
+    compressing.write(tmp_path / "c.safetensors", dataclasses.replace(made, values=values))
+    return tmp_path / "c.safetensors"
+
+
+def test_a_compressor_is_tried_before_training_and_may_be_its_start(world, pretended, compressor):
+    ladder, asked, others = pretended
+    few = [k for k in ladder if k <= 4 * 16]  # of four sections
+    want = {k: compress(*world, DOCUMENT, method="amortised", tokens=k, compressor=compressor)
+            for k in few[-2:]}  # fmt: skip
+    others.update({("amortised", k): 0.7 for k in ladder})
+    others.update({("head", k): 0.95 for k in ladder if k > few[-1]})
+    made = compress(*world, DOCUMENT, settings=QUICK, compressor=compressor)
+    assert [row["k"] for row in made.evidence["rungs"] if row["method"] == "amortised"] == [few[-1]]
+    assert torch.equal(asked[0][1].bfloat16(), want[few[-1]].soft)
+    assert made.evidence["trainings"][0]["start"] == "amortised"
+    asked.clear()
+    others["amortised", few[-1]] = 0.93
+    others["amortised", few[-2]] = 0.92
+    made = compress(*world, DOCUMENT, settings=QUICK, compressor=compressor)
+    assert (made.method, made.k, made.pins) == ("amortised", few[-2], ())
+    assert torch.equal(made.soft, want[few[-2]].soft)
 
 
 def test_pins_are_kept_whatever_plain_words_would_do(world, pretended):

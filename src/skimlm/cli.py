@@ -451,7 +451,7 @@ def skill() -> None:
     show_default=True,
     help="Share of literals (commands, paths ...) that adaptive asks for.",
 )
-@click.option("--compressor", type=FILE, help="What skill train has made, for --method amortised.")
+@click.option("--compressor", type=FILE, help="What skill train has made, to be used.")
 @click.option("--pin", is_flag=True, help="Keep code, commands, numbers and prohibitions as text.")
 @click.option("--train", type=POSITIVE, help="Questions to train on.  [default: 96]")
 @click.option("--steps", type=POSITIVE, help="Training steps, at most.  [default: 60]")

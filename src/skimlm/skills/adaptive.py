@@ -3,10 +3,11 @@
     closure(k) = 1 - KL(full text || k soft tokens) / KL(full text || no skill)      dev questions
 
 A ladder of k is tried from half of the text down as long as it goes well: untrained (head, leads,
-sections) and, from where none of them is good enough, distilled from the best. The smallest k
-counts whose closure is at least `target` (or whose KL is tiny) and whose literal recall is at least
-`floor`, and is trained on for a while. If none does, the full text is served. What was measured
-stays in the artefact. The same inputs give the same file: no clock, no judge, no network.
+sections), amortised where there is a compressor for the model, and, from where none of them is good
+enough, distilled from the best. The smallest k counts whose closure is at least `target` (or whose
+KL is tiny) and whose literal recall is at least `floor`, and is trained on for a while. If none
+does, the full text is served. What was measured stays in the artefact. The same inputs give the
+same file: no clock, no judge, no network.
 
 With a size given there is no choice: that many soft tokens are distilled, nested (distill.py).
 """
@@ -80,8 +81,8 @@ def compress(
     if method == "adaptive" and k is not None:
         method = "distill"
     made_for = fingerprints(model, tokenizer)
+    trained = _compressor(model, tokenizer, compressor)
     if method == "amortised":
-        trained = _compressor(model, tokenizer, compressor)
         return _amortised(model, tokenizer, document, ids, k, made_for, trained, source)
     if method in select.METHODS:
         if k is None:
@@ -90,7 +91,9 @@ def compress(
         facts = {"text_tokens": len(ids), "skimlm": __version__}
         return Skill(document, rows_of(model, kept), (), (k,), k, method, made_for, facts, source)
     start, pins = layout(model, tokenizer, document, ids, pin)
-    task = _task(model, tokenizer, document, ids, start, pins, settings, target, floor, progress)
+    task = _task(
+        model, tokenizer, document, ids, start, pins, trained, settings, target, floor, progress
+    )
     ladder = rungs(len(start), wrapper_tokens(tokenizer))
     if method == "adaptive":
         made = _fewest(task, ladder)
@@ -122,19 +125,15 @@ def compress(
     )
 
 
-def _compressor(model: Any, tokenizer: Any, file: str | os.PathLike[str] | None) -> Compressor:
-    """The compressor in a file, or the one that comes with the package."""
-    if file is not None:
-        trained = compressing.read(file)
-        compressing.check_fits(trained, model, tokenizer, str(file))
-        return trained
-    found = compressing.shipped(model, tokenizer)
-    if found is None:
-        raise SkimError(
-            "no compressor comes with skimlm for this model: "
-            "train one (skimlm skill train) and give it with --compressor FILE"
-        )
-    return found
+def _compressor(
+    model: Any, tokenizer: Any, file: str | os.PathLike[str] | None
+) -> Compressor | None:
+    """The compressor in a file, or the one that comes with the package for this model, if any."""
+    if file is None:
+        return compressing.shipped(model, tokenizer)
+    trained = compressing.read(file)
+    compressing.check_fits(trained, model, tokenizer, str(file))
+    return trained
 
 
 def _amortised(
@@ -144,10 +143,15 @@ def _amortised(
     ids: Tensor,
     k: int | None,
     made_for: dict[str, Any],
-    trained: Compressor,
+    trained: Compressor | None,
     source: str,
 ) -> Skill:
     """One pass of a trained compressor; by default a quarter of the text."""
+    if trained is None:
+        raise SkimError(
+            "no compressor comes with skimlm for this model: "
+            "train one (skimlm skill train) and give it with --compressor FILE"
+        )
     _, places = select.tokens(tokenizer, document.text)
     sections = select.leads(document, places, k or max(1, len(ids) // 4), trained.slots)
     made = sum(map(len, sections))
@@ -235,6 +239,7 @@ class _Task:
     ids: Tensor
     start: Tensor  # [n, d]
     pins: tuple[Pin, ...]
+    compressor: Compressor | None
     train: Study
     dev: Study
     none: float  # dev divergence without the skill, summed over tokens
@@ -264,6 +269,7 @@ def _task(
     ids: Tensor,
     start: Tensor,
     pins: tuple[Pin, ...],
+    compressor: Compressor | None,
     settings: Settings,
     target: float,
     floor: float,
@@ -283,7 +289,7 @@ def _task(
     asked = known(model, tokenizer, document, text)
     tell("study", 3, 3)
     return _Task(
-        model, tokenizer, document, ids, start, pins, train, dev, none, asked,
+        model, tokenizer, document, ids, start, pins, compressor, train, dev, none, asked,
         settings, target, floor, progress,
     )  # fmt: skip
 
@@ -292,7 +298,7 @@ def _sized(task: _Task, ladder: list[int]) -> _Made:
     """Distilled to the largest of `ladder`, nested: the others are good beginnings of it."""
     most = ladder[-1]
     untrained = _candidates(task, most)
-    start = task.start[_places(task, _best(untrained), most)]
+    start = _words(task, _best(untrained), most)
     soft, pins, trained = _trained(task, start, ladder, task.settings.steps)
     rows = [_distilled(task, soft, pins, k) for k in ladder] + untrained
     return _Made(soft, pins, ladder, rows, [trained], rows[len(ladder) - 1])
@@ -318,7 +324,7 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
                 continue
             method = _best(untrained)
         kept = _places(task, method, k)
-        start = last[0][torch.isin(last[1], kept)].float() if last else task.start[kept]
+        start = last[0][torch.isin(last[1], kept)] if last else _words(task, method, k)
         steps = few if last else task.settings.steps
         soft, pins, trained = _trained(task, start, [k], steps, goal=True)
         last = soft, kept
@@ -330,10 +336,10 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
         if not good:
             break
     chosen = choose(rows, task.target, task.floor)
-    if chosen and chosen["method"] in CANDIDATES:
-        best = rows_of(task.model, _kept(task, chosen["method"], chosen["k"])), (), [chosen["k"]]
+    if chosen and chosen["method"] != "distill":
+        best = _words(task, chosen["method"], chosen["k"]), (), [chosen["k"]]
     elif chosen and best:
-        soft, pins, trained = _trained(task, best[0].float(), best[2], few)
+        soft, pins, trained = _trained(task, best[0], best[2], few)
         rows.append(_distilled(task, soft, pins, chosen["k"]))
         trainings.append(trained | {"start": "distill"})
         if better := choose(rows[-1:], task.target, task.floor):
@@ -343,8 +349,17 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
 
 
 def _candidates(task: _Task, k: int) -> list[dict[str, Any]]:
-    """What untrained methods do at a size; none of them keeps pins."""
-    return [] if task.pins else [_untrained(task, method, k) for method in CANDIDATES]
+    """What untrained methods and a compressor do at a size; none of them keeps pins."""
+    if task.pins:
+        return []
+    methods = [*CANDIDATES, "amortised"] if len(_places(task, "amortised", k)) == k else CANDIDATES
+    rows = []
+    for method in methods:
+        words = _words(task, method, k)
+        with torch.no_grad():
+            prefix = rollout.read(task.model, opening(task.tokenizer, [[words]]))
+        rows.append(_measured(task, method, k, k, prefix))
+    return rows
 
 
 def _best(rows: Sequence[dict[str, Any]]) -> str:
@@ -353,10 +368,31 @@ def _best(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _places(task: _Task, method: str, k: int) -> Tensor:
-    """Rows of `task.start` that k soft tokens start from; between pins, the first."""
+    """Rows of `task.start` that k soft tokens stand for; between pins, the first."""
     if task.pins:
         return torch.arange(k)
+    if method == "amortised":
+        return torch.tensor([place for places in _leads(task, k) for place in places])
     return select.keep(task.model, task.tokenizer, task.document, k, method)
+
+
+def _leads(task: _Task, k: int) -> list[list[int]]:
+    """Places that the compressor makes soft tokens for, by section; none without one."""
+    if task.compressor is None:
+        return []
+    _, places = select.tokens(task.tokenizer, task.document.text)
+    return select.leads(task.document, places, k, task.compressor.slots)
+
+
+def _words(task: _Task, method: str, k: int) -> Tensor:
+    """Vectors [k, d] in bfloat16 that an untrained method, or the compressor, would serve."""
+    if method != "amortised" or task.compressor is None:
+        return task.start[_places(task, method, k)].to(torch.bfloat16)
+    with torch.no_grad():
+        soft = compressing.soft_tokens(
+            task.compressor, task.model, task.tokenizer, task.ids, _leads(task, k)
+        )
+    return soft.to(torch.bfloat16).cpu()
 
 
 def _trained(
@@ -377,19 +413,6 @@ def _trained(
     )  # fmt: skip
     facts = {"ladder": ladder, "step": found.step, "history": found.history}
     return found.soft.to(torch.bfloat16), pins, facts
-
-
-def _untrained(task: _Task, method: str, k: int) -> dict[str, Any]:
-    """Dev closure of the text's own tokens."""
-    kept = _kept(task, method, k)
-    with torch.no_grad():
-        prefix = rollout.read(task.model, opening(task.tokenizer, [[kept]]))
-    return _measured(task, method, len(kept), len(kept), prefix)
-
-
-def _kept(task: _Task, method: str, k: int) -> Tensor:
-    """Ids of the text's tokens that an untrained method keeps."""
-    return task.ids[select.keep(task.model, task.tokenizer, task.document, k, method)]
 
 
 def _distilled(task: _Task, soft: Tensor, pins: tuple[Pin, ...], k: int) -> dict[str, Any]:
