@@ -314,3 +314,15 @@ def test_one_that_comes_with_the_package_needs_no_file(world, tmp_path, monkeypa
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(SkimError, match="no compressor comes with skimlm for this model"):
         adaptive.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)
+
+
+@pytest.mark.parametrize("file", sorted(compressor.SHIPPED.glob("*.safetensors")), ids=str)
+def test_what_comes_with_the_package_is_small_whole_and_described(file):
+    assert file.stat().st_size <= 10_000_000
+    made = compressor.read(file)
+    assert min(made.facts["held_out_kl"]) < made.facts["held_out_kl"][0]
+    card = file.with_suffix(".md").read_text()
+    assert card.startswith(f"# {file.name}\n")
+    for number in (made.facts["held_out_kl"][0], min(made.facts["held_out_kl"])):
+        assert f"{number:.4f}" in card
+    assert f"{made.facts['lessons']} chunks of {len(made.facts['skills'])} SKILL.md" in card
