@@ -81,15 +81,15 @@ def compress(
     if method == "adaptive" and k is not None:
         method = "distill"
     made_for = fingerprints(model, tokenizer)
-    trained = _compressor(model, tokenizer, compressor)
-    if method == "amortised":
-        return _amortised(model, tokenizer, document, ids, k, made_for, trained, source)
     if method in select.METHODS:
         if k is None:
             raise SkimError(f"--method {method} needs a size: give --ratio or --tokens")
         kept = ids[select.keep(model, tokenizer, document, k, method)]
         facts = {"text_tokens": len(ids), "skimlm": __version__}
         return Skill(document, rows_of(model, kept), (), (k,), k, method, made_for, facts, source)
+    trained = _compressor(model, tokenizer, compressor)
+    if method == "amortised":
+        return _amortised(model, tokenizer, document, ids, k, made_for, trained, source)
     start, pins = layout(model, tokenizer, document, ids, pin)
     task = _task(
         model, tokenizer, document, ids, start, pins, trained, settings, target, floor, progress
@@ -152,8 +152,7 @@ def _amortised(
             "no compressor comes with skimlm for this model: "
             "train one (skimlm skill train) and give it with --compressor FILE"
         )
-    _, places = select.tokens(tokenizer, document.text)
-    sections = select.leads(document, places, k or max(1, len(ids) // 4), trained.slots)
+    sections = compressing.leads(trained, tokenizer, document, k or max(1, len(ids) // 4))
     made = sum(map(len, sections))
     if k is not None and made < k:
         raise SkimError(
@@ -380,8 +379,7 @@ def _leads(task: _Task, k: int) -> list[list[int]]:
     """Places that the compressor makes soft tokens for, by section; none without one."""
     if task.compressor is None:
         return []
-    _, places = select.tokens(task.tokenizer, task.document.text)
-    return select.leads(task.document, places, k, task.compressor.slots)
+    return compressing.leads(task.compressor, task.tokenizer, task.document, k)
 
 
 def _words(task: _Task, method: str, k: int) -> Tensor:

@@ -31,7 +31,7 @@ from skimlm.errors import SkimError
 from skimlm.hooks import frozen
 from skimlm.optimize import descend
 from skimlm.skills import compressor as compressing
-from skimlm.skills import distill, document, rollout, select
+from skimlm.skills import distill, document, rollout
 from skimlm.skills.compressor import Compressor
 from skimlm.skills.distill import Study, divergences, study
 from skimlm.skills.document import Document
@@ -213,8 +213,7 @@ def _prefixes(
 ) -> dict[int, rollout.Prefix]:
     """What stands before a question at every resolution, smallest first; slots are read once."""
     ladder = _ladder(settings, len(what.ids))
-    _, places = select.tokens(tokenizer, what.text.text)
-    leads = {k: select.leads(what.text, places, k, compressor.slots) for k in ladder}
+    leads = {k: compressing.leads(compressor, tokenizer, what.text, k) for k in ladder}
     most = leads[ladder[-1]]
     soft = compressing.soft_tokens(compressor, model, tokenizer, what.ids, most)
     at = torch.tensor(sum(most, []))

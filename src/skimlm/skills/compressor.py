@@ -40,6 +40,8 @@ from skimlm import shards
 from skimlm.decode import CACHE
 from skimlm.errors import FormatError, SkimError
 from skimlm.hooks import forwards_replaced
+from skimlm.skills import select
+from skimlm.skills.document import Document
 from skimlm.skills.rollout import read as read_pieces
 from skimlm.skills.splice import opening
 from skimlm.skills.store import HASHES, fingerprints, stale
@@ -105,7 +107,7 @@ def soft_tokens(
 ) -> Tensor:
     """Soft tokens [k, d] float32 in place of some of a text's tokens, ids [n].
 
-    `sections` has their places, the first of every section (`select.leads`), at most `slots` each.
+    `sections` has their places, the first of every section (`leads`), at most `slots` each.
     """
     values = compressor.values
     kept = torch.tensor([place for places in sections for place in places])
@@ -130,6 +132,12 @@ def soft_tokens(
     h = h * (h.square().mean(-1, keepdim=True) + EPSILON).rsqrt()
     h = F.gelu(F.linear(h, values["in.weight"], values["in.bias"]))
     return words + F.linear(h, values["out.weight"]) / math.sqrt(h.shape[1])
+
+
+def leads(compressor: Compressor, tokenizer: Any, document: Document, k: int) -> list[list[int]]:
+    """Places by section that k soft tokens stand for; fewer where there are no more slots."""
+    _, places = select.tokens(tokenizer, document.text)
+    return select.leads(document, places, k, compressor.slots)
 
 
 def shipped(model: Any, tokenizer: Any) -> Compressor | None:
