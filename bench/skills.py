@@ -1,13 +1,13 @@
 """Skills as soft tokens on unseen questions: what the default command serves, or all methods.
 
     python bench/skills.py --skills DIR --names a,b --out OUT.json --save DIR
-    python bench/skills.py --methods [--compressor FILE] ...
+    python bench/skills.py --methods [--fast] ...
 
 DIR holds files *NAME.md. A skill is compressed as `skimlm skill compress` does by default; with
---methods it is instead distilled nested up to 256 tokens, or half of its text, and compared with
-all other methods at all sizes. The .skim files are kept under --save. All is scored on --questions
-test questions. OUT.json has a row per skill and is written after each: what is there is not run
-again, so names may be given a few at a time. OUT.md is the table of all of them.
+--methods it is instead distilled nested up to 256 tokens, or half of its text (with --fast it is
+not), and compared with all other methods at all sizes. The .skim files are kept under --save. All
+is scored on --questions test questions. OUT.json has a row per skill and is written after each:
+what is there is not run again, so names may be given a few at a time. OUT.md is the table of all.
 
 Seconds are those of this process's CPU, one thread, since the machine may be shared; prefill is the
 median of five. Intervals: 95 %, bootstrap over skills, and over questions within them.
@@ -54,18 +54,20 @@ def compare(model, tokenizer, file, args):
     half = adaptive.rungs(len(ids), splice.wrapper_tokens(tokenizer))[-1]
     most = min(SIZES[-1], half)
     seconds = timed(model, tokenizer, read, ids)
-    path = args.save / f"{file.stem}.nested.skim"
-    nested = made(model, tokenizer, read, path, method="distill", tokens=most)
-    others = [dataclasses.replace(nested, method="nested")]
-    seconds["nested"] = nested.evidence["cpu_seconds"]
-    if args.compressor:
-        started = time.process_time()
-        how = {"method": "amortised", "compressor": args.compressor}
-        for k in nested.ladder:
-            others.append(adaptive.compress(model, tokenizer, read, tokens=k, **how))
-        seconds["amortised"] = (time.process_time() - started) / len(nested.ladder)
+    others, trainings, ladder = [], [], adaptive.nest(most)
+    started = time.process_time()
+    for k in ladder:
+        how = {"method": "amortised", "compressor": args.compressor, "tokens": k}
+        others.append(adaptive.compress(model, tokenizer, read, **how))
+    seconds["amortised"] = (time.process_time() - started) / len(ladder)
+    if not args.fast:
+        path = args.save / f"{file.stem}.nested.skim"
+        nested = made(model, tokenizer, read, path, method="distill", tokens=most)
+        others.append(dataclasses.replace(nested, method="nested"))
+        seconds["nested"] = nested.evidence["cpu_seconds"]
+        trainings = nested.evidence["trainings"]
     row = scored(model, tokenizer, read, None, others, file, args)
-    return row | {"method_seconds": seconds, "trainings": nested.evidence["trainings"]}
+    return row | {"method_seconds": seconds, "trainings": trainings}
 
 
 def scored(model, tokenizer, read, skill, others, file, args):
@@ -230,7 +232,8 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--save", type=Path, required=True)
     parser.add_argument("--model")
-    parser.add_argument("--compressor", help="what skill train made: its column is added")
+    parser.add_argument("--compressor", help="what skill train made, not the one in the package")
+    parser.add_argument("--fast", action="store_true", help="with --methods: nothing is trained")
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--answer", type=int, default=48)
     parser.add_argument("--methods", action="store_true", help="not the default: all methods")

@@ -53,9 +53,9 @@ def leads(tokenizer, k, most=16):
 
 def test_untrained_it_is_the_beginnings_of_all_sections(world):
     model, tokenizer, ids = world
-    made = compressor.begin(model, tokenizer, slots=16, rank=2, hidden=16)
-    got = compressor.soft_tokens(made, model, tokenizer, ids, leads(tokenizer, 30))
-    kept = ids[select.keep(model, tokenizer, parse(TEXT), 30, "leads")]
+    made = compressor.begin(model, tokenizer, slots=40, rank=2, hidden=16)
+    got = compressor.soft_tokens(made, model, tokenizer, ids, leads(tokenizer, 40, 40))
+    kept = ids[select.keep(model, tokenizer, parse(TEXT), 40, "leads")]
     assert torch.equal(got, model.get_input_embeddings()(kept))
     assert torch.equal(got.bfloat16(), rows_of(model, kept))
 
@@ -65,7 +65,7 @@ def test_its_soft_tokens_are_those_of_a_model_with_the_adapters_merged(world):
     model, tokenizer, ids = world
     made = trained(model, tokenizer)
     merged = copy.deepcopy(model)
-    parts = leads(tokenizer, 30)
+    parts = leads(tokenizer, 40)
     assert len(parts) == 4 and len(set(map(len, parts))) > 1
     want = []
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_its_soft_tokens_are_those_of_a_model_with_the_adapters_merged(world):
 def test_a_sections_first_are_what_fewer_would_be_and_all_see_the_whole_text(world):
     model, tokenizer, ids = world
     made = trained(model, tokenizer)
-    many, few = leads(tokenizer, 50), leads(tokenizer, 9)
+    many, few = leads(tokenizer, 50), leads(tokenizer, 38)
     with torch.no_grad():
         whole = compressor.soft_tokens(made, model, tokenizer, ids, many)
         some = compressor.soft_tokens(made, model, tokenizer, ids, few)
@@ -113,7 +113,7 @@ def test_a_lesson_is_trained_at_every_resolution(world):
     ids = splice.token_ids(tokenizer, text.text)
     what = amortise.Lesson(text, ids, None, None)
     with torch.no_grad():
-        prefixes = amortise._prefixes(model, tokenizer, made, what, SMALL)
+        prefixes = amortise._prefixes(model, tokenizer, made, what, [4, 12])
         assert list(prefixes) == [4, 12]
         for k, prefix in prefixes.items():
             soft = compressor.soft_tokens(made, model, tokenizer, ids, leads(tokenizer, k))
@@ -121,6 +121,31 @@ def test_a_lesson_is_trained_at_every_resolution(world):
             assert prefix.length == alone.length
             keys = [p.cache.layers[1].keys for p in (prefix, alone)]
             torch.testing.assert_close(*keys, atol=1e-4, rtol=1e-3)
+
+
+def test_steps_take_the_resolutions_in_turn(world, skills, tmp_path, monkeypatch):
+    model, tokenizer, _ = world
+    trained_at, real = [], amortise.distill.loss_of
+
+    def loss_of(model, prefixes, *rest):
+        trained_at.append(list(prefixes))
+        return real(model, prefixes, *rest)
+
+    monkeypatch.setattr(amortise.distill, "loss_of", loss_of)
+    amortise.train(model, tokenizer, skills, tmp_path, settings=SMALL)
+    assert trained_at == [[4], [12]] * (SMALL.steps // 2)
+
+
+def test_training_goes_on_from_another_compressor(world, skills, tmp_path):
+    model, tokenizer, _ = world
+    first = amortise.train(model, tokenizer, skills, tmp_path, settings=SMALL)
+    more = amortise.train(model, tokenizer, skills, tmp_path, settings=SMALL, start=first)
+    assert more.facts["held_out_kl"][0] == pytest.approx(min(first.facts["held_out_kl"]), rel=1e-4)
+    assert min(more.facts["held_out_kl"]) <= min(first.facts["held_out_kl"])
+    assert more.facts["start"] == first.facts and first.facts["start"] is None
+    other = dataclasses.replace(first, made_for=first.made_for | {"model": "0" * 64})
+    with pytest.raises(SkimError, match="was trained for another model"):
+        amortise.train(model, tokenizer, skills, tmp_path, settings=SMALL, start=other)
 
 
 @pytest.fixture(scope="module")

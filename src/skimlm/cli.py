@@ -510,6 +510,7 @@ def skill_compress(
     help="A SKILL.md, or a folder of them; may be repeated.",
 )
 @click.option("--steps", type=POSITIVE, help="[default: 600]")
+@click.option("--compressor", type=FILE, help="Go on from this one in place of a new one.")
 @SKILL_SEED
 @FORCE
 @REVISION
@@ -521,6 +522,7 @@ def skill_train(
     model: str,
     skills: tuple[Path, ...],
     steps: int | None,
+    compressor: str | None,
     seed: int | None,
     force: bool,
     revision: str | None,
@@ -532,7 +534,8 @@ def skill_train(
     What a stopped run has done lies in OUT.partial: the same command goes on.
     """
     from skimlm.report import facts_text, progress_bars
-    from skimlm.skills import amortise, compressor
+    from skimlm.skills import amortise
+    from skimlm.skills.compressor import read, write
 
     if out.exists() and not force:
         raise SkimError(f"{out}: exists, use --force to replace it")
@@ -545,18 +548,21 @@ def skill_train(
         steps=usual.steps if steps is None else steps,
         seed=usual.seed if seed is None else seed,
     )
+    start = read(compressor) if compressor else None
     loaded, tokenizer = _load(model, device, revision)
     work = out.with_name(out.name + ".partial")
     with progress_bars() as progress:
-        made = amortise.train(loaded, tokenizer, paths, work, settings=settings, progress=progress)
-    compressor.write(out, made)
+        made = amortise.train(
+            loaded, tokenizer, paths, work, settings=settings, start=start, progress=progress
+        )
+    write(out, made)
     shutil.rmtree(work)
     losses = made.facts["held_out_kl"]
     facts = {
         "out": str(out),
         "bytes": out.stat().st_size,
         "skills": len(made.facts["skills"]),
-        "held_out_kl": losses if as_json else f"{losses[0]:.4f} (untrained) to {min(losses):.4f}",
+        "held_out_kl": losses if as_json else f"{losses[0]:.4f} (before) to {min(losses):.4f}",
     }
     _print(facts, facts_text, as_json)
 

@@ -3,8 +3,8 @@
     lessons    every skill in chunks of at most LONGEST tokens, cut at headings; of each chunk, with
                its full text in front of the model: answers to study questions, sampled, and pieces
                of the text itself, to be repeated
-    steps      one lesson each: the compressor reads it, and the divergence between the model with
-               the full text and with k soft tokens is brought down, k from a ladder
+    steps      one lesson and one k of a ladder each: the compressor reads it, and the divergence
+               between the model with the full text and with k soft tokens is brought down
 
 First the text is repeated (reconstruction), then questions are answered (alignment). What is
 trained starts as the beginnings of all sections. The state is kept as it goes: a run that was
@@ -141,19 +141,24 @@ def train(
     work: Path,
     *,
     settings: Settings | None = None,
+    start: Compressor | None = None,
     progress: Progress | None = None,
 ) -> Compressor:
     """Train a compressor on SKILL.md files; lessons and state are kept in the folder `work`.
 
-    Runs of other settings or skills may share it: a lesson is made once.
+    Runs of other settings or skills may share it: a lesson is made once. With `start` it goes on
+    from another compressor, whose rank and width it keeps.
     """
     settings = settings or Settings()
     tell = progress or (lambda *_: None)
     learned, held = texts(paths, tokenizer, settings.held)
-    start = compressing.begin(
+    if start:
+        compressing.check_fits(start, model, tokenizer, "the compressor to start from")
+    begun_with = dict(start.facts) if start else None
+    start = start or compressing.begin(
         model, tokenizer, max(settings.ladder), settings.rank, settings.hidden, settings.seed
     )
-    key = _key(start, settings, learned + held)
+    key = _key(start, (settings, begun_with), learned + held)
     about = (settings.questions, settings.answer, settings.seed)  # what a lesson depends on
     lessons = []
     for i, text in enumerate([*learned, *held]):
@@ -183,7 +188,8 @@ def train(
         "skills": sorted({text.name for text in learned}),
         "lessons": len(learned),
         "held_out": sorted({text.name for text in held}),
-        "held_out_kl": state.losses,  # nats per token, all of the ladder; the first is leads
+        "held_out_kl": state.losses,  # nats per token, all of the ladder; the first is the start
+        "start": begun_with,  # facts of a compressor it was trained on from; None: leads
         "settings": dataclasses.asdict(settings),
     }
     return Compressor(state.best, start.made_for, facts)
@@ -200,7 +206,9 @@ def _gradients(
 ) -> dict[str, tuple[Tensor, float]]:
     """Of the divergence on one lesson, by name, with the rate."""
     leaves = {n: v.detach().clone().requires_grad_() for n, v in values.items()}
-    prefixes = _prefixes(model, tokenizer, Compressor(leaves, start.made_for), what, settings)
+    ladder = _ladder(settings, len(what.ids))
+    now = [ladder[step % len(ladder)]]
+    prefixes = _prefixes(model, tokenizer, Compressor(leaves, start.made_for), what, now)
     said = what.pieces if step < settings.repeat * settings.steps else what.answers
     chance = random.Random(settings.seed + step)
     rows = chance.sample(range(len(said.answers)), min(settings.rows, len(said.answers)))
@@ -209,10 +217,9 @@ def _gradients(
 
 
 def _prefixes(
-    model: Any, tokenizer: Any, compressor: Compressor, what: Lesson, settings: Settings
+    model: Any, tokenizer: Any, compressor: Compressor, what: Lesson, ladder: Sequence[int]
 ) -> dict[int, rollout.Prefix]:
     """What stands before a question at every resolution, smallest first; slots are read once."""
-    ladder = _ladder(settings, len(what.ids))
     leads = {k: compressing.leads(compressor, tokenizer, what.text, k) for k in ladder}
     most = leads[ladder[-1]]
     soft = compressing.soft_tokens(compressor, model, tokenizer, what.ids, most)
@@ -234,7 +241,7 @@ def _measure(
     with torch.no_grad():
         for what in lessons:
             made = Compressor(values, start.made_for)
-            prefixes = _prefixes(model, tokenizer, made, what, settings)
+            prefixes = _prefixes(model, tokenizer, made, what, _ladder(settings, len(what.ids)))
             asked = what.answers.first(-(-settings.questions // 2))
             for prefix in prefixes.values():
                 kl = sum(divergences(model, prefix, asked)) / asked.tokens

@@ -1,7 +1,7 @@
 """A skill in k tokens without any training: which of its own tokens to keep.
 
     head      the first k: skills say what matters first
-    leads     the beginning of every section, all equally long, shorter sections whole
+    leads     half of k from the head, the rest from the beginnings of all sections, equally long
     selfinfo  the k least expected ones: -log p(token | text before) under the model itself, spans
               that only work word for word before all others (after Selective Context and LLMLingua)
     sections  whole sections, those nearest to the description first (BM25), until k tokens are full
@@ -26,6 +26,7 @@ from skimlm.evaluate import token_nll
 from skimlm.skills.document import Document, Section, sections, spans
 
 METHODS = ("head", "leads", "selfinfo", "sections")
+HEAD = 32  # tokens of the text that come before all leads: its name, and what it is for
 
 
 def keep(model: Any, tokenizer: Any, document: Document, k: int, method: str) -> Tensor:
@@ -70,21 +71,26 @@ def selfinfo(model: Any, text: str, ids: Tensor, places: list[tuple[int, int]], 
 def leads(
     document: Document, places: list[tuple[int, int]], k: int, most: int | None = None
 ) -> list[list[int]]:
-    """The first t tokens of every section, t as large as k allows; the first get one more.
+    """By section, the first max(k / 2, HEAD) tokens of the text, and the first t of every section.
 
-    Of no section more than `most`: there may then be fewer than k.
+    t is as large as k allows; the first sections get one more. Of no section more than `most`:
+    there may then be fewer than k.
     """
     members = [own[:most] for own in _members(sections(document.text), places)]
     k = min(k, sum(map(len, members)))
+    left, head = max(k // 2, min(k, HEAD)), []
+    for own in members:
+        head.append(min(left, len(own)))
+        left -= head[-1]
 
     def kept(t: int) -> int:
-        return sum(min(t, len(own)) for own in members)
+        return sum(max(some, min(t, len(own))) for some, own in zip(head, members, strict=True))
 
     t = bisect.bisect_right(range(k + 1), k, key=kept) - 1
     left, chosen = k - kept(t), []
-    for own in members:
-        more = int(left > 0 and len(own) > t)
-        chosen.append(own[: t + more])
+    for some, own in zip(head, members, strict=True):
+        more = int(left > 0 and some <= t < len(own))
+        chosen.append(own[: max(some, t + more)])
         left -= more
     return chosen
 
