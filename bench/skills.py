@@ -7,7 +7,8 @@ DIR holds files *NAME.md. A skill is compressed as `skimlm skill compress` does 
 --methods it is instead distilled nested up to 256 tokens, or half of its text (with --fast it is
 not), and compared with all other methods at all sizes. The .skim files are kept under --save. All
 is scored on --questions test questions. OUT.json has a row per skill and is written after each:
-what is there is not run again, so names may be given a few at a time. OUT.md is the table of all.
+what is there is not run again, so names may be given a few at a time. OUT.md is the table of all,
+OUT.svg a plot of all methods.
 
 Seconds are those of this process's CPU, one thread, since the machine may be shared; prefill is the
 median of five. Intervals: 95 %, bootstrap over skills, and over questions within them.
@@ -150,17 +151,49 @@ def closing(one):
 
 def table_of_methods(rows):
     """Markdown of all methods and sizes: means over skills that have the size."""
-    strong = [row for row in rows if not row["weak"]]
     lines = [
         "| method | k | skills | tokens | closure | over head | recall | CPU s to compress |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
         for k in SIZES:
-            have = [r for r in strong if any(fits(o, method, k) for o in r["all"])]
-            if have:
+            if have := having(rows, method, k):
                 lines.append(line(have, method, k))
     return "\n".join(lines) + "\n"
+
+
+def having(rows, method, k):
+    """Rows that have a method at a size, and a skill that does something."""
+    return [r for r in rows if not r["weak"] and any(fits(o, method, k) for o in r["all"])]
+
+
+def entry(method, k):
+    """row -> its entry of a method at a size."""
+    return lambda row: next(o for o in row["all"] if fits(o, method, k))
+
+
+def draw(rows, file):
+    """Mean closure with its interval against k, a line per method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for method in METHODS:
+        points = []
+        for k in SIZES:
+            if have := having(rows, method, k):
+                one = entry(method, k)
+                mean = statistics.fmean(one(row)["closure"] for row in have)
+                points.append((k, mean, *interval(have, closing(one))))
+        if points:
+            x, mean, low, high = zip(*points, strict=True)
+            axes.plot(x, mean, "o-", label=method)
+            axes.fill_between(x, low, high, alpha=0.12)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(SIZES, SIZES)
+    axes.set(xlabel="tokens in place of the text", ylabel="closure on unseen questions")
+    axes.legend()
+    figure.savefig(file)
 
 
 def table(rows):
@@ -204,13 +237,10 @@ def fits(one, method, k):
 
 def line(rows, method, k):
     """A method at one size: means over skills."""
-
-    def one(row):
-        return next(o for o in row["all"] if fits(o, method, k))
+    one, head = entry(method, k), entry("head", k)
 
     def gap(row, picks):
-        head = next(o for o in row["all"] if fits(o, "head", k))
-        return closing(one)(row, picks) - closing(lambda _: head)(row, picks)
+        return closing(one)(row, picks) - closing(head)(row, picks)
 
     low, high = interval(rows, closing(one))
     less, more = interval(rows, gap)
@@ -254,6 +284,8 @@ def main():
         args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     shown = (table_of_methods if args.methods else table)(list(rows.values()))
     args.out.with_suffix(".md").write_text(shown)
+    if args.methods:
+        draw(list(rows.values()), args.out.with_suffix(".svg"))
     print(shown)
 
 
