@@ -309,6 +309,11 @@ def test_the_command_trains_and_compress_uses_it(skills, tokenizer, tmp_path, mo
     assert sorted(f.name for f in tmp_path.iterdir()) == ["c.safetensors", "model"]
     again = run("skill", "train", out, "--model", folder, "--skills", skills[0].parent)
     assert again.exit_code == 1 and "exists, use --force" in again.stderr
+    train = ("skill", "train", tmp_path / "d.safetensors", "--model", folder)
+    more = run(*train, "--skills", skills[0].parent, "--compressor", out)
+    assert more.exit_code == 0, more.output
+    begun = compressor.read(tmp_path / "d.safetensors").facts["start"]
+    assert begun == compressor.read(out).facts
     compress = ("skill", "compress", skills[0], tmp_path / "a.skim", "--model", folder)
     without = run(*compress, "--method", "amortised")
     line = "error: no compressor comes with skimlm for this model: train one (skimlm skill train)"
