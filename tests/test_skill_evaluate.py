@@ -163,10 +163,12 @@ def test_recall_counts_what_the_full_text_lets_the_model_say(world, monkeypatch)
             [splice.token_ids(tokenizer, says[tok])] * len(questions)
         ),
     )
-    found = recall.recall(model, tokenizer, DOCUMENT, "text", ["soft", "text"])
+    asked = recall.known(model, tokenizer, DOCUMENT, "text")
+    found = [recall.share(model, tokenizer, prefix, asked) for prefix in ("soft", "text")]
     assert found == [pytest.approx(2 / 3), 1.0]
     says["text"] = "nothing"
-    assert recall.recall(model, tokenizer, DOCUMENT, "text", ["soft"]) == [None]
+    asked = recall.known(model, tokenizer, DOCUMENT, "text")
+    assert recall.share(model, tokenizer, "soft", asked) is None
 
 
 # ---- the choice

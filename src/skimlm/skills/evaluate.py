@@ -30,7 +30,7 @@ from skimlm.skills.adaptive import ROOM, rows_of
 from skimlm.skills.distill import Study, study
 from skimlm.skills.document import Document
 from skimlm.skills.document import read as read_document
-from skimlm.skills.recall import recall
+from skimlm.skills.recall import known, share
 from skimlm.skills.rollout import Prefix
 from skimlm.skills.splice import Piece, closing, opening, token_ids, wrapper_tokens
 
@@ -111,17 +111,17 @@ def measure(
     pieces = store.pieces(skill, tokenizer) if skill else [ids]
     served = skill is not None and skill.k is not None
     variants.insert(0, (skill.method if skill and served else "full text", len(ids), pieces))
+    asked = known(model, tokenizer, document, text)
     rows = []
     for method, k, some in variants:
         with torch.no_grad():
             prefix = rollout.read(model, opening(tokenizer, [some]))
         found = scores(model, prefix, test)
-        share = recall(model, tokenizer, document, text, [prefix])[0]
         tokens = sum(len(p) for p in some) + wrapper_tokens(tokenizer)
         rows.append(
             {"method": method, "k": k, "tokens": tokens}
             | _facts(found, none, test)
-            | {"literal_recall": share, "kl_sums": found["kl"]}
+            | {"literal_recall": share(model, tokenizer, prefix, asked), "kl_sums": found["kl"]}
         )
     first, rest = rows[0], rows[1:]
     facts = {

@@ -26,19 +26,6 @@ LONGEST, SLACK = 12, 5  # tokens of a literal, and of what may stand before it
 Cloze: TypeAlias = tuple[Tensor, str]  # ids that ask for a literal, and the literal
 
 
-def recall(
-    model: Any,
-    tokenizer: Any,
-    document: Document,
-    text: Prefix,
-    prefixes: Sequence[Prefix],
-    count: int = COUNT,
-) -> list[float | None]:
-    """Share of the literals said behind each prefix, of those said behind the full text, `text`."""
-    asked = known(model, tokenizer, document, text, count)
-    return [share(model, tokenizer, prefix, asked) for prefix in prefixes]
-
-
 def known(
     model: Any, tokenizer: Any, document: Document, text: Prefix, count: int = COUNT
 ) -> list[Cloze]:
