@@ -37,7 +37,8 @@ METHODS = ("head", "leads", "sections", "selfinfo", "amortised", "nested")
 def measure(model, tokenizer, file, args):
     """One skill as the default command serves it."""
     read = document.read(file)
-    served = made(model, tokenizer, read, args.save / f"{file.stem}.skim")
+    path = args.save / f"{file.stem}{'.pin' if args.pin else ''}.skim"
+    served = made(model, tokenizer, read, path, pin=args.pin)
     evidence = served.evidence
     return scored(model, tokenizer, read, served, (), file, args) | {
         "served": served.k,
@@ -263,6 +264,7 @@ def main():
     parser.add_argument("--save", type=Path, required=True)
     parser.add_argument("--model")
     parser.add_argument("--compressor", help="what skill train made, not the one in the package")
+    parser.add_argument("--pin", action="store_true", help="as skill compress --pin does")
     parser.add_argument("--fast", action="store_true", help="with --methods: nothing is trained")
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--answer", type=int, default=48)
