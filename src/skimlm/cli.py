@@ -529,7 +529,7 @@ def skill_train(
     device: str,
     as_json: bool,
 ) -> None:
-    """Train a compressor on many skills: a new one then takes a single pass (experimental).
+    """Train a compressor on many skills: a new one then takes a single pass.
 
     What a stopped run has done lies in OUT.partial: the same command goes on.
     """

@@ -10,12 +10,12 @@
     P(x) = out GELU(in x + bias) / sqrt(h)                   h: width inside; a step of Adam on
                                                              `out` moves a sum of h terms at once
 
-Slots stand for the first tokens of every section (`leads` of select.py), each behind the whole text
-and the slots of its own section before it, and behind nothing else: the first of a section's soft
-tokens are what fewer of them would have been. `out` starts at 0: what is not trained is leads, and
-training can be judged by what it gains on them. The text's keys and values are those the model has
-anyway when it reads the skill: nothing is adapted there, and no gradient needs them. After SKIM
-(arXiv 2606.12203), whose compressor is a second model of the size of the first.
+Slots stand for the first tokens of sections (`leads` of select.py says of how many), each behind
+the whole text and the slots of its own section before it, and behind nothing else: the first of a
+section's soft tokens are what fewer of them would have been. `out` starts at 0: what is not trained
+is leads, and training can be judged by what it gains on them. The text's keys and values are those
+the model has anyway when it reads the skill: nothing is adapted there, and no gradient needs them.
+After SKIM (arXiv 2606.12203), whose compressor is a second model of the size of the first.
 
     read(path) / write(path, compressor)     safetensors with a JSON text in its metadata
     shipped(model, tokenizer)                one that comes with the package, of this very model
