@@ -43,7 +43,7 @@ def test_leads_are_dealt_like_cards(world):
     """
     parts = [part.text for part in sections(DOCUMENT.text)]
     owner = [i for i, part in enumerate(parts) for _ in part]
-    for k in range(1, len(owner)):
+    for k in range(1, len(owner) + 1):
         taken, turn = Counter(owner[: min(k, max(k // 2, 32))]), 0
         while taken.total() < k:
             i, round_ = turn % len(parts), turn // len(parts)

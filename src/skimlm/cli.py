@@ -535,7 +535,7 @@ def skill_train(
     """
     from skimlm.report import facts_text, progress_bars
     from skimlm.skills import amortise
-    from skimlm.skills.compressor import read, write
+    from skimlm.skills import compressor as compressing
 
     if out.exists() and not force:
         raise SkimError(f"{out}: exists, use --force to replace it")
@@ -548,14 +548,14 @@ def skill_train(
         steps=usual.steps if steps is None else steps,
         seed=usual.seed if seed is None else seed,
     )
-    start = read(compressor) if compressor else None
+    start = compressing.read(compressor) if compressor else None
     loaded, tokenizer = _load(model, device, revision)
     work = out.with_name(out.name + ".partial")
     with progress_bars() as progress:
         made = amortise.train(
             loaded, tokenizer, paths, work, settings=settings, start=start, progress=progress
         )
-    write(out, made)
+    compressing.write(out, made)
     shutil.rmtree(work)
     losses = made.facts["held_out_kl"]
     facts = {

@@ -7,7 +7,7 @@
                between the model with the full text and with k soft tokens is brought down
 
 First the text is repeated (reconstruction), then questions are answered (alignment). What is
-trained starts as the beginnings of all sections. The state is kept as it goes: a run that was
+trained starts as plain leads (select.py). The state is kept as it goes: a run that was
 stopped goes on, to the same result. A few lessons are kept apart, whole skills: their divergence is
 measured along the way, and the best state of all is the result.
 """
