@@ -6,8 +6,9 @@ import unittest
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from conftest import FAMILIES, VOCAB, byte_tokenizer, tiny_model
+from conftest import FAMILIES, VOCAB, bos_tokenizer, byte_tokenizer, tiny_model
 from skimlm.calibrate import (
     default_text,
     read_documents,
@@ -17,6 +18,7 @@ from skimlm.calibrate import (
 from skimlm.checkpoint import linears
 from skimlm.errors import SkimError
 from skimlm.head import final_hidden, head_logits
+from skimlm.tokenizer import prefix_ids
 
 EOS = 258
 
@@ -217,6 +219,26 @@ def test_a_tokenizer_without_eos_joins_without_it():
     plain.eos_token = None
     cut = windows(["aaaa", "bbbb"], plain, 9, 8, 0)
     assert cut.shape == (1, 8) and cut.max() < 256
+
+
+@pytest.mark.parametrize("documents", [["x" * 90], ["aaaa" * 9, "bbbb" * 9, "cccc" * 9]])
+def test_every_window_begins_as_the_tokenizer_begins_a_text(documents):
+    tokenizer = bos_tokenizer()
+    cut = windows(documents, tokenizer, 9, 8, 0)
+    assert cut.shape == (9, 8) and (cut[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(cut[:, 1:], windows(documents, byte_tokenizer(), 9, 7, 0))
+    with pytest.raises(SkimError, match="seq-len must be more than the 1 tokens"):
+        windows(documents, tokenizer, 9, 1, 0)
+
+
+def test_all_tokens_that_a_tokenizer_puts_before_a_text_are_found():
+    tokenizer = byte_tokenizer()
+    special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> <s> $A </s>", special_tokens=special
+    )
+    assert prefix_ids(tokenizer) == [tokenizer.bos_token_id] * 2
+    assert prefix_ids(byte_tokenizer()) == []
 
 
 def rows(path, *lines) -> str:

@@ -5,9 +5,16 @@ import math
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 
-from conftest import CONFIGS, FAMILIES, GATED, byte_tokenizer, quantized_linears, tiny_model
+from conftest import (
+    CONFIGS,
+    FAMILIES,
+    GATED,
+    bos_tokenizer,
+    byte_tokenizer,
+    quantized_linears,
+    tiny_model,
+)
 from skimlm import calibrate, checkpoint, evaluate
 from skimlm.errors import SkimError
 from skimlm.evaluate import perplexity
@@ -30,14 +37,6 @@ def oracle_nll(model, ids: list[int], seq_len: int) -> list[float]:
             losses.append(total - row[window[position + 1]])
         means.append(sum(losses) / len(losses))
     return means
-
-
-def bos_tokenizer():
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    return tokenizer
 
 
 SCALED = {  # families that change the head's output, each in its own way
@@ -92,13 +91,16 @@ def test_windows_do_not_overlap_and_the_rest_is_dropped(tokenizer):
     assert perplexity(model, tokenizer, text, seq_len=16, limit=99).windows == 6
 
 
-def test_a_bos_of_the_tokenizer_stands_once_at_the_start():
+def test_a_bos_of_the_tokenizer_begins_every_window_and_is_not_counted():
     model, tokenizer = tiny_model(), bos_tokenizer()
     result = perplexity(model, tokenizer, TEXT, seq_len=32)
-    ids = [tokenizer.bos_token_id, *byte_tokenizer()(TEXT).input_ids]
-    assert result.bos == "once, at the start of the text (the tokenizer adds it)"
-    assert result.tokens == len(ids)
-    assert result.nll == pytest.approx(oracle_nll(model, ids, 32), rel=1e-5)
+    ids = byte_tokenizer()(TEXT).input_ids
+    parts = [ids[i : i + 31] for i in range(0, len(ids) - 30, 31)]
+    begun = [token for part in parts for token in [tokenizer.bos_token_id, *part]]
+    assert result.bos == "<s> begins every window, not counted (the tokenizer adds it)"
+    assert (result.tokens, result.windows) == (len(ids), len(parts))
+    assert result.predicted_tokens == 31 * len(parts)  # every token of the text in a window
+    assert result.nll == pytest.approx(oracle_nll(model, begun, 32), rel=1e-5)
 
 
 def test_the_standard_error_is_that_of_the_windows_mean():

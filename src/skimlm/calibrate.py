@@ -31,6 +31,7 @@ from skimlm.errors import SkimError
 from skimlm.head import final_hidden, head_logits
 from skimlm.hooks import forwards_replaced, frozen
 from skimlm.shards import finite
+from skimlm.tokenizer import prefix_ids
 
 TEXT_KEYS = ("text", "prefix,gold_completion")
 BATCH = 2  # windows that go through the model together
@@ -129,9 +130,16 @@ def windows(
 ) -> Tensor:
     """Token windows int64 [n, seq_len], n <= samples: documents shuffled, joined by EOS, cut.
 
-    A single document is cut into windows first and those are shuffled. Raises SkimError when there
-    is not one window.
+    Every window begins with what the tokenizer puts before a text (BOS). A single document is cut
+    into windows first and those are shuffled. Raises SkimError when there is not one window.
     """
+    prefix = prefix_ids(tokenizer)
+    size = seq_len - len(prefix)  # tokens of text in a window
+    if size < 1:
+        raise SkimError(
+            f"seq-len must be more than the {len(prefix)} tokens that begin every window of this "
+            f"model, got {seq_len}"
+        )
     order = random.Random(seed)
     if len(documents) > 1:
         documents = documents[:]
@@ -140,18 +148,19 @@ def windows(
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + end
-        if len(documents) > 1 and len(ids) >= samples * seq_len:
+        if len(documents) > 1 and len(ids) >= samples * size:
             break
-    count = len(ids) // seq_len
+    count = len(ids) // size
     if count == 0:
         raise SkimError(
-            f"{origin}: {len(ids)} tokens are fewer than one window of {seq_len}; "
+            f"{origin}: {len(ids)} tokens are fewer than one window of {size}; "
             "give more text or a smaller --seq-len"
         )
-    cut = torch.tensor(ids[: count * seq_len]).view(count, seq_len)
+    cut = torch.tensor(ids[: count * size]).view(count, size)
     if len(documents) == 1:
         cut = cut[torch.tensor(order.sample(range(count), count))]
-    return cut[:samples]
+    cut = cut[:samples]
+    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(len(cut), -1), cut], 1)
 
 
 def backward_from_loss(

@@ -1,15 +1,16 @@
 """Perplexity of a causal language model on a text, with its standard error.
 
-The text is tokenised once, as it is, and cut into windows of `seq_len` tokens that do not overlap;
-what is left at the end is dropped. Each window is read on its own and its last `seq_len - 1` tokens
-are predicted:
+The text is tokenised once, as it is, and cut into windows that do not overlap; what is left at the
+end is dropped. Each window of `seq_len` tokens is read on its own and all but its first are
+predicted:
 
     nll_w = mean_t -log p(x_t | x_0 .. x_{t-1})          one number per window
     nll   = mean_w nll_w                                 = mean over all predicted tokens
     perplexity = exp(nll)
     stderr     = perplexity * std(nll_w, ddof=1) / sqrt(windows)          (delta method)
 
-A BOS token stands where the tokenizer puts one: at the start of the text, or nowhere.
+Where the tokenizer puts a BOS token before a text, that is what every window begins with, in place
+of its first token: so it is never predicted, and every token of the text in the window is.
 
 The model's body runs once per window. Its head runs over parts of the window, through the model's
 own forward: so soft-capping, logit scales and biases are the model's, whatever its family. At most
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from skimlm.errors import SkimError
 from skimlm.head import final_hidden, head_logits
+from skimlm.tokenizer import prefix_ids
 
 CHUNK = 256  # tokens of logits in fp32 at once: 50 MB at a vocabulary of 49,152
 MAX_LOGITS = 2**27  # 256 MB in bf16: all of 2048 tokens at 49,152, 512 at a time at 262,144
@@ -67,21 +69,28 @@ def perplexity(
     reach = getattr(model.config, "max_position_embeddings", None)
     if seq_len < 2 or (reach and seq_len > reach):
         raise SkimError(f"seq-len must be 2 to {reach or 'any number'}, got {seq_len}")
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    windows = len(ids) // seq_len
+    prefix = torch.tensor(prefix_ids(tokenizer), dtype=torch.long)
+    size = seq_len - len(prefix)  # tokens of text in a window
+    if size < 1:
+        raise SkimError(f"seq-len must be more than {len(prefix)} for this model, got {seq_len}")
+    given = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor(given, dtype=torch.long)
+    windows = len(ids) // size
     if not windows:
         raise SkimError(
-            f"text too short: {len(ids)} tokens, one window needs {seq_len};"
+            f"text too short: {len(ids)} tokens, one window needs {size};"
             " give a longer text or a smaller --seq-len"
         )
     windows = min(windows, limit or windows)
+    unpredicted = max(len(prefix), 1)
     model.eval()
     nll = []
     start = time.perf_counter()
     with torch.inference_mode():
         for window in range(windows):
-            piece = ids[None, window * seq_len : (window + 1) * seq_len].to(model.device)
-            nll.append(float(token_nll(model, piece).mean(dtype=torch.float64)))
+            piece = torch.cat([prefix, ids[window * size : (window + 1) * size]])
+            losses = token_nll(model, piece[None].to(model.device))[unpredicted - 1 :]
+            nll.append(float(losses.mean(dtype=torch.float64)))
             if not math.isfinite(nll[-1]):
                 raise SkimError(f"window {window + 1}: the model's output is not finite")
             if progress:
@@ -95,7 +104,7 @@ def perplexity(
         windows=windows,
         seq_len=seq_len,
         tokens=len(ids),
-        predicted_tokens=windows * (seq_len - 1),
+        predicted_tokens=windows * (seq_len - unpredicted),
         bos=bos_rule(tokenizer),
         seconds=seconds,
         tokens_per_second=windows * seq_len / seconds,
@@ -111,10 +120,12 @@ def summarise(nll: list[float]) -> tuple[float, float | None]:
 
 
 def bos_rule(tokenizer: Any) -> str:
-    """Say where the tokenizer puts a BOS token."""
-    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("").input_ids:
-        return "once, at the start of the text (the tokenizer adds it)"
-    return "none (the tokenizer adds none)"
+    """Say what every window begins with."""
+    prefix = prefix_ids(tokenizer)
+    if not prefix:
+        return "none (the tokenizer adds none)"
+    names = "".join(tokenizer.convert_ids_to_tokens(prefix))
+    return f"{names} begins every window, not counted (the tokenizer adds it)"
 
 
 def token_nll(model: Any, ids: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
+from skimlm.tokenizer import prefix_ids
 
 WRAPPER = ("Relevant Skill:\n", "\n---\n", "\n\n")  # before, between and after skills
 PROBE = "skimlm-probe-0f9b"
@@ -58,7 +59,7 @@ def opening(tokenizer: Any, skills: Sequence[Sequence[Piece]], raw: bool = False
     before, _ = shell(tokenizer, raw)
     first = token_ids(tokenizer, before + (WRAPPER[0] if skills else ""))
     if not before:
-        first = torch.cat([torch.tensor(_bos(tokenizer), dtype=torch.long), first])
+        first = torch.cat([torch.tensor(prefix_ids(tokenizer), dtype=torch.long), first])
     pieces = [first]
     for i, skill in enumerate(skills):
         pieces += [token_ids(tokenizer, WRAPPER[1])] if i else []
@@ -136,8 +137,3 @@ def check_fits(model: Any, skills: int, prompt: int, new: int) -> None:
             f" the model reads {most:,}; give fewer or compressed skills, or ask for fewer tokens"
         )
 
-
-def _bos(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text by itself: chat templates have it written in."""
-    ids = tokenizer("", verbose=False).input_ids
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
