@@ -136,4 +136,3 @@ def check_fits(model: Any, skills: int, prompt: int, new: int) -> None:
             f"prompt has {prompt:,} tokens, {skills:,} of them skills, and {new:,} are to come:"
             f" the model reads {most:,}; give fewer or compressed skills, or ask for fewer tokens"
         )
-
