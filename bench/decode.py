@@ -38,7 +38,10 @@ def run(model, repeats, parts):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import skimlm  # noqa: F401
-    from skimlm import checkpoint, decode, linear, native
+    from skimlm import native
+    from skimlm.models.blocks import decoder_linears
+    from skimlm.models.checkpoint import load
+    from skimlm.runtime import decode, linear
 
     if Path(model).is_dir():
         AutoTokenizer.from_pretrained(model)
@@ -46,7 +49,7 @@ def run(model, repeats, parts):
     if Path(model).is_dir():
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     else:
-        loaded, _ = checkpoint.load(model)
+        loaded, _ = load(model)
     for tensor in (*loaded.parameters(), *loaded.buffers()):
         tensor.flatten()[::1024].clone()  # files are mapped: pages not read would not count
     with_weights = rss() - before
@@ -83,7 +86,7 @@ def run(model, repeats, parts):
         facts["parts"] = {k: v / (TOKENS - 1) for k, v in spent.items()}
         facts["parts"]["the rest: Python"] = total / (TOKENS - 1) - sum(facts["parts"].values())
     else:
-        weights = [m.weight for m in checkpoint.linears(loaded).values()]
+        weights = [m.weight for m in decoder_linears(loaded).values()]
         weights.append(loaded.get_output_embeddings().weight)
         xs = {w.shape[1]: torch.randn(1, w.shape[1]).bfloat16() for w in weights}
 
@@ -133,7 +136,7 @@ def main():
     args = parser.parse_args()
     if args.one:
         return run(args.one, args.repeats, args.parts)
-    from skimlm import demo
+    from skimlm.cli import demo
 
     small = child(args.model, args.repeats, parts=True)
     dense = child(args.dense or demo.model_file(), args.repeats)

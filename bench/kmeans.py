@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from provenance import provenance  # noqa: E402
-from skimlm.weights.kmeans import kmeans_rows  # noqa: E402
+from skimlm.quantize.kmeans import kmeans_rows  # noqa: E402
 
 COUNTS = (2, 4, 8, 16)
 

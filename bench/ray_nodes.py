@@ -31,7 +31,7 @@ def run(args, name, **options):
     """One compression into a folder of its own; seconds and phases."""
     import torch
 
-    from skimlm import compress
+    from skimlm.pipeline import compress
 
     torch.set_num_threads(1)
     out, cache = args.scratch / name, args.scratch / f"{name}-cache"

@@ -16,9 +16,10 @@ import torch
 from torch.nn import functional as F
 
 from provenance import provenance
-from skimlm import checkpoint, evaluate
-from skimlm.hooks import forwards_replaced
-from skimlm.linear import CompressedLinear
+from skimlm.evaluate.perplexity import perplexity, wikitext
+from skimlm.models.checkpoint import load
+from skimlm.models.hooks import forwards_replaced
+from skimlm.runtime.linear import CompressedLinear
 
 GROUP = 128
 
@@ -38,12 +39,12 @@ def main():
     parser.add_argument("--text", type=Path, required=True, help="WikiText-2 raw test")
     parser.add_argument("--windows", type=int, default=16)
     args = parser.parse_args()
-    model, tokenizer = checkpoint.load(args.model)
-    text = evaluate.wikitext(args.text)
+    model, tokenizer = load(args.model)
+    text = wikitext(args.text)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
 
     def measure():
-        return evaluate.perplexity(model, tokenizer, text, 2048, args.windows)
+        return perplexity(model, tokenizer, text, 2048, args.windows)
 
     exact = measure()
     with forwards_replaced(layers, lambda _, m: lambda x: type(m).forward(m, rounded(x))):

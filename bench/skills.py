@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 
 from provenance import provenance
-from skimlm import checkpoint, demo
-from skimlm.report import peak_rss_bytes
+from skimlm.cli import demo
+from skimlm.models.checkpoint import load
+from skimlm.progress import peak_rss_bytes
 from skimlm.skills import adaptive, document, evaluate, select, splice, store
 
 SIZES = (32, 64, 128, 256)
@@ -280,7 +281,7 @@ def main():
             raise SystemExit(f"{args.skills}: no file *{name}.md")
         if model is None:
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-            model, tokenizer = checkpoint.load(args.model or demo.model_file())
+            model, tokenizer = load(args.model or demo.model_file())
         rows[name] = (compare if args.methods else measure)(model, tokenizer, file, args)
         lines = (f"{json.dumps(key)}: {json.dumps(rounded(row))}" for key, row in rows.items())
         args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -25,15 +25,21 @@ from pathlib import Path
 import torch
 
 from provenance import provenance
-from skimlm import blockwise, checkpoint, demo, evaluate
-from skimlm.calibrate import read_documents, windows
+from skimlm.cli import demo
+from skimlm.evaluate.perplexity import perplexity, wikitext
+from skimlm.format.pack import Parts, effective, row_bits, shared_bits
 from skimlm.integrations.lm_eval import accuracy, read_task
-from skimlm.recipes import SLIM_RECIPES
-from skimlm.shards import read_json
-from skimlm.weights import lowrank
-from skimlm.weights.mask import Sparsity, wanda
-from skimlm.weights.pack import Parts, effective, row_bits, shared_bits
-from skimlm.weights.slim import Options, fit, fit_paper
+from skimlm.models.blocks import decoder_linears
+from skimlm.models.checkpoint import load, open_checkpoint
+from skimlm.models.write import save
+from skimlm.pipeline import blockwise
+from skimlm.pipeline.calibrate import read_documents, windows
+from skimlm.pipeline.recipes import SLIM_RECIPES
+from skimlm.quantize import lowrank
+from skimlm.quantize.mask import Sparsity, wanda
+from skimlm.quantize.slim import Options, fit, fit_paper
+from skimlm.storage.folder import folder_bytes
+from skimlm.storage.safetensors import read_json
 
 TASKS = ("piqa", "arc_easy", "winogrande", "openbookqa")
 PAPER = Options(bits=4, group=0, quantizer="slim")
@@ -64,17 +70,17 @@ class Bench:
 
     def __init__(self, args):
         self.args = args
-        self.source = checkpoint.open_checkpoint(args.model or demo.model_file())
+        self.source = open_checkpoint(args.model or demo.model_file())
         data = args.data
-        self.text = evaluate.wikitext(data / "wikitext2/test.txt")
+        self.text = wikitext(data / "wikitext2/test.txt")
         self.documents = read_documents(data / "calib/c4_1480docs.jsonl")
         self.tasks = {t: read_task(data / "tasks", t)[: args.task_rows] for t in TASKS}
         self.out = args.out.with_suffix(".json")
         self.rows = json.loads(self.out.read_text()) if self.out.exists() else {}
 
     def load(self):
-        model, tokenizer = checkpoint.load(self.source)
-        return model, tokenizer, checkpoint.linears(model)
+        model, tokenizer = load(self.source)
+        return model, tokenizer, decoder_linears(model)
 
     def missing(self, key):
         """Whether something of a row is yet to be measured."""
@@ -85,7 +91,7 @@ class Bench:
         """Perplexity and accuracy of `model`, what of them is missing."""
         row = self.rows.setdefault(key, {}) | facts
         if "nll" not in row:
-            result = evaluate.perplexity(model, tokenizer, self.text, 2048, self.args.windows)
+            result = perplexity(model, tokenizer, self.text, 2048, self.args.windows)
             row |= {
                 "perplexity": result.perplexity,
                 "stderr": result.perplexity_stderr,
@@ -113,13 +119,13 @@ class Bench:
         if not folder.exists():
             self.compress(folder, method, Sparsity.parse(sparsity))
         model, tokenizer, linears = self.load()
-        stored, _ = checkpoint.load(folder)
-        dense = checkpoint.linears(stored.dequantize(model.dtype))
+        stored, _ = load(folder)
+        dense = decoder_linears(stored.dequantize(model.dtype))
         with torch.no_grad():
             for name, linear in linears.items():
                 linear.weight.copy_(dense[name].weight)
         config = read_json(folder / "config.json")["quantization_config"]
-        facts = {"bits": config["bits"], "bytes": checkpoint.folder_bytes(folder)}
+        facts = {"bits": config["bits"], "bytes": folder_bytes(folder)}
         self.measure(key, model, tokenizer, **facts, made=config["provenance"])
 
     def compress(self, folder, method, sparsity):
@@ -145,7 +151,7 @@ class Bench:
             for q in fits.values()
         ) / sum(q.shape[0] * q.shape[1] for q in fits.values())
         made = {"method": method, "sparsity": str(sparsity), "seconds": seconds}
-        checkpoint.save(folder, model, tokenizer, fits, embed_bits=8, bits=bits, provenance=made)
+        save(folder, model, tokenizer, fits, embed_bits=8, bits=bits, provenance=made)
 
     def unrounded(self, key, method, sparsity):
         """Pruned by Wanda, kept weights as they are, with an adapter or none."""

@@ -18,8 +18,8 @@ import torch
 
 from provenance import provenance
 from skimlm import bench, native
-from skimlm.kernels import linear_packed
-from skimlm.weights.pack import Parts, layout
+from skimlm.format.pack import Parts, layout
+from skimlm.runtime.ops import linear_packed
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008")
 KINDS = {  # bits, parts; rank as a share of the smaller side

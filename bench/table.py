@@ -23,14 +23,18 @@ from pathlib import Path
 import torch
 
 from provenance import provenance
-from skimlm import analysis, budget, checkpoint, demo, evaluate
-from skimlm.calibrate import read_documents, windows
-from skimlm.recipes import RECIPES
-from skimlm.report import Clock, peak_rss_bytes
-from skimlm.resident import quantize
-from skimlm.weights import fit as fitting
-from skimlm.weights.pack import dequantize
-from skimlm.weights.refine import dense
+from skimlm.cli import demo
+from skimlm.evaluate.perplexity import perplexity, wikitext
+from skimlm.format.pack import dequantize
+from skimlm.models.blocks import decoder_linears
+from skimlm.models.checkpoint import load, open_checkpoint
+from skimlm.pipeline import budget, sensitivity
+from skimlm.pipeline.calibrate import read_documents, windows
+from skimlm.pipeline.recipes import RECIPES
+from skimlm.pipeline.resident import quantize
+from skimlm.progress import Clock, peak_rss_bytes
+from skimlm.quantize import fit as fitting
+from skimlm.quantize.refine import dense
 
 BITS = (3.19, 3.0, 2.5, 4.0, 3.5, 2.25, 3.2)
 METHODS = ("RTN", "Fisher k-means", "paper", "fast", "best")
@@ -59,12 +63,12 @@ class Bench:
 
     def __init__(self, args):
         self.args = args
-        self.source = checkpoint.open_checkpoint(args.model or demo.model_file())
-        self.model, self.tokenizer = checkpoint.load(self.source)
-        self.linears = checkpoint.linears(self.model)
+        self.source = open_checkpoint(args.model or demo.model_file())
+        self.model, self.tokenizer = load(self.source)
+        self.linears = decoder_linears(self.model)
         self.weights = sum(m.weight.numel() for m in self.linears.values())
         self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        self.text = evaluate.wikitext(args.data / "wikitext2/test.txt")
+        self.text = wikitext(args.data / "wikitext2/test.txt")
         self.documents = read_documents(args.data / "calib/c4_1480docs.jsonl")
         self.out = args.out.with_suffix(".json")
         self.cells = json.loads(self.out.read_text()) if self.out.exists() else {}
@@ -75,7 +79,7 @@ class Bench:
         with torch.no_grad():
             for name, weight in weights.items():
                 self.linears[name].weight.copy_(weight)
-            result = evaluate.perplexity(
+            result = perplexity(
                 self.model, self.tokenizer, self.text, 2048, None if full else self.args.windows
             )
             for name, p in self.model.named_parameters():
@@ -92,10 +96,12 @@ class Bench:
         """(recipe, token windows, analysis, facts to note)."""
         plan = RECIPES[recipe]
         ids = windows(self.documents, self.tokenizer, plan.samples, plan.seq_len, 0)
-        key = analysis.key(self.source.path, ids, plan, sorted(self.linears))
-        cache = analysis.folder(self.args.cache_dir)
+        key = sensitivity.key(self.source.path, ids, plan, sorted(self.linears))
+        cache = sensitivity.folder(self.args.cache_dir)
         start = time.perf_counter()
-        known, kept = analysis.get(cache, key, self.model, self.linears, ids, plan, lambda *_: None)
+        known, kept = sensitivity.get(
+            cache, key, self.model, self.linears, ids, plan, lambda *_: None
+        )
         note = "kept" if kept else f"computed in {time.perf_counter() - start:.0f} s"
         print(recipe, "analysis", note, flush=True)
         return plan, ids, known, note
@@ -178,7 +184,7 @@ def main():
             run(method, targets)
 
 
-def perplexity(nll):
+def exp_mean(nll):
     return math.exp(statistics.fmean(nll))
 
 
@@ -186,7 +192,7 @@ def with_error(cell, dense, windows):
     """Perplexity on the first windows, and its standard error paired with full precision."""
     nll, full = cell["nll"][:windows], dense["nll"][:windows]
     delta = [a - b for a, b in zip(nll, full, strict=True)]
-    value = perplexity(nll)
+    value = exp_mean(nll)
     return f"{value:.2f} ± {value * statistics.stdev(delta) / math.sqrt(len(delta)):.2f}"
 
 
@@ -207,19 +213,19 @@ def markdown(cells, windows):
             lines.append(f"| {method} | " + " | ".join(row) + " |")
     for count in sorted({windows, len(cells["dense"]["nll"])}):
         full = cells["dense"]["nll"][:count]
-        spread = perplexity(full) * statistics.stdev(full) / math.sqrt(len(full))
+        spread = exp_mean(full) * statistics.stdev(full) / math.sqrt(len(full))
         lines += [
             "",
-            f"First {count} windows: full precision {perplexity(full):.2f} ± {spread:.2f}",
+            f"First {count} windows: full precision {exp_mean(full):.2f} ± {spread:.2f}",
         ]
         have = {m: cells.get(f"{m} 3.19") for m in METHODS}
         have = {m: c for m, c in have.items() if c and len(c["nll"]) >= count}
         if "Fisher k-means" not in have:
             continue
-        worst = perplexity(have["Fisher k-means"]["nll"][:count])
+        worst = exp_mean(have["Fisher k-means"]["nll"][:count])
         for method in have:
-            value = perplexity(have[method]["nll"][:count])
-            closed = (worst - value) / (worst - perplexity(full))
+            value = exp_mean(have[method]["nll"][:count])
+            closed = (worst - value) / (worst - exp_mean(full))
             lines.append(
                 f"- {method} at {have[method]['bits']:.4f} bits: "
                 f"{with_error(have[method], cells['dense'], count)}, closes {closed:.1%} of the gap"

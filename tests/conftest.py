@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from skimlm import native
-from skimlm.checkpoint import linears
-from skimlm.weights.pack import QuantizedWeight
+from skimlm.format.pack import QuantizedWeight
+from skimlm.models.blocks import decoder_linears
 
 VOCAB = 259  # 256 bytes, <pad>, <s>, </s>
 SIZE = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -123,7 +123,7 @@ def quantized_linears(model, in_scale: bool = False, **kwargs) -> dict[str, Quan
     """A random compressed weight for every linear in the blocks of a model."""
     return {
         name: random_quantized(*module.weight.shape, seed=i, in_scale=in_scale, **kwargs)
-        for i, (name, module) in enumerate(linears(model).items())
+        for i, (name, module) in enumerate(decoder_linears(model).items())
     }
 
 

@@ -18,9 +18,9 @@ import torch
 
 from conftest import random_quantized
 from skimlm import native
-from skimlm.kernels import dequantize_packed, linear_packed, table_packed
-from skimlm.linear import quantize_table
-from skimlm.weights.pack import Parts, pack
+from skimlm.format.pack import Parts, pack
+from skimlm.runtime.linear import quantize_table
+from skimlm.runtime.ops import dequantize_packed, linear_packed, table_packed
 from test_pack import with_parts
 
 NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")

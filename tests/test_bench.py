@@ -6,8 +6,8 @@ import pytest
 from click.testing import CliRunner
 
 from skimlm import bench
-from skimlm.cli import main
-from skimlm.weights.pack import check_stored
+from skimlm.cli.main import main
+from skimlm.format.pack import check_stored
 
 NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
 SMALL = dict(shapes=((64, 96), (30, 65)), widths=(None, 3, 7), batches=(1, 40))

@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import quantized_linears, tiny_model
-from skimlm import checkpoint, cli
+from skimlm.cli import main
 from skimlm.errors import SkimError
+from skimlm.evaluate.report import inspect
 from skimlm.export import export
-from skimlm.linear import CompressedLinear
-from skimlm.report import inspect
-from skimlm.weights.pack import Parts
+from skimlm.format.pack import Parts
+from skimlm.models.checkpoint import open_compressed
+from skimlm.models.write import rewrite, save
+from skimlm.runtime.linear import CompressedLinear
+from skimlm.storage.folder import folder_bytes
 from test_pack import with_parts
 
 IDS = torch.arange(40).view(2, 20)
@@ -38,7 +41,7 @@ def compress(out, tokenizer, family="llama", kinds=KINDS, **changes):
     ):
         kept = q.shape[1] // kind["kept"] if "kept" in kind else 0
         quantized[name] = with_parts(q, Parts(**(kind | {"kept": kept}))) if kind else q
-    checkpoint.save(out, model, tokenizer, quantized, embed_bits=8, bits=5, max_shard_size="50KB")
+    save(out, model, tokenizer, quantized, embed_bits=8, bits=5, max_shard_size="50KB")
     return out
 
 
@@ -78,7 +81,7 @@ def test_a_dense_export_is_the_compressed_model(tmp_path, tokenizer, family, tie
     got, want = logits(dense), logits(compressed)
     most = 1e-5 if dtype == torch.float32 else 4e-2
     assert float((got - want).norm() / want.norm()) < most
-    assert report.bytes == checkpoint.folder_bytes(tmp_path / "out")
+    assert report.bytes == folder_bytes(tmp_path / "out")
     assert report.dtype == str(dtype).removeprefix("torch.")
 
 
@@ -169,10 +172,10 @@ def test_a_base_of_nothing_but_codes_has_the_first_format_version(tmp_path, toke
 
 
 def test_a_folder_that_one_file_is_left_of_needs_no_index(tmp_path, folder):
-    source = checkpoint.open_compressed(folder)
+    source = open_compressed(folder)
     first, *others = sorted(set(source.files.values()))
     left_out = {name: None for name, file in source.files.items() if file != first}
-    checkpoint.rewrite(source, tmp_path, left_out, {})
+    rewrite(source, tmp_path, left_out, {})
     assert others and [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
     assert load_file(tmp_path / "model.safetensors").keys() == source.files.keys() - left_out.keys()
 
@@ -209,9 +212,9 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path, folder, llama_folder, t
 @pytest.mark.parametrize("options", [["--dtype", "float32"], ["--to", "peft", "--dense-base"]])
 def test_the_command_prints_the_report(tmp_path, folder, options):
     args = ["export", folder, tmp_path / "out", *options, "--json"]
-    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
+    result = CliRunner().invoke(main.main, [str(arg) for arg in args])
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
-    assert facts["bytes"] == checkpoint.folder_bytes(tmp_path / "out")
+    assert facts["bytes"] == folder_bytes(tmp_path / "out")
     assert facts["to"] == ("peft" if "peft" in options else "dense")
     assert facts["dtype"] == ("float32" if "float32" in options else "bfloat16")

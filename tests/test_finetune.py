@@ -11,13 +11,29 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from conftest import quantized_linears, tiny_model
-from skimlm import checkpoint, cli, finetune, optimize
-from skimlm.calibrate import read_documents, windows
+from skimlm import finetune
+from skimlm.cli import main
 from skimlm.errors import SkimError
-from skimlm.linear import CompressedLinear
-from skimlm.weights import slim
-from skimlm.weights.mask import Sparsity
-from skimlm.weights.pack import effective
+from skimlm.format.pack import effective
+from skimlm.models.blocks import decoder_linears
+from skimlm.models.checkpoint import load
+from skimlm.models.write import save
+from skimlm.pipeline.calibrate import read_documents, windows
+from skimlm.quantize import slim
+from skimlm.quantize.mask import Sparsity
+from skimlm.runtime.linear import CompressedLinear
+from skimlm.storage.folder import folder_bytes
+from skimlm.train import loop
+from skimlm.train.adapters import (
+    CHECKS,
+    HELD_OUT,
+    _placed,
+    _Rounded,
+    adapted,
+    cross_entropy,
+    stored_adapter,
+    train,
+)
 
 KINDS = [  # of linears, in turn
     slim.Options(4, Sparsity(2, 4), 0.2, 4, group=16),
@@ -30,7 +46,7 @@ RUN = dict(tokens=1000, seq_len=32, batch=4, lr=0.1)
 
 def decompose(model):
     """Sparse, grid and adapted linears of a model, one kind after the other."""
-    layers = checkpoint.linears(model)
+    layers = decoder_linears(model)
     return {
         name: slim.fit(layer.weight.detach().float(), torch.eye(layer.in_features), options)
         for (name, layer), options in zip(layers.items(), itertools.cycle(KINDS), strict=False)
@@ -41,7 +57,7 @@ def decompose(model):
 def folder(tmp_path_factory, tokenizer):
     out = tmp_path_factory.mktemp("finetune") / "small"
     model = tiny_model(dtype=torch.bfloat16)
-    checkpoint.save(out, model, tokenizer, decompose(model), embed_bits=8, bits=4)
+    save(out, model, tokenizer, decompose(model), embed_bits=8, bits=4)
     return out
 
 
@@ -96,10 +112,10 @@ def test_the_loss_falls_on_windows_it_does_not_see_and_is_that_of_the_folder(
     report = run()
     assert report.improved and report.held_out_after < 0.8 * report.held_out_before
     assert report.held_out_after == min(report.held_out)
-    assert len(report.held_out) == 1 + finetune.CHECKS
-    before, tokenizer = checkpoint.load(folder)
-    after, _ = checkpoint.load(tmp_path / "out")
-    ids = windows(read_documents(text), tokenizer, 31 + finetune.HELD_OUT, 32, 0)
+    assert len(report.held_out) == 1 + CHECKS
+    before, tokenizer = load(folder)
+    after, _ = load(tmp_path / "out")
+    ids = windows(read_documents(text), tokenizer, 31 + HELD_OUT, 32, 0)
     unseen = ids[: len(ids) // 8]
     assert report.held_out_tokens == unseen.numel()
     assert mean_loss(before, unseen) == pytest.approx(report.held_out_before, rel=2e-3)
@@ -108,10 +124,10 @@ def test_the_loss_falls_on_windows_it_does_not_see_and_is_that_of_the_folder(
 
 @pytest.mark.parametrize("made_up", [None, [9, 8, 5, 6, 4, 7]], ids=["measured", "made up"])
 def test_what_is_stored_is_what_was_evaluated_best(folder, text, monkeypatch, made_up):
-    model, tokenizer = checkpoint.load(folder, torch.float32)
-    layers = finetune.adapted(model)
+    model, tokenizer = load(folder, torch.float32)
+    layers = adapted(model)
     ids = windows(read_documents(text), tokenizer, 12, 32, 0)
-    placed, seen = finetune._placed, []  # at every measurement of the held-out loss
+    placed, seen = _placed, []  # at every measurement of the held-out loss
 
     def recording(layers_, values):
         if not any(v.requires_grad for v in values.values()):
@@ -122,8 +138,8 @@ def test_what_is_stored_is_what_was_evaluated_best(folder, text, monkeypatch, ma
     if made_up:
         rest = list(made_up)
         monkeypatch.setattr(finetune, "_loss_sum", lambda *_: rest.pop(0))
-    adapters, losses = finetune.train(
-        model, layers, ids[4:], ids[:4], [[0, 1, 2, 3]] * 5, finetune.cross_entropy(model), 0.1
+    adapters, losses = train(
+        model, layers, ids[4:], ids[:4], [[0, 1, 2, 3]] * 5, cross_entropy(model), 0.1
     )
     best = losses.index(min(losses))
     assert len(seen) == len(losses) == 6 and best == (4 if made_up else 5)
@@ -142,13 +158,13 @@ def test_gradients_are_those_of_a_layer_of_the_stored_numbers(kind):
     w = torch.randn(40, 160, generator=g) / 12
     q = slim.fit(w, torch.eye(160), KINDS[kind])
     layer = CompressedLinear.from_quantized(q, torch.randn(40, generator=g))
-    adapter = finetune.stored_adapter(layer)
+    adapter = stored_adapter(layer)
     x = torch.randn(2, 5, 160, generator=g, requires_grad=True)
     probe = torch.randn(2, 5, 40, generator=g)
     moved = [v + 0.1 * v.std() * torch.randn(v.shape, generator=g) for v in adapter.values()]
     leaves = [v.clone().requires_grad_() for v in moved]
     scales = adapter.a_scale, adapter.b_scale
-    values = [finetune._Rounded.apply(v, s) for v, s in zip(leaves, scales, strict=True)]
+    values = [_Rounded.apply(v, s) for v, s in zip(leaves, scales, strict=True)]
     layer.adapter = values[0], values[1]
     out = layer(x)
     out.backward(probe)
@@ -213,7 +229,7 @@ def test_windows_are_read_equally_often():
 
 def test_the_folder_is_the_same_at_every_run_and_after_an_interruption(run, tmp_path, monkeypatch):
     first = run("first")
-    write, count = optimize.write_state, []
+    write, count = loop.write_state, []
 
     def interrupted(path, state):
         write(path, state)
@@ -221,7 +237,7 @@ def test_the_folder_is_the_same_at_every_run_and_after_an_interruption(run, tmp_
         if len(count) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(optimize, "write_state", interrupted)
+    monkeypatch.setattr(loop, "write_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("second")
     assert not (tmp_path / "second").exists()
@@ -241,16 +257,16 @@ def test_the_folder_is_the_same_at_every_run_and_after_an_interruption(run, tmp_
 
 @pytest.mark.parametrize("damage", ["cut", "other tensors"])
 def test_a_damaged_state_is_named(run, tmp_path, monkeypatch, damage):
-    write = optimize.write_state
+    write = loop.write_state
 
     def interrupted(path, state):
         write(path, state)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(optimize, "write_state", interrupted)
+    monkeypatch.setattr(loop, "write_state", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run()
-    monkeypatch.setattr(optimize, "write_state", write)
+    monkeypatch.setattr(loop, "write_state", write)
     (state,) = (tmp_path / "cache").glob("*.state")
     if damage == "cut":
         state.write_bytes(state.read_bytes()[:-100])
@@ -284,8 +300,8 @@ def test_another_training_has_another_state(run, text, change, monkeypatch):
 @pytest.fixture
 def uphill(monkeypatch):
     """Every step goes the wrong way."""
-    adam = optimize.adam
-    monkeypatch.setattr(optimize, "adam", lambda s, name, grad, rate: adam(s, name, -grad, rate))
+    adam = loop.adam
+    monkeypatch.setattr(loop, "adam", lambda s, name, grad, rate: adam(s, name, -grad, rate))
 
 
 def test_the_adapters_stay_where_training_makes_them_worse(run, folder, tmp_path, uphill):
@@ -299,9 +315,9 @@ def test_the_adapters_stay_where_training_makes_them_worse(run, folder, tmp_path
 def test_a_teacher_is_approached(run, tmp_path, llama_folder, folder, text):
     report = run(teacher=llama_folder, lr=0.02)
     assert report.loss == "KL" and report.improved
-    model, tokenizer = checkpoint.load(tmp_path / "out")
-    before, teacher = checkpoint.load(folder)[0], checkpoint.load(llama_folder)[0]
-    ids = windows(read_documents(text), tokenizer, 31 + finetune.HELD_OUT, 32, 0)
+    model, tokenizer = load(tmp_path / "out")
+    before, teacher = load(folder)[0], load(llama_folder)[0]
+    ids = windows(read_documents(text), tokenizer, 31 + HELD_OUT, 32, 0)
 
     def divergence(student):
         unseen = ids[: len(ids) // 8]
@@ -327,8 +343,8 @@ def test_a_teacher_that_reads_other_tokens_is_refused(run, llama_folder, tmp_pat
 def test_what_a_user_can_get_wrong_is_one_line(run, folder, llama_folder, tmp_path, text):
     plain = tmp_path / "plain"
     model = tiny_model(dtype=torch.bfloat16)
-    _, tokenizer = checkpoint.load(folder)
-    checkpoint.save(plain, model, tokenizer, quantized_linears(model), embed_bits=8, bits=4.5)
+    _, tokenizer = load(folder)
+    save(plain, model, tokenizer, quantized_linears(model), embed_bits=8, bits=4.5)
     short = tmp_path / "short.txt"
     short.write_text("Hello.")
     (tmp_path / "there").mkdir()
@@ -356,18 +372,18 @@ def test_what_a_user_can_get_wrong_is_one_line(run, folder, llama_folder, tmp_pa
 def test_the_command_prints_the_report(folder, tmp_path, text):
     options = "--tokens 300 --seq-len 32 --batch 2 --lr 0.05 --json --cache-dir".split()
     args = ["finetune", folder, tmp_path / "out", "--text", text, *options, tmp_path / "cache"]
-    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
+    result = CliRunner().invoke(main.main, [str(arg) for arg in args])
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert facts["tokens"] == 288 and facts["windows"] == 9
-    assert facts["bytes"] == checkpoint.folder_bytes(tmp_path / "out")
+    assert facts["bytes"] == folder_bytes(tmp_path / "out")
     assert facts["peak_rss_bytes"] > 0 and list(facts["seconds"]) == ["load", "train", "write"]
 
 
 def test_the_command_says_when_nothing_was_gained(folder, tmp_path, text, uphill):
     options = "--tokens 300 --seq-len 32 --lr 0.1 --cache-dir".split()
     args = ["finetune", folder, tmp_path / "out", "--text", text, *options, tmp_path / "cache"]
-    result = CliRunner().invoke(cli.main, [str(arg) for arg in args])
+    result = CliRunner().invoke(main.main, [str(arg) for arg in args])
     assert result.exit_code == 0, result.output
     assert "tokens             288\n" in result.stdout
     assert "the adapters are stored unchanged" in result.stderr

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from conftest import quantized_linears, tiny_model
-from skimlm import checkpoint, cli
+from skimlm.cli import main
+from skimlm.models.write import save
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,19 +35,19 @@ def small(tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
     model = tiny_model(dtype=torch.bfloat16)
     quantized = quantized_linears(model)
-    checkpoint.save("small", model, tokenizer, quantized, embed_bits=8, bits=4.5)
+    save("small", model, tokenizer, quantized, embed_bits=8, bits=4.5)
     return tmp_path
 
 
 def find(words: list[str]) -> tuple[click.Command, list[str]]:
     """The command that `skimlm WORDS` runs, and its arguments."""
-    command, args = cli.main, words
+    command, args = main.main, words
     while isinstance(command, click.Group):
         command, args = command.commands[args[0]], args[1:]
     return command, args
 
 
-def every_command(group: click.Group = cli.main) -> list[click.Command]:
+def every_command(group: click.Group = main.main) -> list[click.Command]:
     """All commands, those of groups too."""
     found = []
     for command in group.commands.values():

@@ -1,3 +1,3 @@
-from skimlm.cli import main
+from skimlm.cli.main import main
 
 main(prog_name="skimlm")

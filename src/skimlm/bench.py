@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from skimlm import native
-from skimlm.kernels import linear_packed
-from skimlm.weights.pack import histogram, layout
+from skimlm.format.pack import histogram, layout
+from skimlm.runtime.ops import linear_packed
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (576, 1536))
 # the widths of rows in a model of 3.2 bits all-in, as allocation gives them
@@ -158,7 +158,7 @@ def _copies(nbytes: int, footprint: int) -> int:
 
 def text(facts: dict[str, Any]) -> str:
     """Lay out what `run` returns."""
-    from skimlm.report import table
+    from skimlm.evaluate.report import table
 
     def cells(row: dict[str, Any]) -> Iterable[str]:
         yield f"{row['rows']}x{row['cols']}"

@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skimlm import checkpoint, shards
 from skimlm.errors import SkimError
-from skimlm.finetune import adapted
+from skimlm.format.pack import PLAIN
 from skimlm.integrations.transformers import aliases
-from skimlm.linear import CompressedLinear
-from skimlm.weights.pack import PLAIN
+from skimlm.models.checkpoint import Checkpoint, load, open_compressed
+from skimlm.models.write import rewrite
+from skimlm.runtime.linear import CompressedLinear
+from skimlm.storage.folder import check_out, folder_bytes, whole_folder
+from skimlm.storage.safetensors import read_json, write_shards
+from skimlm.train.adapters import adapted
 
 TARGETS = ("dense", "peft")
 ADAPTER = "adapter/adapter_config.json"  # by which a folder made here is known
@@ -62,17 +65,17 @@ def export(
     out = Path(out)
     if Path(path).exists() and Path(path).resolve() == out.resolve():
         raise SkimError(f"{out}: is the model itself; name another folder")
-    checkpoint.check_out(out, force, "config.json" if to == "dense" else ADAPTER)
-    opened = checkpoint.open_compressed(path)
+    check_out(out, force, "config.json" if to == "dense" else ADAPTER)
+    opened = open_compressed(path)
     dense = to == "dense" or dense_base
     if dtype is not None and not dense:
         raise SkimError("a dtype is for an ordinary folder: add --dense-base or export to dense")
     dtype = dtype or _dtype(opened.config.dtype)
-    model, tokenizer = checkpoint.load(opened, dtype)
+    model, tokenizer = load(opened, dtype)
     layers = adapted(model)
     if to == "peft" and not layers:
         raise SkimError(f"{path}: has no adapters to export; compress with --rank 0.1")
-    with shards.whole_folder(out) as folder:
+    with whole_folder(out) as folder:
         base = folder
         if to == "peft":
             base = folder / "base"
@@ -87,7 +90,7 @@ def export(
         to=to,
         dtype=str(dtype).removeprefix("torch.") if dense else None,
         adapters=len(layers) if to == "peft" else 0,
-        bytes=checkpoint.folder_bytes(out),
+        bytes=folder_bytes(out),
     )
 
 
@@ -108,9 +111,9 @@ def _write_dense(
         tokenizer.save_pretrained(folder)
 
 
-def _write_without_adapters(folder: Path, opened: checkpoint.Checkpoint, model: Any) -> None:
+def _write_without_adapters(folder: Path, opened: Checkpoint, model: Any) -> None:
     """The compressed folder as it is, its adapters left out."""
-    config = shards.read_json(opened.path / "config.json")
+    config = read_json(opened.path / "config.json")
     quantization = config["quantization_config"]
     for entry in quantization["linears"].values():
         entry.pop("rank", None), entry.pop("adapter_bits", None)
@@ -125,7 +128,7 @@ def _write_without_adapters(folder: Path, opened: checkpoint.Checkpoint, model: 
         for alias in aliases(model, name)
         for part in ("lora_a", "lora_b", "lora_a_scale", "lora_b_scale")
     }
-    checkpoint.rewrite(opened, folder, left_out, config)
+    rewrite(opened, folder, left_out, config)
 
 
 def _adapter_bytes(layer: CompressedLinear) -> int:
@@ -161,4 +164,4 @@ def _write_adapter(folder: Path, layers: dict[str, CompressedLinear]) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.float().T
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    shards.write(folder, {"adapter_model.safetensors": tensors})
+    write_shards(folder, {"adapter_model.safetensors": tensors})

@@ -19,19 +19,27 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from skimlm.checkpoint import FORMAT_VERSION, METHOD, embeddings, multiplier_of
-from skimlm.decode import fuse
 from skimlm.errors import FormatError
-from skimlm.linear import CompressedEmbedding, CompressedHead, CompressedLinear
-from skimlm.shards import DTYPES, read_header
-from skimlm.weights.pack import MAX_WIDTH, PLAIN, Parts, check_stored, histogram
+from skimlm.format.pack import (
+    FORMAT_VERSION,
+    MAX_WIDTH,
+    METHOD,
+    PLAIN,
+    Parts,
+    check_stored,
+    histogram,
+)
+from skimlm.models.blocks import embeddings, multiplier_of
+from skimlm.runtime.decode import fuse
+from skimlm.runtime.linear import CompressedEmbedding, CompressedHead, CompressedLinear
+from skimlm.storage.safetensors import DTYPES, read_header
 
 CONFIG = "config.json"
 
 
 @register_quantization_config(METHOD)
 class SkimlmConfig(QuantizationConfigMixin):
-    """What config.json says about a compressed model; written by `skimlm.checkpoint.save`."""
+    """What config.json says about a compressed model; written by `skimlm.models.write.save`."""
 
     def __init__(
         self,

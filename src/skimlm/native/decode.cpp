@@ -1,4 +1,4 @@
-// One token through all decoder blocks of a model of the llama family (decode.py), in one call: on a
+// One token through all decoder blocks of a model of the llama family (runtime/decode.py), in one call: on a
 // small model the way from one product to the next takes longer than the products.
 //
 //   norm -> q, k, v -> (norm of heads) -> rotation -> cache -> attention -> o -> + x

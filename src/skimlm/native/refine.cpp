@@ -1,5 +1,5 @@
 // Refinement of codes, masks and codebooks under a full matrix H; the objective of row i is
-// (w_hat - w) H (w_hat - w). No step raises it. Readable versions: weights/refine.py.
+// (w_hat - w) H (w_hat - w). No step raises it. Readable versions: quantize/refine.py.
 //
 // H does not fit in the caches where models are large, and every row of a weight needs all of it. So
 // many rows go through a tile of H while it is there: columns are taken 64 at a time, changes within

@@ -1,4 +1,4 @@
-// out = x T^T for a table of 8 or 4 bits with a scale per row (linear.py, FORMAT.md), few tokens.
+// out = x T^T for a table of 8 or 4 bits with a scale per row (runtime/linear.py, FORMAT.md), few tokens.
 //
 // Like the packed linears (product.h): x as 24-bit integers, so sums are exact. At 4 bits even columns
 // are the low nibbles and odd ones the high: x in two halves, one after the other.

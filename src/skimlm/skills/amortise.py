@@ -26,16 +26,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from skimlm import shards
-from skimlm.errors import SkimError
-from skimlm.hooks import frozen
-from skimlm.optimize import descend
+from skimlm.errors import SkimError, first_line
+from skimlm.models.hooks import frozen
 from skimlm.skills import compressor as compressing
 from skimlm.skills import distill, document, rollout
 from skimlm.skills.compressor import Compressor
 from skimlm.skills.distill import Study, divergences, study
 from skimlm.skills.document import Document
 from skimlm.skills.splice import closing, opening, token_ids
+from skimlm.storage.safetensors import write_file
+from skimlm.train.loop import descend
 
 LONGEST, SHORTEST = 1024, 48  # tokens of a lesson
 PIECE = 48  # tokens of a text to be repeated
@@ -281,12 +281,12 @@ def _kept(file: Path, model: Any, tokenizer: Any, text: Document, settings: Sett
             ):
                 names = (f"{part}.{i:04}.{what}" for what in ("question", "answer", "teacher"))
                 tensors |= {n: t.clone().contiguous() for n, t in zip(names, row, strict=True)}
-        shards.write_file(file, tensors, {})
+        write_file(file, tensors, {})
     try:
         with safe_open(file, framework="pt") as stream:
             read = {name: stream.get_tensor(name) for name in stream.keys()}
     except Exception as error:
-        raise SkimError(f"{file}: damaged ({shards.first_line(error)}); delete it") from error
+        raise SkimError(f"{file}: damaged ({first_line(error)}); delete it") from error
 
     def rows(part: str) -> Study:
         count = sum(name.startswith(part) and name.endswith("answer") for name in read)

@@ -36,15 +36,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from skimlm import shards
-from skimlm.decode import CACHE
-from skimlm.errors import FormatError, SkimError
-from skimlm.hooks import forwards_replaced
+from skimlm.errors import FormatError, SkimError, first_line
+from skimlm.models.hooks import forwards_replaced
+from skimlm.runtime.decode import CACHE
 from skimlm.skills import select
 from skimlm.skills.document import Document
 from skimlm.skills.rollout import read as read_pieces
 from skimlm.skills.splice import opening
 from skimlm.skills.store import HASHES, fingerprints, stale
+from skimlm.storage.safetensors import write_file
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 KEY, FORMAT_VERSION = "skim_compressor", 1
@@ -186,7 +186,7 @@ def write(path: str | os.PathLike[str], compressor: Compressor) -> None:
         "facts": dict(compressor.facts),
     }
     tensors = {name: t.bfloat16().contiguous() for name, t in compressor.values.items()}
-    shards.write_file(Path(path), tensors, {KEY: json.dumps(facts)})
+    write_file(Path(path), tensors, {KEY: json.dumps(facts)})
 
 
 def read(path: str | os.PathLike[str]) -> Compressor:
@@ -198,7 +198,7 @@ def read(path: str | os.PathLike[str]) -> Compressor:
             names = list(file.keys())
             values = {name: file.get_tensor(name) for name in names} if text else {}
     except (SafetensorError, OSError) as error:
-        raise FormatError(f"no readable file: {shards.first_line(error)}", file=path) from None
+        raise FormatError(f"no readable file: {first_line(error)}", file=path) from None
     if not text:
         raise FormatError("is not a compressor of skimlm skill train", file=path)
     try:

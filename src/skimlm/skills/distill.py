@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skimlm.hooks import frozen
+from skimlm.models.hooks import frozen
 from skimlm.skills import rollout
 from skimlm.skills.document import Document
 from skimlm.skills.questions import questions

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
-from skimlm.report import table
+from skimlm.evaluate.report import table
 from skimlm.skills import rollout, select, store
 from skimlm.skills.adaptive import ROOM, rows_of
 from skimlm.skills.distill import Study, study

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from skimlm.decode import CACHE
-from skimlm.head import head_logits
+from skimlm.models.head import head_logits
+from skimlm.runtime.decode import CACHE
 from skimlm.skills import attention
 from skimlm.skills.attention import SharedCache, causal_mask, shared
 from skimlm.skills.splice import Piece, embed

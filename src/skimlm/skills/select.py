@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skimlm.evaluate import token_nll
+from skimlm.evaluate.perplexity import token_nll
 from skimlm.skills.document import Document, Section, sections, spans
 
 METHODS = ("head", "leads", "selfinfo", "sections")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
-from skimlm.tokenizer import prefix_ids
+from skimlm.models.tokenizer import prefix_ids
 
 WRAPPER = ("Relevant Skill:\n", "\n---\n", "\n\n")  # before, between and after skills
 PROBE = "skimlm-probe-0f9b"

@@ -24,10 +24,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from skimlm import shards
-from skimlm.errors import FormatError, SkimError
+from skimlm.errors import FormatError, SkimError, first_line
 from skimlm.skills.document import MAX_BYTES, Document, parse
 from skimlm.skills.splice import WRAPPER, Piece, Pin, pieces_of, reach, token_ids, wrapper_tokens
+from skimlm.storage.folder import _umask
+from skimlm.storage.safetensors import finite, read_header, write_file
 
 FORMAT_VERSION = 1
 KEY = "skim"  # of the metadata of the file
@@ -144,22 +145,22 @@ def write(path: str | os.PathLike[str], skill: Skill) -> None:
         "evidence": dict(skill.evidence),
     }
     meta = {KEY: json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
-    shards.write_file(Path(path), {"soft": soft, "text": text}, meta)
-    Path(path).chmod(0o666 & ~shards._umask())  # a temporary file is private
+    write_file(Path(path), {"soft": soft, "text": text}, meta)
+    Path(path).chmod(0o666 & ~_umask())  # a temporary file is private
 
 
 def read(path: str | os.PathLike[str]) -> Skill:
     """Read a .skim and check all of it; FormatError names the file and what is wrong."""
     path = Path(path)
-    entries = shards.read_header(path)
+    entries = read_header(path)
     _check_entries(path, entries)
     try:
         with safe_open(path, framework="pt") as stream:
             facts = _facts(path, (stream.metadata() or {}).get(KEY))
             soft, raw = stream.get_tensor("soft"), stream.get_tensor("text")
     except SafetensorError as error:
-        raise FormatError(shards.first_line(error), file=path) from error
-    if not shards.finite(soft):
+        raise FormatError(first_line(error), file=path) from error
+    if not finite(soft):
         raise FormatError("holds NaN or Inf: compress the skill again", file=path, tensor="soft")
     if soft_sha256(soft) != facts["soft_sha256"]:
         raise FormatError("has been changed: compress the skill again", file=path, tensor="soft")
@@ -349,7 +350,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def inspect_text(facts: Mapping[str, Any]) -> str:
     """Lay out what `inspect` returns."""
-    from skimlm.report import facts_text, table
+    from skimlm.evaluate.report import facts_text, table
 
     flat = {k: v for k, v in facts.items() if k not in ("rungs", "evidence", "made_for", "norms")}
     if flat["k"] is None:

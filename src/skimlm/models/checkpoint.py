@@ -1,0 +1,213 @@
+"""Models in: a Hugging Face folder, a hub id or a GGUF file, compressed or not.
+
+    open_checkpoint(source) -> Checkpoint      all that can be wrong with a file, before any work
+    load(source)            -> model, tokenizer
+
+A checkpoint is hostile until read: headers are checked first, no pickle is opened, and no code that
+comes with a model is run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from skimlm.errors import FormatError, SkimError, first_line, naming, one_line
+from skimlm.format.pack import METHOD
+from skimlm.models.blocks import decoder_linears
+from skimlm.models.gguf import check_model_finite, gguf_options, read_gguf_config
+from skimlm.storage.safetensors import (
+    check_finite,
+    read_json,
+    tensor_files,
+)
+
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened and checked source; `files` maps each tensor to its file (empty for GGUF)."""
+
+    path: Path
+    config: Any
+    files: dict[str, Path] = field(repr=False)
+    compressed: bool = False
+
+    @property
+    def gguf(self) -> bool:
+        """Whether the source is a GGUF file rather than a folder."""
+        return self.path.is_file()
+
+
+# ---- reading
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Checkpoint:
+    """Check a model: files whole, numbers finite, architecture known, something to compress."""
+    path = _resolve(source, revision, cache_dir)
+    if path.is_file():
+        config = read_gguf_config(path)
+        with naming(path):
+            decoder_linears(skeleton(path, config))
+        return Checkpoint(path, config, {})
+    config, compressed = _read_config(path)
+    files = tensor_files(path)
+    if not compressed:
+        _check_shapes(path, config, files)
+    check_finite(files)
+    return Checkpoint(path, config, {name: file for name, (file, _) in files.items()}, compressed)
+
+
+def open_compressed(source: str | os.PathLike[str]) -> Checkpoint:
+    """Check a compressed folder; SkimError for any other model."""
+    opened = open_checkpoint(source)
+    if not opened.compressed:
+        raise SkimError(f"{source}: not a compressed folder: make one with `skimlm compress`")
+    return opened
+
+
+def load(
+    source: str | os.PathLike[str] | Checkpoint,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[Any, Any]:
+    """Load a model, compressed or not, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not isinstance(source, Checkpoint):
+        source = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    path, options = source.path, {}
+    if source.gguf:
+        path, options = source.path.parent, gguf_options(source.path)
+    with one_line(source.path, "cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, **{k: v for k, v in options.items() if k == "gguf_file"}
+        )
+    with one_line(source.path, "cannot be loaded"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=source.config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, with the tensor's name
+            output_loading_info=True,
+            **options,
+        )
+    model, info = loaded
+    _check_loading(source, info)
+    if source.gguf:
+        check_model_finite(source.path, model)
+    return model.eval(), tokenizer
+
+
+def _resolve(
+    source: str | os.PathLike[str], revision: str | None, cache_dir: str | Path | None
+) -> Path:
+    """A local folder or .gguf file as it is; what is shaped like a hub id through the cache."""
+    path, name = Path(source), os.fspath(source)
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.is_file():
+        raise SkimError(f"{name}: not a model folder and not a .gguf file")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith((".gguf", "/")):
+        raise SkimError(f"{name}: no such file or folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES
+            )
+        )
+    except Exception as error:  # the hub client raises a dozen unrelated classes
+        raise SkimError(f"{name}: no such folder, and the hub says: {first_line(error)}") from error
+
+
+def _read_config(path: Path) -> tuple[Any, bool]:
+    """The transformers config of a folder, and whether it is one of our compressed ones."""
+    from transformers import AutoConfig, __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    file = path / "config.json"
+    raw = read_json(file)
+    kind = raw.get("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise FormatError(
+            f"unknown architecture {kind!r}: transformers {__version__} has no such model_type, "
+            "and code that comes with a model is never run",
+            file=file,
+        )
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if raw.get("quantization_config") and method != METHOD:
+        raise FormatError(
+            f"already quantized with {method!r}, give the original checkpoint", file=file
+        )
+    with one_line(file, "is not a usable config"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise FormatError(
+            f"unknown architecture: {kind!r} is not a causal language model", file=file
+        )
+    return config, method == METHOD
+
+
+def skeleton(file: Path, config: Any) -> nn.Module:
+    """The model without its numbers, on the meta device; an error names `file`."""
+    from transformers import AutoModelForCausalLM
+
+    with one_line(file, "the model cannot be built"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _check_shapes(path: Path, config: Any, files: Mapping[str, tuple[Path, Mapping]]) -> None:
+    """Refuse models with nothing to compress, and linears whose stored shape is not the model's."""
+    with naming(path):
+        layers = decoder_linears(skeleton(path / "config.json", config))
+    for name, layer in layers.items():
+        file, entry = files.get(f"{name}.weight", (None, {}))
+        shape = [layer.out_features, layer.in_features]
+        if file and entry["shape"] != shape:
+            raise FormatError(
+                f"shape {entry['shape']}, config.json makes it {shape}",
+                file=file,
+                tensor=f"{name}.weight",
+            )
+
+
+def _check_loading(source: Checkpoint, info: Mapping[str, Any]) -> None:
+    """Refuse a load that left a tensor random: transformers only warns."""
+    for name in sorted(info["missing_keys"]):
+        raise FormatError("is missing", file=source.path, tensor=name)
+    for name, got, want in sorted(info["mismatched_keys"]):
+        raise FormatError(
+            f"shape {list(got)}, the model has {list(want)}",
+            file=source.files.get(name, source.path),
+            tensor=name,
+        )
+    if source.compressed:
+        for name in sorted(info["unexpected_keys"]):
+            raise FormatError(
+                "does not belong to this model", file=source.files.get(name), tensor=name
+            )
+
+
+# ---- structure
+
+
+# ---- writing

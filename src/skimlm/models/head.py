@@ -1,0 +1,37 @@
+"""A model's body and head apart: final hidden states, and logits of a part of them at a time.
+
+Logits of a whole window (2048 x 49152 in float32: 400 MB) never need to stand at once. The head is
+run by the model's own forward, with its body replaced by one that returns the given hidden states,
+so that soft caps, scalings and multipliers of any family apply.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from skimlm.errors import SkimError
+from skimlm.models.hooks import forward_replaced
+
+
+def final_hidden(model: Any, ids: Tensor) -> Tensor:
+    """Hidden states [n, t, d] that the body of `model` hands to its head for `ids` [n, t]."""
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [..., vocab] of hidden states [..., d], in the model's dtype and differentiable."""
+    states = hidden.reshape(1, -1, hidden.shape[-1])
+    ids = states.new_zeros(states.shape[:2]).long()  # only their shape is looked at
+    output = BaseModelOutputWithPast(last_hidden_state=states)
+    calls = []  # the replaced body notes that it was asked
+
+    def body(*_args: Any, **_kwargs: Any) -> Any:
+        calls.append(1)
+        return output
+
+    with forward_replaced(model.get_decoder(), body):
+        logits = model(input_ids=ids, use_cache=False).logits
+    if not calls:  # its logits would be those of the made-up ids
+        raise SkimError(f"{type(model).__name__} does not call its decoder: it cannot be scored")
+    return logits.view(*hidden.shape[:-1], logits.shape[-1])

@@ -1,0 +1,293 @@
+"""A compressed folder: its tensors, config and tokenizer, planned to the byte and written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from skimlm.errors import SkimError, naming
+from skimlm.format.pack import (
+    FORMAT_VERSION,
+    METHOD,
+    PLAIN,
+    Parts,
+    QuantizedWeight,
+    histogram,
+    layout,
+    pack,
+)
+from skimlm.models.blocks import decoder_linears, embeddings, multiplier_of
+from skimlm.models.checkpoint import Checkpoint
+from skimlm.runtime.linear import quantize_table, table_layout
+from skimlm.storage.folder import check_out, folder_bytes, whole_folder
+from skimlm.storage.safetensors import (
+    INDEX,
+    file_bytes,
+    index_text,
+    split_shards,
+    write_shards,
+)
+
+MAX_SHARD = "5GB"
+
+
+def save(
+    out: str | os.PathLike[str],
+    model: Any,
+    tokenizer: Any,
+    quantized: Mapping[str, QuantizedWeight],
+    *,
+    embed_bits: int,
+    bits: float,
+    provenance: Mapping[str, Any] | None = None,
+    force: bool = False,
+    max_shard_size: int | str = MAX_SHARD,
+) -> Path:
+    """Write a compressed folder: `quantized` replaces those linears, the rest is the model's."""
+    out = Path(out)
+    check_out(out, force)
+    with whole_folder(out) as folder:
+        write_model(
+            folder,
+            model,
+            tokenizer,
+            quantized,
+            embed_bits=embed_bits,
+            bits=bits,
+            provenance=provenance,
+            max_shard_size=max_shard_size,
+        )
+    return out
+
+
+def write_model(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    quantized: Mapping[str, QuantizedWeight],
+    *,
+    embed_bits: int,
+    bits: float,
+    provenance: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = MAX_SHARD,
+) -> None:
+    """The files of a compressed folder, into an empty one; see `save`."""
+    tensors = _tensors(model, quantized, embed_bits)
+    entries = {
+        name: _entry(histogram(q.widths), q.in_scale is not None, Parts.of(q))
+        for name, q in quantized.items()
+    }
+    _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance)
+    write_shards(folder, split_shards(tensors, max_shard_size))
+
+
+def write_packed(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    counts: Mapping[str, Mapping[int, int]],
+    read: Callable[[str], Tensor],
+    *,
+    in_scale: bool,
+    embed_bits: int,
+    bits: float,
+    provenance: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = MAX_SHARD,
+) -> None:
+    """The same files for a model whose blocks are on the meta device.
+
+    `counts` has the width histogram of every compressed linear; what its blocks hold is had by
+    `read(name)`, a tensor at a time.
+    """
+    packed = _packed_plan(decoder_linears(model), counts, in_scale, {})
+    tensors = _other_tensors(model, counts, embed_bits, quantize_table) | packed
+    entries = {name: _entry(count, in_scale, PLAIN) for name, count in counts.items()}
+    _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance)
+    write_shards(folder, split_shards(tensors, max_shard_size), read)
+
+
+def _packed_plan(
+    layers: Mapping[str, nn.Linear],
+    counts: Mapping[str, Mapping[int, int]],
+    in_scale: bool,
+    parts: Mapping[str, Parts],
+) -> dict[str, Tensor]:
+    """The tensors that linears with these width histograms are stored in, on the meta device."""
+    return {
+        f"{name}.{part}": torch.empty(shape, dtype=dtype, device="meta")
+        for name, count in counts.items()
+        for part, (dtype, shape) in layout(
+            count, layers[name].in_features, in_scale, parts.get(name, PLAIN)
+        ).items()
+    }
+
+
+def rewrite(
+    source: Checkpoint,
+    folder: Path,
+    changed: Mapping[str, Tensor | None],
+    config: Mapping[str, Any],
+) -> None:
+    """Copy a folder into `folder` with another config, some tensors changed or (None) left out.
+
+    All else stays as it is, byte by byte; every tensor stays in the file it was in.
+    """
+    for file in source.path.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
+            shutil.copyfile(file, folder / file.name)
+    files: dict[str, dict[str, Tensor]] = {}
+    for path in sorted(set(source.files.values())):
+        with safe_open(path, framework="pt") as stream:
+            tensors = {n: changed.get(n, stream.get_tensor(n)) for n in stream.keys()}
+        kept = {n: tensor for n, tensor in tensors.items() if tensor is not None}
+        files |= {path.name: kept} if kept else {}
+    if len(files) == 1:  # then there is no index that could name it
+        files = {"model.safetensors": files.popitem()[1]}
+    write_shards(folder, files)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"  # as transformers writes it
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def plan_bytes(
+    model: Any,
+    tokenizer: Any,
+    embed_bits: int,
+    counts: Mapping[str, Mapping[int, int]] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    in_scale: bool = True,
+    parts: Mapping[str, Parts] | None = None,
+    bits: float = 1 / 3,
+    provenance: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = MAX_SHARD,
+) -> int:
+    """Bytes OUT will have besides the tensors of the compressed linears.
+
+    Exact when `counts` gives every linear's width histogram and `in_scale`, `parts` (of the linears
+    that have any), `bits`, `provenance` are what `save` will get; without `counts` an upper bound,
+    at most some 300 bytes per linear too high. `names` says which linears that is for, all by
+    default.
+    """
+    parts = parts or {}
+    layers = decoder_linears(model)
+    bound = counts is None
+    if counts is None:
+        chosen = layers if names is None else {name: layers[name] for name in names}
+        counts = {name: {8: layer.out_features} for name, layer in chosen.items()}
+    packed = _packed_plan(layers, counts, in_scale, parts)
+    if bound:  # linears of narrow rows have a codebook too
+        packed |= {
+            f"{name}.codebook": torch.empty(
+                32 * layers[name].out_features, dtype=torch.int8, device="meta"
+            )
+            for name in counts
+        }
+    entries = {
+        name: _entry(
+            dict.fromkeys(range(1, 9), layers[name].out_features) if bound else count,
+            in_scale,
+            parts.get(name, PLAIN),
+        )
+        for name, count in counts.items()
+    }
+    tensors = _other_tensors(model, counts, embed_bits, _table_plan) | packed
+    with tempfile.TemporaryDirectory() as folder:
+        _write_texts(Path(folder), model, tokenizer, entries, embed_bits, bits, provenance)
+        total = folder_bytes(folder)
+    files = split_shards(tensors, max_shard_size)
+    total += sum(file_bytes(file) for file in files.values())
+    total += len((index_text(files) or "").encode())
+    return total - sum(tensor.nbytes for tensor in packed.values())
+
+
+def _entry(counts: Mapping[int, int], in_scale: bool, parts: Parts) -> dict[str, Any]:
+    """What config.json says of a linear; read back by `SkimlmConfig`."""
+    widths = {str(b): n for b, n in counts.items()}
+    return {"widths": widths, "in_scale": in_scale, **parts.entry()}
+
+
+def _tensors(
+    model: Any, quantized: Mapping[str, QuantizedWeight], embed_bits: int
+) -> dict[str, Tensor]:
+    """Everything the weight files hold."""
+    tensors = _other_tensors(model, quantized, embed_bits, quantize_table)
+    for name, q in quantized.items():
+        module = model.get_submodule(name)
+        if q.shape != module.weight.shape:
+            raise SkimError(
+                f"{name}: quantized as {list(q.shape)}, not {list(module.weight.shape)}"
+            )
+        with naming(name):
+            tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).items()}
+    return tensors
+
+
+def _other_tensors(
+    model: Any,
+    replaced: Iterable[str],
+    embed_bits: int,
+    quantize: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+) -> dict[str, Tensor]:
+    """The state dict without `replaced` weights and tied copies, tables through `quantize`."""
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for name in replaced:
+        del tensors[f"{name}.weight"]
+    (table_name, table), head, tied = embeddings(model)
+    for name, source in model.all_tied_weights_keys.items():
+        if not torch.equal(tensors[name], tensors[source]):
+            raise SkimError(f"{name} differs from {source}, but the config ties them")
+        del tensors[name]
+    if embed_bits == 16:
+        return tensors
+    multiplier_of(table)  # refuses the kinds it does not know
+    for name in (table_name, *([head[0]] if head and not tied else [])):
+        weight, scale = quantize(tensors[f"{name}.weight"], embed_bits)
+        tensors |= {f"{name}.weight": weight, f"{name}.scale": scale}
+    return tensors
+
+
+def _table_plan(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """What `quantize_table` would return, without the numbers."""
+    rows, cols = table.shape
+    shape, dtype = table_layout(rows, cols, bits)
+    scale = torch.empty(rows, dtype=torch.bfloat16, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta"), scale
+
+
+def _write_texts(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    linears: Mapping[str, Mapping[str, Any]],
+    embed_bits: int,
+    bits: float,
+    provenance: Mapping[str, Any] | None,
+) -> None:
+    """Write config.json, generation_config.json and the tokenizer's files."""
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    newer = any(entry.keys() - {"widths", "in_scale"} for entry in linears.values())
+    config.quantization_config = {
+        "quant_method": METHOD,
+        "format_version": FORMAT_VERSION if newer else 1,
+        "bits": bits,
+        "embed_bits": embed_bits,
+        "linears": dict(linears),
+        "provenance": dict(provenance or {}),
+    }
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

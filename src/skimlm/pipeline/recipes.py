@@ -1,0 +1,89 @@
+"""What a recipe is made of, and what skim does with one linear: tensors in, tensors out.
+
+Recipe, RECIPES          how much of everything
+fit_linear, settled      W, what is known of it, widths -> codebooks and codes -> what is stored
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from skimlm.format.pack import MAX_TABLE_WIDTH, QuantizedWeight, pack
+from skimlm.pipeline.sensitivity import Analysis
+from skimlm.quantize import fit as fitting
+from skimlm.quantize.fit import Fit
+from skimlm.quantize.kmeans import kmeans_rows
+from skimlm.quantize.refine import damped
+from skimlm.quantize.scale import normalise, scale_step, scaled_error
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is done, and how much of it; windows are for the statistics, steps for the training."""
+
+    samples: int = 128
+    seq_len: int = 512
+    fisher_windows: int = 64  # of the samples
+    end_loss: bool = True  # H~ and one pool over the model; False: H and a pool per linear
+    scale: bool = False  # after refinement it gained 0.3 % of the error, less than its bits cost
+    rounds: int = 2
+    sweeps: int = 3
+    steps: int = 0
+    turns: int = 3  # of mask, codes and adapter, where there is more than codes
+    staged: bool = False  # slim: linears of a block see what the earlier ones made of the inputs
+    matched: bool = False  # slim: the target is the original model's output
+
+
+RECIPES = {
+    "paper": Recipe(end_loss=False, scale=True, rounds=0, sweeps=0),
+    "fast": Recipe(samples=40, fisher_windows=16),
+    "best": Recipe(steps=64),
+}
+SLIM_RECIPES = {
+    "paper": Recipe(),
+    "fast": Recipe(samples=64, turns=2),
+    "best": Recipe(staged=True, matched=True, turns=4),
+}
+METHODS = {"skim": RECIPES, "slim": SLIM_RECIPES}
+
+
+def fit_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> Fit:
+    """Codebooks and codes of W float32 [r, c] at its widths, scaled or refined as the plan says."""
+    h = damped(known.hessian)
+    fit = fitting.start(w, known.fisher.float(), widths, known.centroids)
+    if plan.scale:
+        fit = _published_scale(w, h, known, widths, fit)
+    if plan.rounds:
+        fitting.refine_fit(w, h, fit, plan.rounds, plan.sweeps)
+    return fit
+
+
+def settled(w: Tensor, known: Analysis, fit: Fit, plan: Recipe) -> QuantizedWeight:
+    """A fit rounded to what is stored; codes settle on it, unless codebooks were trained.
+
+    Trained codebooks answer to the end loss: their codes are not refined again.
+    """
+    settle = plan.rounds and not plan.steps
+    return fitting.finish(w, damped(known.hessian) if settle else None, fit)
+
+
+def packed_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> dict[str, Tensor]:
+    """The tensors that are stored for W at its widths."""
+    w = w.float()
+    return pack(settled(w, known, fit_linear(w, known, widths, plan), plan))
+
+
+def _published_scale(w: Tensor, h: Tensor, stats: Analysis, widths: Tensor, fit: Fit) -> Fit:
+    """One iteration of SKIM's scale step and re-clustering, kept only if the full error falls."""
+    ones = torch.ones(w.shape[1])
+    weight = stats.row_weight
+    v = fit.dense()
+    s = normalise(scale_step([w], [v], [h], [weight], ones))
+    f = stats.fisher.float() * s * s
+    scaled = w / s
+    again = fitting.start(scaled, f, widths, kmeans_rows(scaled, f, MAX_TABLE_WIDTH)[0])
+    before = scaled_error(w, v, h, weight, ones)
+    after = scaled_error(w, again.dense(), h, weight, s)
+    best, fit.in_scale, again.in_scale = (again if after < before else fit), ones, s
+    return best

@@ -1,0 +1,194 @@
+"""Low-rank adapters of a compressed model, trained through their rounding; nothing else moves."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from skimlm.format.pack import (
+    ADAPTER_GROUP,
+    Adapter,
+    factor_values,
+    spread,
+    unpack_adapter,
+)
+from skimlm.models.head import final_hidden, head_logits
+from skimlm.models.hooks import frozen
+from skimlm.runtime.linear import CompressedLinear
+from skimlm.train.loop import descend
+from skimlm.train.losses import backward_from_loss
+
+Progress = Callable[[str, int, int], None]
+HELD_OUT = 16  # windows, at most an eighth of all
+CHECKS = 5  # times the held-out loss is measured along the way
+CHUNK = 512  # tokens whose logits stand at once
+
+
+Values: TypeAlias = Mapping[str, Tensor]  # a.NAME [k, c] and b.NAME [k, r] of every adapter
+
+
+# of windows: the sum of the losses of a part of their tokens by final hidden states, and how many
+Objective = Callable[[Tensor], tuple[Callable[[Tensor, slice], Tensor], int]]
+
+
+def adapted(model: nn.Module) -> dict[str, CompressedLinear]:
+    """The linears that have an adapter, by name."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
+    return {name: layer for name, layer in layers.items() if layer.parts.rank}
+
+
+def stored_adapter(layer: CompressedLinear) -> Adapter:
+    """The adapter of a linear that has one, as it is stored."""
+    adapter = unpack_adapter(layer.tensors(), layer.out_features, layer.in_features, layer.parts)
+    assert adapter is not None
+    return adapter
+
+
+def train(
+    model: Any,
+    layers: Mapping[str, CompressedLinear],
+    ids: Tensor,
+    unseen: Tensor,
+    order: list[list[int]],
+    objective: Objective,
+    lr: float,
+    state_file: Path | None = None,
+    progress: Progress = lambda *_: None,
+) -> tuple[dict[str, Adapter], list[float]]:
+    """The best adapters seen, and the losses on `unseen` [m, t] at the start and at each check.
+
+    Step i reads the windows `ids[order[i]]`. `model` is left as it was.
+    """
+    before = {name: stored_adapter(layer) for name, layer in layers.items()}
+    scales = {f"{f}.{n}": getattr(q, f"{f}_scale") for n, q in before.items() for f in "ab"}
+    exact = {f"{f}.{n}": x for n, q in before.items() for f, x in _named(q).items()}
+    units = {n: x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12) for n, x in exact.items()}
+    steps, total = len(order), sum(map(len, order))
+    done = list(itertools.accumulate(map(len, order)))
+
+    def factor(name: str, theta: Tensor) -> Tensor:
+        return _Rounded.apply(theta * units[name], scales[name])
+
+    with frozen(model):
+        tests = [(part, *objective(part)) for part in unseen.split(len(order[0]))]
+
+        def held_out(values: dict[str, Tensor]) -> float:
+            with torch.no_grad(), _placed(layers, {n: factor(n, v) for n, v in values.items()}):
+                total = sum(_loss_sum(model, part, loss) for part, loss, _ in tests)
+            return total / sum(count for *_, count in tests)
+
+        def gradients(values: dict[str, Tensor], step: int) -> dict[str, tuple[Tensor, float]]:
+            part = ids[order[step]]
+            loss, _ = objective(part)
+            leaves = {n: v.detach().requires_grad_() for n, v in values.items()}
+            with _placed(layers, {n: factor(n, v) for n, v in leaves.items()}):
+                backward_from_loss(final_hidden(model, part), _gradient(loss), CHUNK)
+            return {n: (leaf.grad, lr) for n, leaf in leaves.items() if leaf.grad is not None}
+
+        state = descend(
+            {n: x / units[n] for n, x in exact.items()},
+            steps,
+            gradients,
+            held_out,
+            checks=CHECKS,
+            file=state_file,
+            progress=lambda step: progress("finetune", done[step - 1], total),
+        )
+    best = {n: rounded(v * units[n], scales[n]) for n, v in state.best.items()}
+    adapters = {
+        n: dataclasses.replace(q, a=best[f"a.{n}"], b=best[f"b.{n}"]) for n, q in before.items()
+    }
+    return (adapters if min(state.losses) < state.losses[0] else before), state.losses
+
+
+def _named(adapter: Adapter) -> dict[str, Tensor]:
+    return dict(zip("ab", adapter.values(), strict=True))
+
+
+@contextmanager
+def _placed(layers: Mapping[str, CompressedLinear], values: Values) -> Iterator[None]:
+    """Within the block the linears compute with these factors of their adapters."""
+    try:
+        for name, layer in layers.items():
+            layer.adapter = values[f"a.{name}"], values[f"b.{name}"]
+        yield
+    finally:
+        for layer in layers.values():
+            layer.adapter = None
+
+
+def rounded(x: Tensor, scale: Tensor | None) -> Tensor:
+    """A factor [k, n] as it is stored: bfloat16, or int8 codes -8..7 to the scales it has."""
+    if scale is None:
+        return x.bfloat16()
+    step = spread(scale, ADAPTER_GROUP, x.shape[1])
+    return (x / torch.where(step == 0, 1.0, step)).round_().clamp_(-8, 7).to(torch.int8)
+
+
+class _Rounded(torch.autograd.Function):
+    """The value of a factor as it is stored, with the gradient of one that is not rounded."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        return factor_values(rounded(x, scale), scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def cross_entropy(model: Any) -> Objective:
+    """-log p(next token), summed; the last token of a window predicts none."""
+
+    def objective(ids: Tensor) -> tuple[Callable[[Tensor, slice], Tensor], int]:
+        targets = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1).flatten()
+
+        def loss(hidden: Tensor, part: slice) -> Tensor:
+            logits = head_logits(model, hidden).float()
+            return nn.functional.cross_entropy(
+                logits, targets[part], ignore_index=-1, reduction="sum"
+            )
+
+        return loss, ids.numel() - len(ids)
+
+    return objective
+
+
+def divergence(model: Any, teacher: Any) -> Objective:
+    """KL(teacher || model), summed over all tokens."""
+
+    def objective(ids: Tensor) -> tuple[Callable[[Tensor, slice], Tensor], int]:
+        with torch.no_grad():
+            known = final_hidden(teacher, ids).flatten(0, 1)
+
+        def loss(hidden: Tensor, part: slice) -> Tensor:
+            with torch.no_grad():
+                target = head_logits(teacher, known[part]).float().log_softmax(-1)
+            logits = head_logits(model, hidden).float().log_softmax(-1)
+            return nn.functional.kl_div(logits, target, reduction="sum", log_target=True)
+
+        return loss, ids.numel()
+
+    return objective
+
+
+def _loss_sum(model: Any, ids: Tensor, loss: Callable[[Tensor, slice], Tensor]) -> float:
+    hidden = final_hidden(model, ids).flatten(0, 1)
+    parts = [slice(i, i + CHUNK) for i in range(0, len(hidden), CHUNK)]
+    return sum(loss(hidden[part], part).item() for part in parts)
+
+
+def _gradient(loss: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor, slice], Tensor]:
+    """d loss / d hidden for `backward_from_loss`."""
+
+    def gradient(hidden: Tensor, part: slice) -> Tensor:
+        hidden = hidden.requires_grad_()
+        with torch.enable_grad():
+            return torch.autograd.grad(loss(hidden, part), hidden)[0]
+
+    return gradient

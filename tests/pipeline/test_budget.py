@@ -1,0 +1,83 @@
+"""Targets to widths: every stored bit is counted, and a budget is met from below."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from conftest import random_quantized
+from skimlm.errors import SkimError
+from skimlm.pipeline import budget
+from skimlm.runtime.linear import CompressedLinear
+
+
+def linears():
+    return {"a": nn.Linear(40, 24), "b": nn.Linear(17, 9), "c": nn.Linear(64, 50)}
+
+
+def curves(seed=0):
+    """Convex error curves, [r, 8] per linear."""
+    g = torch.Generator().manual_seed(seed)
+    falling = 4.0 ** -torch.arange(8, dtype=torch.float64)
+    rows = {n: m.out_features for n, m in linears().items()}
+    return {n: torch.rand(r, 1, generator=g).double() * falling for n, r in rows.items()}
+
+
+@pytest.mark.parametrize("scale", [False, True])
+def test_prices_are_the_bytes_that_are_stored(scale):
+    stored, widths = 0, {}
+    for seed, (name, m) in enumerate(linears().items()):
+        q = random_quantized(m.out_features, m.in_features, seed=seed, in_scale=scale)
+        stored += CompressedLinear.from_quantized(q).nbytes
+        widths[name] = q.widths
+    assert budget.prices(linears(), scale).bits(widths) == 8 * stored
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("bits", [4.0, 4.5, 5.01, 6.0])
+def test_bits_are_met_from_below_within_one_edge(bits, pooled):
+    price = budget.prices(linears(), False)
+    widths = budget.for_bits(curves(), price, bits, pooled)
+    room = bits * price.total - price.bits(widths)
+    edge = max(np.diff(rows).max() for rows in price.rows.values())
+    assert 0 <= room <= edge * (1 if pooled else len(widths))
+
+
+def test_a_pool_of_the_model_is_no_worse_than_one_per_linear():
+    price = budget.prices(linears(), False)
+
+    def error(widths):
+        picked = (e.gather(1, widths[n].long()[:, None] - 1).sum() for n, e in curves().items())
+        return float(sum(picked))
+
+    one = error(budget.for_bits(curves(), price, 5.0, True))
+    assert one < error(budget.for_bits(curves(), price, 5.0, False))
+
+
+def test_a_linear_that_needs_more_than_its_share_gets_it():
+    price = budget.prices(linears(), False)
+    least = price.bits(budget.uniform(linears(), 1)) / price.total
+    widths = budget.for_bits(curves(), price, least + 0.2, False)
+    assert price.bits(widths) <= (least + 0.2) * price.total
+    assert (widths["b"] == 1).all()  # 17 columns: bookkeeping alone is over the share
+
+
+def test_impossible_targets_say_what_is_possible():
+    price = budget.prices(linears(), False)
+
+    def size(widths):
+        return 1000 + round(price.bits(widths) / 8)
+
+    low, high = (size(budget.uniform(linears(), b)) for b in (1, 8))
+    for target, word in (
+        (budget.Target(size=low - 1), f"{low:,}"),
+        (budget.Target(size=high * 2), f"{high:,}"),
+        (budget.Target(bits=1.5), "at least"),
+    ):
+        with pytest.raises(SkimError, match=word):
+            budget.check(target, linears(), price, size)
+    for size_ in (low, high, (low + high) // 2):
+        target = budget.Target(size=size_)
+        budget.check(target, linears(), price, size)
+        widths = budget.choose(target, curves(), linears(), price, True, size)
+        assert 0 <= size_ - size(widths) <= 64

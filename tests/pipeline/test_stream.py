@@ -1,0 +1,532 @@
+"""A streamed run gives the folder that a run in memory gives, whenever it is stopped in between."""
+
+import dataclasses
+import filecmp
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import FAMILIES, byte_tokenizer, tiny_model
+from skimlm.errors import SkimError
+from skimlm.models.blocks import decoder_blocks
+from skimlm.models.checkpoint import load
+from skimlm.pipeline import blockwise, compress, sensitivity, stream
+from skimlm.pipeline import plan as resources
+from skimlm.pipeline.recipes import RECIPES
+from skimlm.pipeline.workers import pool
+from skimlm.storage import journal
+from skimlm.storage import safetensors as shards
+from skimlm.storage.safetensors import save_file
+
+OPTIONS = dict(recipe="fast", bits=3.2, samples=5, seq_len=24)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A tiny bfloat16 model of a family as a folder."""
+
+    @functools.cache
+    def make(family: str, **changes):
+        folder = tmp_path_factory.mktemp(family)
+        tiny_model(family, dtype=torch.bfloat16, **changes).save_pretrained(
+            folder, max_shard_size="60KB"
+        )
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _three_windows_for_the_fisher_diagonal(monkeypatch):
+    monkeypatch.setitem(RECIPES, "fast", dataclasses.replace(RECIPES["fast"], fisher_windows=3))
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"{i} times {i} is {i * i}; " for i in range(60)))
+    return file
+
+
+@pytest.fixture
+def run(folders, text, tmp_path, monkeypatch):
+    """`compress` with an empty cache of its own; streamed unless `whole`."""
+
+    def make(name, whole=False, family="llama", changes=(), **options):
+        if not whole:
+            monkeypatch.setattr(resources, "streams", lambda *_: True)
+        else:
+            monkeypatch.setattr(resources, "streams", lambda *_: False)
+        out = tmp_path / name
+        options = {"cache_dir": tmp_path / f"{name}-cache"} | OPTIONS | options
+        return compress.compress(folders(family, **dict(changes)), out, text=text, **options)
+
+    return make
+
+
+def same(a, b):
+    """Whether two folders hold the same files, byte by byte."""
+    names = sorted(f.name for f in a.iterdir())
+    assert names == sorted(f.name for f in b.iterdir())
+    return filecmp.cmpfiles(a, b, names, shallow=False) == (names, [], [])
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt_neox"])
+def test_the_same_folder_as_in_memory(run, tmp_path, family):
+    assert not run("whole", whole=True, family=family).streamed
+    assert run("parts", family=family).streamed
+    assert same(tmp_path / "whole", tmp_path / "parts")
+    assert sorted(f.name for f in tmp_path.iterdir() if "partial" in f.name) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(recipe="paper"),
+        dict(embed_bits=16),
+        dict(exclude=["*.1.mlp.*"]),
+        dict(size=53_000, bits=None),
+        dict(changes=(("num_hidden_layers", 3), ("tie_word_embeddings", False))),
+    ],
+    ids=str,
+)
+def test_the_same_folder_with_other_options(run, tmp_path, options):
+    run("whole", whole=True, **options)
+    run("parts", **options)
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_statistics_are_those_of_the_whole_model(run, tmp_path):
+    run("whole", whole=True)
+    run("parts")
+    (a,), (b,) = ((tmp_path / f"{n}-cache").iterdir() for n in ("whole", "parts"))
+    assert a.name == b.name and same(a, b)
+
+
+def test_blocks_are_loaded_one_at_a_time(run, monkeypatch):
+    held, most = [], []
+    usual = stream.checkpoint.loaded_block
+
+    @functools.wraps(usual)
+    def loaded(source, model, prefix):
+        context = usual(source, model, prefix)
+
+        class Watch:
+            def __enter__(self):
+                block = context.__enter__()
+                real = [n for n, p in model.named_parameters() if not p.is_meta]
+                held.append({n.split(".")[2] for n in real if ".layers." in n})
+                most.append(len(held[-1]))
+                return block
+
+            def __exit__(self, *error):
+                return context.__exit__(*error)
+
+        return Watch()
+
+    monkeypatch.setattr(stream.checkpoint, "loaded_block", loaded)
+    run("parts")
+    assert set(most) == {1} and set.union(*held) == {"0", "1"}
+
+
+class Killed(BaseException):
+    """As if the process had died: nothing catches it."""
+
+
+def kill_at(monkeypatch, number):
+    """Die in the `number`th write of a file that is kept; how many there were."""
+    seen = []
+    usual = os.replace
+
+    def replace(source, target):
+        seen.append(target)
+        if len(seen) == number:
+            raise Killed
+        usual(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    return seen
+
+
+def test_resume_after_every_write(run, tmp_path, monkeypatch):
+    run("whole", whole=True)
+    with monkeypatch.context() as patch:
+        seen = kill_at(patch, 0)
+        run("parts")
+    writes = len(seen)
+    assert writes > 20
+    again = []
+    for number in range(1, writes + 1):
+        name = f"killed-{number}"
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            with pytest.raises(Killed):
+                run(name)
+        assert not (tmp_path / name).exists()
+        with monkeypatch.context() as patch:
+            seen = kill_at(patch, 0)
+            run(name, resume=True)
+        again.append(len(seen))
+        assert same(tmp_path / "whole", tmp_path / name)
+        assert not journal.place(tmp_path / name).exists()
+    # at most the block at work is done again: 7 linears and what goes with them
+    assert all(n <= writes - number + 11 for number, n in enumerate(again, 1))
+
+
+# ---- trained block by block
+
+
+@pytest.fixture
+def best(run, monkeypatch):
+    """The recipe with training, streamed."""
+    few = dataclasses.replace(RECIPES["best"], fisher_windows=3, steps=6)
+    monkeypatch.setitem(RECIPES, "best", few)
+    return functools.partial(run, recipe="best", samples=8, bits=2.5)
+
+
+def test_blocks_are_trained_on_what_the_compressed_ones_give(best, folders, tmp_path, monkeypatch):
+    kept, losses, windows = {}, [], []
+    usual, train, fit = stream._keep, stream.train_block, stream.fit_trained
+
+    def keep(file, tensor):
+        kept[file.name.split("-")[0]] = tensor.clone()
+        usual(file, tensor)
+
+    def trained(*args, **options):
+        norms, seen = train(*args, norm_lr=0.02, **options)  # seen in bfloat16
+        losses.append(seen)
+        return norms, seen
+
+    def fitted(s, stored, widths, ids, *others):
+        windows.append(ids)
+        fit(s, stored, widths, ids, *others)
+
+    monkeypatch.setattr(stream, "_keep", keep)
+    monkeypatch.setattr(stream, "train_block", trained)
+    monkeypatch.setattr(stream, "fit_trained", fitted)
+    assert best("o", embed_bits=16).streamed
+    assert len(losses) == 2 and all(min(seen) < seen[0] for seen in losses)
+    made = json.loads((tmp_path / "o/config.json").read_text())["quantization_config"]
+    assert made["provenance"]["trained"] == "block by block"
+    # what went through the blocks is what the two models make of the windows
+    compressed = load(tmp_path / "o")[0].dequantize(torch.bfloat16)
+    models = {"given": compressed, "original": load(folders("llama"))[0]}
+    for name, model in models.items():
+        with torch.no_grad():
+            states, options, _ = blockwise.entry(model, windows[0], stream.BATCH)
+            for (_, block), kwargs in zip(decoder_blocks(model), options, strict=True):
+                states = [blockwise.run(block, kwargs, x) for x in states]
+        assert torch.equal(kept[name], torch.cat(states))
+    assert not torch.equal(kept["given"], kept["original"])
+
+
+def test_a_trained_run_is_resumed_after_every_write(best, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        seen = kill_at(patch, 0)
+        best("whole")
+    writes = 10  # of the fit and what follows, with the analysis at hand
+    assert len(seen) > writes
+    for number in range(1, writes + 1):
+        name = f"killed-{number}"
+        with monkeypatch.context() as patch:
+            kill_at(patch, number)
+            with pytest.raises(Killed):
+                best(name, cache_dir=tmp_path / "whole-cache")
+        best(name, cache_dir=tmp_path / "whole-cache", resume=True)
+        assert same(tmp_path / "whole", tmp_path / name)
+        assert not journal.place(tmp_path / name).exists()
+
+
+SCRIPT = """
+import dataclasses, sys, torch
+torch.set_num_threads(1)
+from skimlm import compress, resources
+from skimlm.recipes import RECIPES
+RECIPES["fast"] = dataclasses.replace(RECIPES["fast"], fisher_windows=3)
+resources.streams = lambda *_: True
+compress.compress(sys.argv[1], sys.argv[2], text=sys.argv[3], cache_dir=sys.argv[4], recipe="fast",
+                  bits=3.2, samples=5, seq_len=24, resume=True,
+                  progress=lambda *p: print(*p, flush=True))
+"""
+
+
+def test_kill_9_and_resume(run, folders, text, tmp_path):
+    run("whole", whole=True)
+    command = [sys.executable, "-c", SCRIPT, folders("llama"), tmp_path / "out", text]
+    command = [str(c) for c in (*command, tmp_path / "cache")]
+    for phase in ("forward 1", "calibrate 1", "fit 1", None):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for line in process.stdout:
+            if phase and line.decode().startswith(phase):
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        process.stdout.read()
+        assert process.wait() == (0 if phase is None else -signal.SIGKILL)
+        assert (tmp_path / "out").exists() == (phase is None)
+    assert same(tmp_path / "whole", tmp_path / "out")
+    assert not journal.place(tmp_path / "out").exists()
+
+
+def interrupted(run, name, monkeypatch, number=12):
+    """Leave an unfinished run."""
+    with monkeypatch.context() as patch:
+        kill_at(patch, number)
+        with pytest.raises(Killed):
+            run(name)
+
+
+def test_the_seconds_of_all_processes_that_worked_on_a_run_are_reported(run, tmp_path, monkeypatch):
+    interrupted(run, "o", monkeypatch)
+    file = journal.place(tmp_path / "o") / journal.SECONDS
+    before = json.loads(file.read_text())
+    assert before["analyse"] > 0 and set(before) <= {"load", "analyse"}
+    file.write_text(json.dumps(before | {"analyse": 1000.0}))
+    report = run("o", resume=True)
+    assert 1000 < report.seconds["analyse"] < 1100
+    assert report.seconds["load"] > before["load"]
+    assert list(report.seconds) == ["load", "analyse", "allocate", "fit", "write"]
+    interrupted(run, "p", monkeypatch)
+    assert run("p", force=True).seconds["analyse"] < 100  # begun anew
+
+
+def test_killed_between_the_renames_and_tidying_up(run, tmp_path, monkeypatch):
+    run("whole", whole=True)
+    usual = type(tmp_path).rename
+    for number in (1, 2):
+        with monkeypatch.context() as patch:
+            count = []
+
+            def rename(self, target, count=count, stop=number):
+                count.append(1)
+                if len(count) == stop:
+                    raise Killed
+                return usual(self, target)
+
+            (tmp_path / "o").mkdir(exist_ok=True)
+            (tmp_path / "o/config.json").write_text("{}")
+            patch.setattr(type(tmp_path), "rename", rename)
+            with pytest.raises(Killed):
+                run("o", force=True)
+        report = run("o", resume=True, force=True)
+        assert same(tmp_path / "whole", tmp_path / "o") and report.bytes
+        assert not journal.place(tmp_path / "o").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(compress, "shutil", None)  # the tidying up fails
+        with pytest.raises(AttributeError):
+            run("p")
+    assert same(tmp_path / "whole", tmp_path / "p") and journal.is_finished(tmp_path / "p")
+    assert run("p", resume=True).rows_by_width == report.rows_by_width
+    assert not journal.place(tmp_path / "p").exists()
+
+
+def test_an_unfinished_run_is_not_begun_anew_unasked(run, tmp_path, monkeypatch):
+    interrupted(run, "o", monkeypatch)
+    with pytest.raises(SkimError, match="unfinished run; --resume goes on .* --force begins"):
+        run("o")
+    run("o", force=True)
+    assert not journal.place(tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [dict(bits=3.0), dict(samples=4), dict(seed=1), dict(recipe="paper"), "model", "text"]
+)
+def test_what_changed_is_named_on_resume(run, tmp_path, monkeypatch, change, folders, text):
+    interrupted(run, "o", monkeypatch)
+    changed = {}
+    if change == "text":
+        text.write_text(text.read_text().replace("times", "plus"))
+    elif change == "model":
+        file = next(folders("llama").glob("*.safetensors"))
+        os.utime(file, (1, file.stat().st_mtime + 1))
+    else:
+        changed = change
+    name = change if isinstance(change, str) else next(iter(change))
+    if name in ("samples", "seed"):
+        name = f"text|{name}"
+    with pytest.raises(SkimError, match=f"begun with ({name}) .* now it is .* --force"):
+        run("o", resume=True, **changed)
+    assert journal.place(tmp_path / "o").exists()
+
+
+def test_a_finished_folder_is_not_taken_for_an_unfinished_run(run, tmp_path):
+    (tmp_path / "o").mkdir()
+    with pytest.raises(SkimError, match=r"o: is there, with no unfinished run beside it; --force"):
+        run("o", resume=True)
+    assert not list((tmp_path / "o").iterdir()) and not journal.place(tmp_path / "o").exists()
+
+
+def test_an_edited_journal_is_refused(run, tmp_path, monkeypatch):
+    interrupted(run, "o", monkeypatch)
+    file = journal.place(tmp_path / "o") / journal.JOURNAL
+    file.write_text(file.read_text().replace('"fast"', '"slow"'))
+    with pytest.raises(SkimError, match="begun with recipe slow, now it is fast"):
+        run("o", resume=True)
+    file.write_text("{")
+    with pytest.raises(SkimError, match="journal.json: not valid JSON"):
+        run("o", resume=True)
+
+
+def test_deleted_scratch_is_made_again(run, tmp_path, monkeypatch):
+    run("whole", whole=True)
+    for kind, number in (("inputs", 5), ("gradient", 14), ("cache", 14), ("packed", 24)):
+        name = f"o-{kind}"
+        interrupted(run, name, monkeypatch, number)
+        if kind == "cache":
+            assert sensitivity.prune(tmp_path / f"{name}-cache") > 0
+        for file in journal.place(tmp_path / name).glob(f"{kind}-*"):
+            file.unlink()
+        run(name, resume=True)
+        assert same(tmp_path / "whole", tmp_path / name)
+
+
+def test_damaged_scratch_is_named(run, tmp_path, monkeypatch):
+    interrupted(run, "o", monkeypatch, 5)
+    file = max(journal.place(tmp_path / "o").glob("inputs-*"))
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(SkimError, match=f"{file.name}: cannot be read .* --force begins anew"):
+        run("o", resume=True)
+
+
+def test_two_runs_on_one_folder(run, tmp_path):
+    with journal.unfinished(tmp_path / "o", resume=False, force=False) as work:
+        journal.begin(work, {})
+        with pytest.raises(SkimError, match="o: another run is at work on it"):
+            run("o")
+    run("o")
+
+
+def test_a_full_disk_is_one_line_and_work_is_kept(run, tmp_path, monkeypatch):
+    run("whole", whole=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for number in (3, 9, 16):
+        seen = []
+        with monkeypatch.context() as patch:
+            usual = save_file
+
+            def save(*a, seen=seen, stop=number, usual=usual):
+                seen.append(1)
+                return full() if len(seen) == stop else usual(*a)
+
+            patch.setattr(shards, "save_file", save)
+            with pytest.raises(SkimError, match="could not be written: .*No space left"):
+                run(f"o{number}")
+        assert journal.place(tmp_path / f"o{number}").exists()
+        run(f"o{number}", resume=True)
+        assert same(tmp_path / "whole", tmp_path / f"o{number}")
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "sync", full)
+        with pytest.raises(SkimError, match="could not be written: .*No space left"):
+            run("last")
+    assert not (tmp_path / "last").exists() and not journal.is_finished(tmp_path / "last")
+    run("last", resume=True)
+    assert same(tmp_path / "whole", tmp_path / "last")
+
+
+def test_another_budget_needs_no_calibration(run, tmp_path, monkeypatch):
+    run("a", cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(stream, "_forward", lambda *_: pytest.fail("calibrated again"))
+    report = run("b", cache_dir=tmp_path / "cache", bits=2.8)
+    assert report.analysis_kept and report.bits_per_weight <= 2.8
+    run("c", whole=True, bits=2.8)
+    assert same(tmp_path / "b", tmp_path / "c")
+
+
+def test_processes_give_the_same_folder(run, tmp_path):
+    run("whole", whole=True)
+    run("parts", workers=2)
+    assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_shared_work_is_streamed_or_refused(folders, text, tmp_path):
+    how = OPTIONS | dict(text=text, cache_dir=tmp_path / "cache")
+    assert compress.compress(folders("llama"), tmp_path / "a", workers=1, **how).streamed
+    slim = how | dict(method="slim", bits=4)
+    with pytest.raises(SkimError, match="share the work on a streamed model: with sparsity or ad"):
+        compress.compress(folders("llama"), tmp_path / "b", workers=2, **slim)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(size=53_000, bits=None)], ids=str)
+def test_a_dry_run_tells_size_and_plan_without_work(run, tmp_path, monkeypatch, options):
+    done = run("o", **options)
+    monkeypatch.setattr(stream, "analyse", lambda *_: pytest.fail("calibrated"))
+    planned = run("p", dry_run=True, **options)
+    # what config.json says of widths is a good part of so small a folder
+    assert abs(planned.bytes - done.bytes) < 0.03 * done.bytes
+    assert abs(planned.bits_per_weight - done.bits_per_weight) < 0.2
+    assert planned.streamed and planned.planned["scratch"] > 0
+    assert not (tmp_path / "p").exists() and not journal.place(tmp_path / "p").exists()
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_one_line():
+    with pytest.raises(SkimError, match="a worker process died, .* --resume and fewer --workers"):
+        with pool(workers=2) as submit:
+            submit(die)()
+
+
+def test_a_cluster_that_does_not_answer_is_one_line():
+    pytest.importorskip("ray")
+    started = time.monotonic()
+    with pytest.raises(SkimError, match="no Ray cluster at 127.0.0.1:1: .*refused"):
+        with pool(ray="127.0.0.1:1"):
+            pass
+    assert time.monotonic() - started < 20
+
+
+# ---- what is planned
+
+
+def test_a_model_that_fits_is_not_streamed(folders, text, tmp_path):
+    free = resources.IMPORTED
+    how = OPTIONS | dict(text=text, cache_dir=tmp_path / "cache")
+    report = compress.compress(folders("llama"), tmp_path / "a", max_memory=2 * free, **how)
+    assert not report.streamed and report.planned["memory"] < 2 * free
+    need = int(report.planned["memory"])
+    report = compress.compress(folders("llama"), tmp_path / "b", max_memory=need - 1, **how)
+    assert report.streamed and report.planned["memory"] < need
+    least = int(report.planned["memory"])
+    with pytest.raises(SkimError, match=r"0.8 GB of memory are needed block by block, --max-mem"):
+        compress.compress(folders("llama"), tmp_path / "c", max_memory=least - 1, **how)
+    sparse = how | dict(method="slim", bits=4)
+    with pytest.raises(SkimError, match="with sparsity or adapters a model must fit"):
+        compress.compress(folders("llama"), tmp_path / "c", max_memory=least, **sparse)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b", "cache", "text.txt"]
+
+
+def test_too_little_disk_is_refused_before_work(run, tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(resources.psutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SkimError, match="GB of scratch are needed, 0.0 GB are free"):
+        run("o")
+    assert not journal.place(tmp_path / "o").exists()
+
+
+def test_scratch_that_is_there_already_needs_no_room(run, tmp_path, monkeypatch):
+    planned = run("o", dry_run=True).planned["scratch"]
+    usage = type("Usage", (), {"free": planned - 5000})
+    monkeypatch.setattr(resources.psutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SkimError, match="of scratch are needed"):
+        run("o")
+    left = journal.place(tmp_path / "o")
+    left.mkdir()
+    (left / "left.safetensors").write_bytes(bytes(6000))
+    assert run("o", resume=True).streamed
+
+
+def test_tensors_under_other_names_are_refused(run):
+    with pytest.raises(SkimError, match="lm_head.weight: is not in the checkpoint under this name"):
+        run("o", family="gpt_neox")  # transformers renames it while loading

@@ -1,0 +1,352 @@
+"""Products with packed weights, against float64 gather and matmul, on every instruction set."""
+
+import dataclasses
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_pack import PARTS, parts_id, with_parts
+
+from conftest import at_once, random_quantized
+from skimlm import native
+from skimlm.errors import FormatError
+from skimlm.format.pack import dequantize, effective, pack
+from skimlm.runtime import ops
+from skimlm.runtime.linear import quantize_table, table_values
+from skimlm.runtime.ops import (
+    dequantize_stored,
+    linear_packed,
+    linear_parts,
+    linear_reference,
+    parts_reference,
+    table_packed,
+)
+
+NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
+SHAPES = [(1, 1), (3, 7), (5, 64), (9, 65), (37, 100), (66, 131), (12, 576)]
+MIXED = [[b] for b in range(1, 9)] + [None]
+
+
+def buffers(q):
+    stored = pack(q)
+    return [stored.get(name) for name in NAMES]
+
+
+def inputs(count, cols, dtype, seed=0):
+    """Activations as they come: normal, a few channels a hundred times as large."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, cols, generator=g)
+    x[:, torch.rand(cols, generator=g) < 0.02] *= 100
+    return x.to(dtype)
+
+
+@pytest.fixture(params=["torch's threads", "own threads"])
+def pool(request, isa):
+    """Both ways work is split, with two threads."""
+    own = (None, None)
+    native.library().skimlm_use_openmp(*(native._openmp() if "torch" in request.param else own))
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+    native.library().skimlm_use_openmp(*native._openmp())
+
+
+@pytest.mark.parametrize("parts", PARTS[::5], ids=parts_id)
+def test_the_reference_multiplies_by_every_part(parts):
+    q = with_parts(random_quantized(9, 140, in_scale=True), parts)
+    x, bias = inputs(5, 140, torch.float32), torch.linspace(-1, 1, 9)
+    weight = effective(q).double()
+    got = parts_reference(x, pack(q), parts, bias).double()
+    size = x.double().abs() @ weight.abs().T + 1
+    assert ((got - x.double() @ weight.T - bias).abs() <= 1e-6 * size).all()
+    many = x.expand(ops.FEW_SPARSE, 5, 140)
+    got = linear_parts(many, pack(q), parts, bias).double()  # on torch, too
+    assert ((got - x.double() @ weight.T - bias).abs() <= 2e-6 * size).all()
+
+
+@pytest.mark.parametrize("parts", PARTS[::5], ids=parts_id)
+def test_rows_with_parts_cut_into_chunks_give_the_same_weight(monkeypatch, parts):
+    q = with_parts(random_quantized(33, 140, in_scale=True), parts)
+    monkeypatch.setattr(ops, "CHUNK", 300)
+    assert torch.equal(dequantize_stored(pack(q), 140, parts), dequantize(q))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("widths", MIXED, ids=str)
+def test_exact_products_are_exact(isa, widths, scaled):
+    for rows, cols in SHAPES:
+        q = random_quantized(rows, cols, widths=widths, in_scale=scaled)
+        weight = dequantize(q).double()
+        for count in (1, 2, 5, 15, 33, 70):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = inputs(count, cols, dtype)
+                bias = torch.randn(rows).to(dtype) if count % 2 else None
+                got = linear_packed(x, *buffers(q), bias)
+                assert got.dtype == dtype and got.shape == (count, rows)
+                want, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T + 0.1
+                want = want if bias is None else want + bias.double()
+                rounding = want.abs() * 2**-8 if dtype == torch.bfloat16 else 0
+                bound = 1e-6 * size + half_steps(x, q) @ unscaled(q).abs().T
+                if count >= ops.FEW_TOKENS and not native.many(dtype):
+                    bound += 2**-8 * size  # torch's product with the weight in the dtype of x
+                assert ((got.double() - want).abs() <= bound + rounding).all()
+
+
+def unscaled(q):
+    """The weight without its input scale, which goes to x."""
+    return dequantize(dataclasses.replace(q, in_scale=None)).double()
+
+
+def half_steps(x, q):
+    """What rounding a token to integers below 2^23 may change: half a step, the same everywhere."""
+    x = x.double() if q.in_scale is None else x.double() * q.in_scale.double()
+    return (x.abs().amax(1, keepdim=True) * 2**-23).expand_as(x)
+
+
+def exact_product(x, q, limit=8355711):
+    """One token in integers, as product.h says: x in units of a power of two, everything exact."""
+    x = x.float() if q.in_scale is None else x.float() * q.in_scale.float()
+    unit = 2.0**-40
+    while (x.abs().max().double() / unit) > limit:
+        unit *= 2
+    scaled = x.double() / unit
+    whole = (scaled.abs() + 0.5).floor() * scaled.sign()
+    levels = q.codebook.double().gather(1, q.codes.long().clamp(max=31))
+    wide = (q.widths > 5)[:, None]
+    levels = torch.where(wide, q.codes.double() - q.row_zero.double()[:, None], levels)
+    return (whole @ levels.T * (q.row_scale.double() * unit)).float()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("widths", MIXED, ids=str)
+def test_one_token_is_exact_to_the_bit_everywhere(isa, widths, scaled):
+    for rows, cols in [*SHAPES, (5, 1300)]:
+        q = random_quantized(rows, cols, widths=widths, in_scale=scaled)
+        for dtype in (torch.float32, torch.bfloat16):
+            x = inputs(1, cols, dtype)
+            got = linear_packed(x, *buffers(q), None)
+            assert torch.equal(got, exact_product(x, q).to(dtype)), (rows, cols, dtype)
+
+
+def test_rows_longer_than_sums_of_bytes_in_32_bits(isa):
+    q = random_quantized(5, 70_000)
+    x = torch.full((1, 70_000), 3.0)
+    assert torch.equal(linear_packed(x, *buffers(q), None), exact_product(x, q))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_an_input_that_is_not_finite_gives_no_finite_output(isa, bad):
+    stored = buffers(random_quantized(6, 70))
+    for count in (1, 3, 40):
+        x = torch.randn(count, 70)
+        x[0, 65] = bad
+        out = linear_packed(x, *stored, None)
+        assert not out[0].isfinite().any() and out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 1e36])
+def test_inputs_of_any_size(isa, size):
+    q = random_quantized(6, 70, widths=[2, 3, 4])
+    q.row_scale.fill_(2**-10)
+    x = torch.randn(1, 70).clamp(-1, 1) * size
+    got = linear_packed(x, *buffers(q), None).double()
+    want = x.double() @ dequantize(q).double().T
+    assert ((got - want).abs() <= 1e-5 * want.abs().max() + 2**-126).all()
+
+
+@pytest.mark.parametrize("widths", MIXED, ids=str)
+def test_rounded_products_stay_within_half_a_step_of_every_input(isa, widths):
+    for rows, cols in SHAPES:
+        q = random_quantized(rows, cols, widths=widths)
+        weight = dequantize(q).double()
+        for count in (1, 5):
+            x = inputs(count, cols, torch.float32)
+            got = linear_packed(x, *buffers(q), None, exact=False).double()
+            padded = torch.nn.functional.pad(x, (0, -cols % 128)).view(count, -1, 128).double()
+            step = padded.abs().amax(2, keepdim=True).expand_as(padded).reshape(count, -1) / 127
+            bound = step[:, :cols] / 2 @ weight.abs().T
+            size = x.double().abs() @ weight.abs().T + step[:, :cols] * 128 @ weight.abs().T
+            assert ((got - x.double() @ weight.T).abs() <= bound * 1.0001 + 1e-6 * size).all()
+
+
+def test_rounding_the_input_is_what_the_reference_does(isa):
+    q = random_quantized(37, 200)
+    x = inputs(3, 200, torch.float32)
+    chunks = torch.nn.functional.pad(x, (0, 56)).view(3, 2, 128)
+    step = chunks.abs().amax(2, keepdim=True) / 127
+    rounded = ((chunks / step).round() * step).view(3, 256)[:, :200]
+    got = linear_packed(x, *buffers(q), None, exact=False)
+    want = rounded.double() @ dequantize(q).double().T
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5 * float(want.abs().max()))
+
+
+def test_the_reference_is_gather_and_matmul():
+    q = random_quantized(20, 33, in_scale=True)
+    x, bias = torch.randn(4, 33), torch.randn(20)
+    want = x.double() @ dequantize(q).double().T + bias.double()
+    got = linear_reference(x, *buffers(q), bias)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_extreme_zero_points_and_scales(isa):
+    q = random_quantized(6, 70, widths=[6, 7, 8])
+    q.row_zero.copy_(torch.tensor([-32768, 32767, 0, 255, -1, 31], dtype=torch.int16))
+    q.row_scale[0] = -q.row_scale[0]
+    x = torch.randn(2, 70)
+    weight = dequantize(q).double()
+    error = (linear_packed(x, *buffers(q), None).double() - x.double() @ weight.T).abs()
+    assert (error <= 1e-6 * (x.double().abs() @ weight.abs().T)).all()
+
+
+def test_threads_do_not_change_a_bit(pool):
+    stored = buffers(random_quantized(2000, 600))
+    x = torch.randn(3, 600)
+    torch.set_num_threads(1)
+    one = linear_packed(x, *stored, None)
+    for threads in (2, 3, 8, 1):
+        torch.set_num_threads(threads)
+        for _ in range(20):
+            assert torch.equal(linear_packed(x, *stored, None), one)
+
+
+def test_calls_from_several_threads_at_once(pool):
+    stored = buffers(random_quantized(2000, 600))
+    x, wrong = torch.randn(3, 600), []
+    want = linear_packed(x, *stored, None)
+
+    def call():
+        for _ in range(50):
+            if not torch.equal(linear_packed(x, *stored, None), want):
+                wrong.append(1)
+
+    at_once(4, call)
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
+def test_a_forked_child_still_computes():
+    code = """
+import os, torch
+from skimlm.runtime.ops import linear_packed
+from skimlm.format.pack import QuantizedWeight, pack
+torch.set_num_threads(2)
+q = QuantizedWeight(torch.zeros(9999, 999, dtype=torch.uint8), torch.full((9999,), 3).byte(),
+                    torch.ones(9999, 32, dtype=torch.int8) * (torch.arange(32) < 8),
+                    torch.ones(9999).bfloat16(), torch.zeros(9999, dtype=torch.int16))
+p = pack(q)
+run = lambda: linear_packed(torch.ones(1, 999), p["weight"], p["widths"], p["codebook"],
+                            p["row_scale"], None, None, None)
+assert (run() == 999).all()
+child = os.fork()
+if child == 0:
+    os._exit(0 if (run() == 999).all() else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("cols", [1, 9, 64, 131])
+def test_table_products(isa, bits, cols):
+    torch.manual_seed(0)
+    codes, scale = quantize_table(torch.randn(300, cols), bits)
+    table = table_values(codes, scale, cols, torch.float32).double()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 3, cols).to(dtype)
+        got, want = table_packed(x, codes, scale, bits), x.double() @ table.T
+        size = x.double().abs() @ table.abs().T
+        rounding = want.abs() * 2**-8 if dtype == torch.bfloat16 else 0
+        assert got.shape == (2, 3, 300)
+        # at 4 bits 8 times the sum of x is taken off a sum of up to twice its size
+        assert ((got.double() - want).abs() <= 5e-6 * size + rounding + 1e-6).all()
+
+
+def test_operators_are_well_formed():
+    stored = buffers(random_quantized(9, 17, in_scale=True))
+    x = torch.randn(2, 17)
+    torch.library.opcheck(torch.ops.skimlm.linear.default, (x, *stored, torch.randn(9), True))
+    codes, scale = quantize_table(torch.randn(50, 17), 8)
+    torch.library.opcheck(torch.ops.skimlm.table.default, (x, codes, scale, 8))
+
+
+def test_malformed_calls_are_errors_not_crashes(isa):
+    """Random damage to any argument: an exception with a reason, or the right answer."""
+    rng = random.Random(0)
+    q = random_quantized(12, 40, in_scale=True)
+    good, x = buffers(q), torch.randn(2, 40)
+    want = linear_packed(x, *good, None)
+
+    def damage(tensor):
+        kind = rng.randrange(6)
+        if kind == 0:
+            return tensor[: rng.randrange(len(tensor))]
+        if kind == 1:
+            return torch.cat([tensor, tensor[: rng.randrange(1, 9)]])
+        if kind == 2:
+            return tensor.to(rng.choice([torch.float32, torch.int64, torch.int8, torch.uint8]))
+        if kind == 3:
+            return tensor.repeat_interleave(2)[::2]
+        if kind == 4:
+            return tensor[None]
+        return None
+
+    refused = 0
+    for _ in range(2000):
+        args = list(good)
+        at = rng.randrange(len(args))
+        args[at] = damage(args[at])
+        value = x if rng.random() < 0.8 else x[:, : rng.randrange(1, 40)]
+        try:
+            got = linear_packed(value, *args, None)
+        except (FormatError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            assert str(error)
+            refused += 1
+            continue
+        same = args[at] is not None and torch.equal(args[at], good[at]) and value is x
+        assert same and torch.equal(got, want) or NAMES[at] == "in_scale"
+    assert refused > 1000
+
+
+def test_widths_out_of_range_are_refused(isa):
+    q = random_quantized(12, 40)
+    for bad in (0, 9, 255):
+        parts = buffers(q)
+        parts[1] = parts[1].clone()
+        parts[1][3] = bad
+        with pytest.raises(FormatError, match="width"):
+            linear_packed(torch.randn(1, 40), *parts, None)
+
+
+@pytest.mark.parametrize("tile", [30, 300, 2**21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tokens_are_multiplied_by_the_dequantized_weight(isa, monkeypatch, tile, dtype):
+    monkeypatch.setattr(ops, "TILE", tile)
+    q = random_quantized(200, 30)
+    x, bias = torch.randn(2, ops.FEW_TOKENS, 30).to(dtype), torch.randn(200).to(dtype)
+    want = torch.nn.functional.linear(x.double(), dequantize(q).to(dtype).double(), bias.double())
+    eps = torch.finfo(dtype).eps
+    got = linear_packed(x, *buffers(q), bias)
+    torch.testing.assert_close(got.double(), want, rtol=2 * eps, atol=16 * eps)
+
+
+def test_info_says_which_path_runs():
+    assert native.path() in ("avx512 vbmi", "avx512", "avx2", "portable")
+
+
+def test_torch_compile_traces_a_compressed_layer_as_one_operator():
+    from skimlm.runtime.linear import CompressedLinear
+
+    layer = CompressedLinear.from_quantized(random_quantized(20, 33, in_scale=True))
+    traced = []
+
+    def backend(graph, _):
+        traced.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    x = torch.randn(2, 33)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+    assert traced == [torch.ops.skimlm.linear]

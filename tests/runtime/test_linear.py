@@ -1,0 +1,249 @@
+"""The compressed layers against the dense ones they stand for."""
+
+import copy
+
+import pytest
+import torch
+from test_pack import PARTS, equal, parts_id, with_parts
+from torch import nn
+
+from conftest import random_quantized
+from skimlm.format.pack import Parts, dequantize, effective, pack, row_bits
+from skimlm.runtime.linear import (
+    CompressedEmbedding,
+    CompressedHead,
+    CompressedLinear,
+    quantize_table,
+    table_values,
+)
+from skimlm.runtime.ops import parts_reference
+
+
+def table_layers(rows=50, cols=9, bits=8, dtype=torch.float32, **options):
+    """An embedding, a tied head, and the table they should hold."""
+    torch.manual_seed(0)
+    weight, scale = quantize_table(torch.randn(rows, cols), bits)
+    embedding = CompressedEmbedding(rows, cols, bits, dtype=dtype, **options)
+    embedding.weight = nn.Parameter(weight, requires_grad=False)
+    embedding.scale = scale
+    head = CompressedHead(rows, cols, bits, tied=True)
+    head.tie(embedding)
+    return embedding, head, table_values(weight, scale, cols, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_forward_is_the_dense_layers(dtype, scaled, biased):
+    torch.manual_seed(0)
+    q = random_quantized(31, 17, in_scale=scaled)
+    bias = torch.randn(31, dtype=dtype) if biased else None
+    x = torch.randn(2, 3, 17, dtype=dtype)
+    layer = CompressedLinear.from_quantized(q, bias)
+    want = x.double() @ dequantize(q).double().T + (0 if bias is None else bias.double())
+    close = dict(rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(layer(x).double(), want, **close)
+    dense = nn.functional.linear(x, dequantize(q).to(dtype), bias)
+    assert torch.equal(layer.dense(dtype)(x), dense)
+    assert (layer.in_features, layer.out_features) == (17, 31)
+    many = x[:1].expand(50, 3, 17)  # enough tokens to de-quantize for
+    dense = nn.functional.linear(many, dequantize(q).to(dtype), bias)
+    torch.testing.assert_close(layer(many), dense, **close)
+
+
+def test_gradients_flow_through_to_the_input():
+    q = random_quantized(31, 17, in_scale=True)
+    x = torch.randn(3, 17, requires_grad=True)
+    CompressedLinear.from_quantized(q)(x).sum().backward()
+    torch.testing.assert_close(x.grad, dequantize(q).sum(0).expand(3, 17))
+
+
+SOME_PARTS = [*PARTS[::7], PARTS[-1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parts", SOME_PARTS, ids=parts_id)
+def test_forward_with_parts_is_the_dense_layers(parts, dtype):
+    torch.manual_seed(0)
+    q = with_parts(random_quantized(9, 140, in_scale=True), parts)
+    bias, x = torch.randn(9, dtype=dtype), torch.randn(2, 3, 140, dtype=dtype)
+    layer = CompressedLinear.from_quantized(q, bias)
+    assert not parts.rank or layer.adapter_part(x).shape == (2, 3, 9)
+    want = x.double() @ effective(q).double().T + bias.double()
+    size = x.double().abs() @ effective(q).double().abs().T
+    for got in (layer(x), parts_reference(x, pack(q), parts, bias), layer.dense(dtype)(x)):
+        assert got.dtype == dtype and got.shape == (2, 3, 9)
+        error = (got.double() - want).abs() / (size.mean() + want.abs())
+        assert error.max() < 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer.dequantize(), effective(q))
+    assert (layer.in_features, layer.out_features) == (140, 9)
+
+
+def test_gradients_flow_through_every_part():
+    q = with_parts(random_quantized(9, 140, in_scale=True), Parts("2:4", 70, 33, 3, 4))
+    x = torch.randn(3, 140, requires_grad=True)
+    CompressedLinear.from_quantized(q)(x).sum().backward()
+    torch.testing.assert_close(x.grad, effective(q).sum(0).expand(3, 140), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sparse", [{}, dict(sparsity="2:4", kept=70), dict(group=33)])
+def test_an_adapter_can_be_trained_in_place_of_the_stored_one(sparse):
+    q = with_parts(random_quantized(9, 140), Parts(**sparse, rank=3, adapter_bits=4))
+    layer, x = CompressedLinear.from_quantized(q), torch.randn(5, 140)
+    a, b = torch.randn(3, 140, requires_grad=True), torch.randn(3, 9, requires_grad=True)
+    layer.adapter = a, b
+    out = layer(x)
+    torch.testing.assert_close(out, x @ (dequantize(q) + b.T @ a).T, rtol=1e-4, atol=1e-4)
+    (out * out.detach()).sum().backward()
+    torch.testing.assert_close(b.grad, (x @ a.T).T @ out.detach())
+    torch.testing.assert_close(a.grad, (out.detach() @ b.T).T @ x, rtol=1e-4, atol=1e-3)
+    assert not [p for p in layer.parameters() if p.requires_grad]
+    assert set(layer.state_dict()) == set(pack(q))
+
+
+@pytest.mark.parametrize("parts", SOME_PARTS, ids=parts_id)
+def test_parts_are_counted_kept_unrounded_and_come_back(parts):
+    q = with_parts(random_quantized(9, 140, in_scale=True), parts)
+    full = CompressedLinear.from_quantized(q).to(torch.float16)
+    stored = pack(q)
+    assert full.nbytes == sum(tensor.nbytes for tensor in stored.values())
+    assert all(torch.equal(full.get_buffer(name), t) for name, t in stored.items())
+    assert set(full.state_dict()) == set(stored)
+    empty = CompressedLinear(140, full.counts, in_scale=True, parts=parts)
+    empty.load_state_dict(full.state_dict())
+    assert equal(empty.dequantize(), full.dequantize())
+
+
+def test_a_layer_says_what_it_is_made_of():
+    q = with_parts(random_quantized(9, 140, widths=[4]), Parts("2:4", 70, 33, 3, 4))
+    assert repr(CompressedLinear.from_quantized(q)) == (
+        "CompressedLinear(140, 9, rows by width {4: 9}, sparsity=2:4, kept=70, group=33, rank=3, "
+        "adapter_bits=4)"
+    )
+
+
+@pytest.mark.parametrize("widths", [[1], [8], [2, 7]])
+def test_a_layer_with_few_widths_has_only_the_buffers_it_needs(widths):
+    q = random_quantized(4, 6, widths=widths)
+    layer = CompressedLinear.from_quantized(q)
+    assert set(layer.state_dict()) == set(pack(q))
+    assert torch.equal(layer.dequantize(), dequantize(q))
+
+
+def test_nbytes_is_the_sum_of_the_rows():
+    q = random_quantized(12, 17, in_scale=True)
+    want = sum(row_bits(b, 17) for b in q.widths.tolist()) // 8 + 2 * 17
+    assert CompressedLinear.from_quantized(q).nbytes == want
+
+
+def test_state_dict_round_trip_through_an_empty_layer():
+    q = random_quantized(12, 17, in_scale=True)
+    full = CompressedLinear.from_quantized(q, torch.randn(12))
+    empty = CompressedLinear(17, full.counts, in_scale=True, bias=True)
+    empty.load_state_dict(full.state_dict())
+    assert torch.equal(empty.dequantize(), dequantize(q)) and torch.equal(empty.bias, full.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_casting_a_model_does_not_round_the_stored_numbers(dtype):
+    q = random_quantized(12, 17, in_scale=True)
+    layer = CompressedLinear.from_quantized(q, torch.randn(12)).to(dtype)
+    assert torch.equal(layer.in_scale, q.in_scale) and layer.row_scale.dtype == torch.bfloat16
+    assert torch.equal(layer.dequantize(), dequantize(q))
+    assert layer.bias.dtype == dtype
+
+
+def test_nothing_stored_is_trainable():
+    layer = CompressedLinear.from_quantized(random_quantized(4, 6), torch.randn(4))
+    assert not [name for name, p in layer.named_parameters() if p.requires_grad]
+
+
+def test_layers_move_to_another_device():
+    layer = CompressedLinear.from_quantized(random_quantized(4, 6, in_scale=True)).to("meta")
+    assert {buffer.device.type for buffer in layer.buffers()} == {"meta"}
+    assert layer.in_scale.dtype == torch.float16
+
+
+@pytest.mark.parametrize("cols", [1, 8, 9])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_table_codes_are_read_as_format_md_says(bits, cols):
+    torch.manual_seed(cols)
+    weight, scale = quantize_table(torch.randn(6, cols), bits)
+    got = table_values(weight, scale, cols, torch.float32)
+    for i in range(6):
+        for j in range(cols):
+            code = (
+                int(weight[i, j]) if bits == 8 else (int(weight[i, j // 2]) >> j % 2 * 4) % 16 - 8
+            )
+            assert float(got[i, j]) == code * float(scale[i])
+
+
+def test_the_spare_nibble_of_an_odd_row_is_zero():
+    weight, _ = quantize_table(torch.randn(6, 5), 4)
+    assert weight.shape == (6, 3) and not (weight[:, 2] >> 4).any()
+
+
+@pytest.mark.parametrize("bits, bound", [(8, 0.0085), (4, 0.125)])
+def test_tables_are_close_to_what_they_replace(bits, bound):
+    torch.manual_seed(0)
+    table = torch.randn(5000, 64)  # more rows than are quantized at a time
+    weight, scale = quantize_table(table, bits)
+    error = table_values(weight, scale, 64, torch.float32) - table
+    assert (error.norm() / table.norm()) < bound
+
+
+def test_four_bit_scales_beat_the_full_range():
+    torch.manual_seed(0)
+    table = torch.randn(64, 256)
+    weight, scale = quantize_table(table, 4)
+    error = table_values(weight, scale, 256, torch.float32) - table
+    step = table.abs().amax(1, keepdim=True) / 7
+    full = (table / step).round().clamp(-7, 7) * step - table
+    assert (error.square().sum(1) <= full.square().sum(1)).all()
+    assert error.square().sum() < 0.7 * full.square().sum()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_of_zeros_stay_zeros(bits):
+    weight, scale = quantize_table(torch.zeros(3, 5), bits)
+    assert torch.equal(table_values(weight, scale, 5, torch.float32), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_embedding_and_head_are_the_dense_ones(bits, dtype):
+    embedding, head, table = table_layers(bits=bits, dtype=dtype)
+    ids = torch.tensor([[0, 3, 49], [7, 7, 1]])
+    assert torch.equal(embedding(ids), nn.functional.embedding(ids, table.to(dtype)))
+    x = torch.randn(2, 9, dtype=dtype)
+    want, eps = x.double() @ table.double().T, torch.finfo(dtype).eps
+    torch.testing.assert_close(head(x).double(), want, rtol=2 * eps, atol=40 * eps)
+    many = x[:1].expand(50, 9)
+    assert torch.equal(head(many), many @ table.to(dtype).T)
+
+
+def test_a_tied_head_stores_nothing():
+    embedding, head, _ = table_layers()
+    assert head.weight is embedding.weight and head.scale is embedding.scale
+    assert set(head.state_dict()) == {"weight"}
+
+
+def test_a_copied_pair_stays_tied():
+    embedding, head, _ = table_layers()
+    pair = copy.deepcopy(nn.ModuleList([embedding, head]))
+    assert pair[1].weight is pair[0].weight
+
+
+def test_an_embedding_answers_in_the_dtype_it_was_cast_to():
+    embedding, _, table = table_layers(dtype=torch.float32)
+    embedding.to(torch.bfloat16)
+    assert embedding(torch.tensor([1])).dtype == torch.bfloat16
+    assert embedding.scale.dtype == torch.bfloat16 and embedding.weight.dtype == torch.int8
+    embedding.to(torch.float32)
+    assert torch.equal(embedding(torch.tensor([1]))[0], table[1])
+
+
+def test_a_multiplier_is_applied_in_the_models_dtype():
+    embedding, _, table = table_layers(dtype=torch.bfloat16, multiplier=7.77)
+    want = table.bfloat16()[3] * torch.tensor(7.77).bfloat16()
+    assert torch.equal(embedding(torch.tensor(3)), want)
