@@ -23,6 +23,7 @@ from skimlm.quantize import slim
 from skimlm.quantize.mask import Sparsity
 from skimlm.runtime.linear import CompressedLinear
 from skimlm.storage.folder import folder_bytes
+from skimlm.train import adapters as adapters_module
 from skimlm.train import loop
 from skimlm.train.adapters import (
     CHECKS,
@@ -134,10 +135,10 @@ def test_what_is_stored_is_what_was_evaluated_best(folder, text, monkeypatch, ma
             seen.append({n: v.clone() for n, v in values.items()})
         return placed(layers_, values)
 
-    monkeypatch.setattr(finetune, "_placed", recording)
+    monkeypatch.setattr(adapters_module, "_placed", recording)
     if made_up:
         rest = list(made_up)
-        monkeypatch.setattr(finetune, "_loss_sum", lambda *_: rest.pop(0))
+        monkeypatch.setattr(adapters_module, "_loss_sum", lambda *_: rest.pop(0))
     adapters, losses = train(
         model, layers, ids[4:], ids[:4], [[0, 1, 2, 3]] * 5, cross_entropy(model), 0.1
     )
@@ -206,13 +207,13 @@ def test_a_bias_of_a_compressed_linear_can_be_trained():
 
 @pytest.mark.parametrize("tokens, batch, want", [(200, 4, [4, 2]), (32, 4, [1]), (1000, 16, None)])
 def test_the_budget_is_used_to_the_last_whole_window(run, text, monkeypatch, tokens, batch, want):
-    read, original = [], finetune.backward_from_loss
+    read, original = [], adapters_module.backward_from_loss
 
     def backward(hidden, *rest):
         read.append(hidden.shape[:2])
         return original(hidden, *rest)
 
-    monkeypatch.setattr(finetune, "backward_from_loss", backward)
+    monkeypatch.setattr(adapters_module, "backward_from_loss", backward)
     text.write_text("To be, or not to be, that is the question. " * 8)  # 10 windows, 9 to train on
     report = run(tokens=tokens, batch=batch)
     assert report.tokens == sum(n * t for n, t in read) == tokens // 32 * 32
@@ -242,9 +243,9 @@ def test_the_folder_is_the_same_at_every_run_and_after_an_interruption(run, tmp_
         run("second")
     assert not (tmp_path / "second").exists()
     assert len(list((tmp_path / "cache").glob("*.state"))) == 1
-    steps, original = [], finetune.backward_from_loss
+    steps, original = [], adapters_module.backward_from_loss
     monkeypatch.setattr(
-        finetune, "backward_from_loss", lambda *args: (steps.append(1), original(*args))
+        adapters_module, "backward_from_loss", lambda *args: (steps.append(1), original(*args))
     )
     second = run("second")
     assert len(steps) == 8 - 3  # of 8 steps, those behind the second check

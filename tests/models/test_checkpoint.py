@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from conftest import FAMILIES, quantized_linears, tiny_model
 from skimlm.errors import FormatError, SkimError
 from skimlm.format.pack import histogram, pack
+from skimlm.models import write as writing
 from skimlm.models.blocks import decoder_blocks, decoder_linears, multiplier_of
 from skimlm.models.checkpoint import load, open_checkpoint
 from skimlm.models.write import plan_bytes, save
-from skimlm.storage import safetensors as shards
+from skimlm.storage import folder as folders
 from skimlm.storage.folder import check_out, folder_bytes
 from skimlm.storage.safetensors import finite
 
@@ -449,7 +450,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, job):
     assert os.listdir(tmp_path) == ["fits"]
 
 
-@pytest.mark.parametrize("step", ["write", "sync", "_replace"])
+@pytest.mark.parametrize("step", ["write_shards", "sync", "_replace"])
 @pytest.mark.parametrize("old", [False, True], ids=["new", "over an old one"])
 def test_ctrl_c_leaves_no_out_and_no_temporary_folder(tmp_path, job, monkeypatch, step, old):
     if old:
@@ -459,7 +460,7 @@ def test_ctrl_c_leaves_no_out_and_no_temporary_folder(tmp_path, job, monkeypatch
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards, step, interrupt)
+    monkeypatch.setattr(writing if step == "write_shards" else folders, step, interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "out", job, force=True)
     assert os.listdir(tmp_path) == (["out"] if old else [])

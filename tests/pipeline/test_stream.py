@@ -21,6 +21,7 @@ from skimlm.pipeline import blockwise, compress, sensitivity, stream
 from skimlm.pipeline import plan as resources
 from skimlm.pipeline.recipes import RECIPES
 from skimlm.pipeline.workers import pool
+from skimlm.storage import folder as outputs
 from skimlm.storage import journal
 from skimlm.storage import safetensors as shards
 from skimlm.storage.safetensors import save_file
@@ -113,7 +114,7 @@ def test_statistics_are_those_of_the_whole_model(run, tmp_path):
 
 def test_blocks_are_loaded_one_at_a_time(run, monkeypatch):
     held, most = [], []
-    usual = stream.checkpoint.loaded_block
+    usual = stream.loaded_block
 
     @functools.wraps(usual)
     def loaded(source, model, prefix):
@@ -132,7 +133,7 @@ def test_blocks_are_loaded_one_at_a_time(run, monkeypatch):
 
         return Watch()
 
-    monkeypatch.setattr(stream.checkpoint, "loaded_block", loaded)
+    monkeypatch.setattr(stream, "loaded_block", loaded)
     run("parts")
     assert set(most) == {1} and set.union(*held) == {"0", "1"}
 
@@ -248,8 +249,8 @@ def test_a_trained_run_is_resumed_after_every_write(best, tmp_path, monkeypatch)
 SCRIPT = """
 import dataclasses, sys, torch
 torch.set_num_threads(1)
-from skimlm import compress, resources
-from skimlm.recipes import RECIPES
+from skimlm.pipeline import compress, plan as resources
+from skimlm.pipeline.recipes import RECIPES
 RECIPES["fast"] = dataclasses.replace(RECIPES["fast"], fisher_windows=3)
 resources.streams = lambda *_: True
 compress.compress(sys.argv[1], sys.argv[2], text=sys.argv[3], cache_dir=sys.argv[4], recipe="fast",
@@ -425,7 +426,7 @@ def test_a_full_disk_is_one_line_and_work_is_kept(run, tmp_path, monkeypatch):
         run(f"o{number}", resume=True)
         assert same(tmp_path / "whole", tmp_path / f"o{number}")
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "sync", full)
+        patch.setattr(outputs, "sync", full)
         with pytest.raises(SkimError, match="could not be written: .*No space left"):
             run("last")
     assert not (tmp_path / "last").exists() and not journal.is_finished(tmp_path / "last")
