@@ -1,0 +1,75 @@
+"""Whether the tensors of a layer are those that layer.py declares, named where they are not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from skimlm.errors import FormatError
+from skimlm.format.layer import TENSORS, Layer, Shape, layout, stored_groups
+
+
+def check_stored(layer: Layer, *, name: str = "", strict: bool = False) -> None:
+    """Raise FormatError unless the tensors are those of the layer's spec; `name` is the layer's.
+
+    `weight` may live on the meta device: any bytes of the right length are valid codes. `strict`
+    looks at its padding bits too, as `unpack` does.
+    """
+    check_sizes(layer, name=name)
+    for key, stored in layer.tensors.items():
+        if stored.is_floating_point() and not stored.isfinite().all():
+            raise FormatError("holds NaN or Inf", tensor=join(name, key))
+    groups = list(stored_groups(layer))
+    for tensor in TENSORS:
+        checks = [check for check in (tensor.check, tensor.strict if strict else None) if check]
+        if tensor.name not in layer.tensors or tensor.order == "model":
+            continue
+        values = [(0, layer.tensors[tensor.name])]
+        if tensor.order == "stored":
+            values = [(width, views[tensor.name]) for width, _, views in groups]
+        for width, rows in values:
+            for check in checks:
+                if wrong := check(rows, layer.spec, width):
+                    raise FormatError(wrong, tensor=join(name, tensor.name))
+
+
+def check_sizes(layer: Layer, *, name: str = "") -> None:
+    """The part of `check_stored` that keeps native code inside its buffers: dtypes and shapes.
+
+    The values of `widths` too, since every other size follows from them.
+    """
+
+    def fail(tensor: str, reason: str) -> FormatError:
+        return FormatError(reason, tensor=join(name, tensor))
+
+    spec, tensors = layer.spec, layer.tensors
+    spec.check()
+    expected = layout(spec)
+    for tensor in sorted(TENSORS, key=lambda tensor: tensor.order != "model"):
+        if tensor.name not in expected:
+            continue
+        if tensor.name not in tensors:
+            raise fail(tensor.name, "is missing")
+        dtype, shape = expected[tensor.name]
+        stored = tensors[tensor.name]
+        if stored.dtype != dtype or stored.shape != shape:
+            raise fail(tensor.name, f"must be {spelled(dtype, shape)}, got {spelled_of(stored)}")
+        if tensor.order == "model" and tensor.check and (wrong := tensor.check(stored, spec, 0)):
+            raise fail(tensor.name, wrong)
+    if extra := sorted(set(tensors) - set(expected)):
+        raise fail(extra[0], "does not belong here")
+
+
+def join(name: str, tensor: str) -> str:
+    """A tensor's full name; `name` is its layer's, which may be unknown."""
+    return f"{name}.{tensor}" if name else tensor
+
+
+def spelled(dtype: torch.dtype, shape: Shape) -> str:
+    """A dtype and a shape in an error, such as uint8 [3, 4]."""
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+def spelled_of(tensor: Tensor) -> str:
+    """The same of a tensor."""
+    return spelled(tensor.dtype, tuple(tensor.shape))
