@@ -17,6 +17,7 @@ test: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	rm -rf build/elsewhere
 	$(PIP) --no-deps --target build/elsewhere build/dist/*.whl
 	cd build/elsewhere && PYTHONPATH=. ../../$(BIN)/python ../../tests/smoke.py
