@@ -33,8 +33,8 @@ from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load, open_checkpoint
 from skimlm.models.write import save
 from skimlm.pipeline import blockwise
-from skimlm.pipeline.calibrate import read_documents, windows
 from skimlm.pipeline.recipes import SLIM_RECIPES
+from skimlm.pipeline.text import read_documents, windows
 from skimlm.quantize import lowrank
 from skimlm.quantize.mask import Sparsity, wanda
 from skimlm.quantize.slim import Options, fit, fit_paper

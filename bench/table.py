@@ -29,9 +29,9 @@ from skimlm.format.pack import dequantize
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load, open_checkpoint
 from skimlm.pipeline import budget, sensitivity
-from skimlm.pipeline.calibrate import read_documents, windows
 from skimlm.pipeline.recipes import RECIPES
 from skimlm.pipeline.resident import quantize
+from skimlm.pipeline.text import read_documents, windows
 from skimlm.progress import Clock, peak_rss_bytes
 from skimlm.quantize import fit as fitting
 from skimlm.quantize.refine import dense

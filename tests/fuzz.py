@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 
 import torch
+from test_pack import with_parts
 
 from conftest import random_quantized
 from skimlm import native
 from skimlm.format.pack import Parts, pack
 from skimlm.runtime.linear import quantize_table
 from skimlm.runtime.ops import dequantize_packed, linear_packed, table_packed
-from test_pack import with_parts
 
 NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int64, torch.float32, torch.bfloat16)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from test_pack import with_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import quantized_linears, tiny_model
@@ -21,7 +22,6 @@ from skimlm.models.checkpoint import open_compressed
 from skimlm.models.write import rewrite, save
 from skimlm.runtime.linear import CompressedLinear
 from skimlm.storage.folder import folder_bytes
-from test_pack import with_parts
 
 IDS = torch.arange(40).view(2, 20)
 KINDS = [  # of linears, in turn

@@ -18,7 +18,7 @@ from skimlm.format.pack import effective
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load
 from skimlm.models.write import save
-from skimlm.pipeline.calibrate import read_documents, windows
+from skimlm.pipeline.text import read_documents, windows
 from skimlm.quantize import slim
 from skimlm.quantize.mask import Sparsity
 from skimlm.runtime.linear import CompressedLinear

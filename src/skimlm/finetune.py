@@ -38,7 +38,7 @@ from skimlm.integrations.transformers import aliases
 from skimlm.models.checkpoint import Checkpoint, load, open_compressed
 from skimlm.models.write import rewrite
 from skimlm.pipeline import sensitivity
-from skimlm.pipeline.calibrate import read_documents, windows
+from skimlm.pipeline.text import read_documents, windows
 from skimlm.progress import peak_rss_bytes
 from skimlm.storage.folder import check_out, folder_bytes, whole_folder
 from skimlm.storage.safetensors import read_json

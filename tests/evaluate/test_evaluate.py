@@ -20,7 +20,7 @@ from skimlm.evaluate import perplexity as evaluate
 from skimlm.evaluate.perplexity import held_out_text, perplexity, read_text, summarise, wikitext
 from skimlm.models.checkpoint import load
 from skimlm.models.write import save
-from skimlm.pipeline import calibrate
+from skimlm.pipeline.text import default_text
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0123456789 äöü — and then it rests. " * 3
 
@@ -179,7 +179,7 @@ def test_the_held_out_text_is_long_and_not_in_the_calibration_text():
     text, name = held_out_text()
     assert "pydoc_data.topics" in name
     assert len(text) > 300_000 and text == held_out_text()[0]
-    seen = "\n".join(calibrate.default_text())
+    seen = "\n".join(default_text())
     lines = {line.strip() for line in text.splitlines() if len(line.strip()) >= 40}
     shared = [line for line in lines if line in seen]
     assert len(lines) > 3000 and len(shared) <= len(lines) / 500, shared

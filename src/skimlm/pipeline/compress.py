@@ -40,9 +40,10 @@ from skimlm.models.source import load_outside
 from skimlm.models.write import plan_bytes, write_model, write_packed
 from skimlm.pipeline import budget, resident, sensitivity, stream
 from skimlm.pipeline import plan as resources
-from skimlm.pipeline.calibrate import BATCH, default_text, read_documents, windows
+from skimlm.pipeline.calibrate import BATCH
 from skimlm.pipeline.config import Asked, options_of, parts_of, recipe_of
 from skimlm.pipeline.recipes import Recipe
+from skimlm.pipeline.text import default_text, read_documents, windows
 from skimlm.pipeline.workers import Submit, here, pool
 from skimlm.progress import Clock, peak_rss_bytes
 from skimlm.quantize.fit import WIDTHS
