@@ -31,7 +31,7 @@ from skimlm.train.adapters import (
     _placed,
     _Rounded,
     adapted,
-    cross_entropy,
+    next_token_loss,
     stored_adapter,
     train,
 )
@@ -138,9 +138,9 @@ def test_what_is_stored_is_what_was_evaluated_best(folder, text, monkeypatch, ma
     monkeypatch.setattr(adapters_module, "_placed", recording)
     if made_up:
         rest = list(made_up)
-        monkeypatch.setattr(adapters_module, "_loss_sum", lambda *_: rest.pop(0))
+        monkeypatch.setattr(adapters_module, "loss_sum", lambda *_: rest.pop(0))
     adapters, losses = train(
-        model, layers, ids[4:], ids[:4], [[0, 1, 2, 3]] * 5, cross_entropy(model), 0.1
+        model, layers, ids[4:], ids[:4], [[0, 1, 2, 3]] * 5, next_token_loss(model), 0.1
     )
     best = losses.index(min(losses))
     assert len(seen) == len(losses) == 6 and best == (4 if made_up else 5)
@@ -207,13 +207,13 @@ def test_a_bias_of_a_compressed_linear_can_be_trained():
 
 @pytest.mark.parametrize("tokens, batch, want", [(200, 4, [4, 2]), (32, 4, [1]), (1000, 16, None)])
 def test_the_budget_is_used_to_the_last_whole_window(run, text, monkeypatch, tokens, batch, want):
-    read, original = [], adapters_module.backward_from_loss
+    read, original = [], adapters_module.backward
 
-    def backward(hidden, *rest):
+    def backward(loss, hidden):
         read.append(hidden.shape[:2])
-        return original(hidden, *rest)
+        return original(loss, hidden)
 
-    monkeypatch.setattr(adapters_module, "backward_from_loss", backward)
+    monkeypatch.setattr(adapters_module, "backward", backward)
     text.write_text("To be, or not to be, that is the question. " * 8)  # 10 windows, 9 to train on
     report = run(tokens=tokens, batch=batch)
     assert report.tokens == sum(n * t for n, t in read) == tokens // 32 * 32
@@ -222,10 +222,10 @@ def test_the_budget_is_used_to_the_last_whole_window(run, text, monkeypatch, tok
 
 
 def test_windows_are_read_equally_often():
-    order = sum(finetune._order(7, 17, 4, 3), [])
+    order = sum(loop.passes(7, 17, 4, 3), [])
     assert len(order) == 17
     assert sorted(order[:7]) == sorted(order[7:14]) == list(range(7))
-    assert order[:7] != order[7:14] and finetune._order(7, 17, 4, 4) != finetune._order(7, 17, 4, 3)
+    assert order[:7] != order[7:14] and loop.passes(7, 17, 4, 4) != loop.passes(7, 17, 4, 3)
 
 
 def test_the_folder_is_the_same_at_every_run_and_after_an_interruption(run, tmp_path, monkeypatch):
@@ -243,9 +243,9 @@ def test_the_folder_is_the_same_at_every_run_and_after_an_interruption(run, tmp_
         run("second")
     assert not (tmp_path / "second").exists()
     assert len(list((tmp_path / "cache").glob("*.state"))) == 1
-    steps, original = [], adapters_module.backward_from_loss
+    steps, original = [], adapters_module.backward
     monkeypatch.setattr(
-        adapters_module, "backward_from_loss", lambda *args: (steps.append(1), original(*args))
+        adapters_module, "backward", lambda *args: (steps.append(1), original(*args))
     )
     second = run("second")
     assert len(steps) == 8 - 3  # of 8 steps, those behind the second check
@@ -302,7 +302,7 @@ def test_another_training_has_another_state(run, text, change, monkeypatch):
 def uphill(monkeypatch):
     """Every step goes the wrong way."""
     adam = loop.adam
-    monkeypatch.setattr(loop, "adam", lambda s, name, grad, rate: adam(s, name, -grad, rate))
+    monkeypatch.setattr(loop, "adam", lambda s, name, grad, *rest: adam(s, name, -grad, *rest))
 
 
 def test_the_adapters_stay_where_training_makes_them_worse(run, folder, tmp_path, uphill):

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import skimlm
@@ -42,7 +41,8 @@ from skimlm.pipeline.text import read_documents, windows
 from skimlm.progress import peak_rss_bytes
 from skimlm.storage.folder import check_out, folder_bytes, whole_folder
 from skimlm.storage.safetensors import read_json
-from skimlm.train.adapters import HELD_OUT, adapted, cross_entropy, divergence, train
+from skimlm.train.adapters import HELD_OUT, adapted, next_token_loss, teacher_loss, train
+from skimlm.train.loop import passes
 
 Progress = Callable[[str, int, int], None]
 
@@ -113,16 +113,16 @@ def finetune(
         raise SkimError(f"{text}: one window of {seq_len} is too little, one is held out")
     held = min(HELD_OUT, max(1, len(ids) // 8))
     ids, unseen = ids[held:], ids[:held]
-    objective = cross_entropy(model)
+    loss_of = next_token_loss(model)
     if teacher is not None:
-        objective = divergence(model, _teacher(teacher, tokenizer, documents[0]))
-    order = _order(len(ids), count, batch, seed)
+        loss_of = teacher_loss(model, _teacher(teacher, tokenizer, documents[0]))
+    order = passes(len(ids), count, batch, seed)
     key = _key(opened, teacher, ids, unseen, [order, lr])
     state_file = sensitivity.folder(cache_dir) / f"{key}.state"
     loaded = time.perf_counter()
     layers = adapted(model)
     adapters, losses = train(
-        model, layers, ids, unseen, order, objective, lr, state_file, progress or (lambda *_: None)
+        model, layers, ids, unseen, order, loss_of, lr, state_file, progress or (lambda *_: None)
     )
     trained = time.perf_counter()
     report = Report(
@@ -174,15 +174,6 @@ def _teacher(teacher: str | os.PathLike[str], tokenizer: Any, text: str) -> Any:
     return model
 
 
-def _order(count: int, total: int, batch: int, seed: int) -> list[list[int]]:
-    """Which windows each step sees, `total` in all: one shuffled pass after the other."""
-    generator = torch.Generator().manual_seed(seed)
-    queue: list[int] = []
-    while len(queue) < total:
-        queue += torch.randperm(count, generator=generator).tolist()
-    return [queue[i : min(i + batch, total)] for i in range(0, total, batch)]
-
-
 def _key(
     opened: Checkpoint,
     teacher: str | os.PathLike[str] | None,
@@ -219,9 +210,3 @@ def _write(
     provenance["finetune"] = {fact: getattr(report, fact) for fact in facts}
     with whole_folder(out) as folder:
         rewrite(opened, folder, changed, config)
-
-
-# ---- training
-
-
-# ---- losses

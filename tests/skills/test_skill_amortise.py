@@ -125,13 +125,13 @@ def test_a_lesson_is_trained_at_every_resolution(world):
 
 def test_steps_take_the_resolutions_in_turn(world, skills, tmp_path, monkeypatch):
     model, tokenizer, _ = world
-    trained_at, real = [], amortise.distill.loss_of
+    trained_at, real = [], amortise.distill.backward_divergence
 
-    def loss_of(model, prefixes, *rest):
+    def recording(model, prefixes, *rest):
         trained_at.append(list(prefixes))
         return real(model, prefixes, *rest)
 
-    monkeypatch.setattr(amortise.distill, "loss_of", loss_of)
+    monkeypatch.setattr(amortise.distill, "backward_divergence", recording)
     amortise.train(model, tokenizer, skills, tmp_path, settings=SMALL)
     assert trained_at == [[4], [12]] * (SMALL.steps // 2)
 

@@ -9,7 +9,7 @@ from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm.skills import distill as distilling
 from skimlm.skills import rollout, splice
 from skimlm.skills.adaptive import rows_of, without
-from skimlm.skills.distill import distill, divergences, nested, study
+from skimlm.skills.distill import Training, distill, divergences, nested, study
 from skimlm.skills.document import parse
 from skimlm.skills.splice import Pin
 
@@ -63,29 +63,34 @@ def test_only_soft_tokens_get_gradients(world):
     soft = rows_of(model, ids[:12]).float().requires_grad_()
     with distilling.frozen(model):
         prefixes = nested(model, tokenizer, soft, (), [4, 12])
-        loss = distilling.loss_of(model, prefixes, train, [0, 1, 2], 1)
-        loss.backward()
+        distilling.backward_divergence(model, prefixes, train, [0, 1, 2], 1)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert (soft.grad.norm(dim=1) > 0).all()
 
 
-def test_the_loss_is_the_mean_divergence_per_token_of_the_rows_it_deals(world):
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_the_loss_is_the_mean_divergence_per_token_of_the_rows_it_deals(
+    world, at_once, monkeypatch
+):
     model, tokenizer, ids, _, train, _ = world
-    soft = rows_of(model, ids[:12]).float()
-    with torch.no_grad():
-        prefixes = nested(model, tokenizer, soft, (), [4, 12])
-        got = distilling.loss_of(model, prefixes, train, [5, 1, 7], 2)
-        total, tokens = 0.0, 0
-        assert distilling.deal(2, 3, 2) == [1, 1, 0]
-        for row, k in ((5, 12), (1, 12), (7, 4)):
-            pieces = splice.frame(tokenizer, [[soft[:k]]], train.asked[row])
-            tail = model.get_input_embeddings()(train.answers[row][:-1])
-            whole = torch.cat([splice.embed(model, pieces)[0], tail])[None]
-            logits = model(inputs_embeds=whole).logits[0, -len(train.answers[row]) :]
-            p = model.lm_head(train.teacher[row]).log_softmax(-1)
-            total += float((p.exp() * (p - logits.log_softmax(-1))).sum())
-            tokens += len(train.answers[row])
-    assert float(got) == pytest.approx(total / tokens, rel=1e-4)
+    monkeypatch.setattr(rollout, "chunk", lambda _: at_once)
+    soft = rows_of(model, ids[:12]).float().requires_grad_()
+    prefixes = nested(model, tokenizer, soft, (), [4, 12])
+    got = distilling.backward_divergence(model, prefixes, train, [5, 1, 7], 2)
+    gradient, soft.grad = soft.grad, None
+    total, tokens = 0.0, 0
+    assert distilling.deal(2, 3, 2) == [1, 1, 0]
+    for row, k in ((5, 12), (1, 12), (7, 4)):
+        pieces = splice.frame(tokenizer, [[soft[:k]]], train.asked[row])
+        tail = model.get_input_embeddings()(train.answers[row][:-1])
+        whole = torch.cat([splice.embed(model, pieces)[0], tail])[None]
+        logits = model(inputs_embeds=whole).logits[0, -len(train.answers[row]) :]
+        p = model.lm_head(train.teacher[row]).log_softmax(-1)
+        total += (p.exp() * (p - logits.log_softmax(-1))).sum()
+        tokens += len(train.answers[row])
+    (total / tokens).backward()
+    assert got == pytest.approx(float(total) / tokens, rel=1e-4)
+    torch.testing.assert_close(gradient, soft.grad, atol=1e-6, rtol=1e-3)
 
 
 def test_rows_are_dealt_to_larger_rungs_more_often():
@@ -97,9 +102,8 @@ def test_rows_are_dealt_to_larger_rungs_more_often():
 def test_thirty_steps_reduce_the_divergence_they_train_on(world):
     model, tokenizer, ids, _, train, _ = world
     start = rows_of(model, ids[:16]).float()
-    done = distill(
-        model, tokenizer, start, (), [8, 16], train, train, steps=30, rows=6, lr=1e-2, check=15
-    )
+    training = Training(steps=30, rows=6, lr=1e-2, check=15)
+    done = distill(model, tokenizer, start, (), [8, 16], train, train, training)
     assert done.step > 0
     first = done.history[0]["dev_kl"]
     last = min(done.history[1:], key=lambda entry: sum(entry["dev_kl"].values()))["dev_kl"]
@@ -113,8 +117,8 @@ def test_thirty_steps_reduce_the_divergence_they_train_on(world):
 def test_training_that_does_not_help_leaves_the_start(world):
     model, tokenizer, ids, _, train, dev = world
     start = model.get_input_embeddings()(ids).detach()  # all of the text: it cannot be beaten
-    options = dict(steps=40, rows=1, lr=1.0, check=4, patience=2)
-    done = distill(model, tokenizer, start, (), [len(start)], train, dev, **options)
+    training = Training(steps=40, rows=1, lr=1.0, check=4, patience=2)
+    done = distill(model, tokenizer, start, (), [len(start)], train, dev, training)
     assert done.step == 0 and torch.equal(done.soft, start)
     assert [entry["step"] for entry in done.history] == [0, 4, 8]  # and ends early
 
@@ -124,8 +128,8 @@ def test_training_ends_at_its_goal_or_where_the_goal_is_out_of_reach(world):
     start = rows_of(model, ids[:16]).float()
 
     def run(lr, goal=0.0):
-        options = dict(steps=25, rows=6, lr=lr, check=5, goal=goal)
-        done = distill(model, tokenizer, start, (), [16], train, train, **options)
+        training = Training(steps=25, rows=6, lr=lr, check=5, goal=goal)
+        done = distill(model, tokenizer, start, (), [16], train, train, training)
         return [entry["step"] for entry in done.history], [e["dev_kl"][16] for e in done.history]
 
     steps, kl = run(1e-2)
@@ -154,7 +158,7 @@ def test_no_vector_becomes_longer_than_any_words(world, family):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distilling, "nested", watch)
-        distill(model, tokenizer, start, (), [8], train, train, steps=6, rows=2, lr=3.0, check=6)
+        distill(model, tokenizer, start, (), [8], train, train, Training(6, 2, 3.0, 6))
     scale = 8.0 if family == "gemma3" else 1.0  # the root of a width of 64
     limit = scale * float(model.get_input_embeddings().weight.detach().norm(dim=1).max())
     assert max(seen) <= limit * 1.001 and max(seen) > 0.99 * limit
@@ -164,11 +168,30 @@ def test_the_same_seed_trains_the_same_vectors(world):
     model, tokenizer, ids, _, train, dev = world
     start = rows_of(model, ids[:8]).float()
     made = [
-        distill(model, tokenizer, start, (), [8], train, dev, steps=4, rows=3, check=4, seed=seed)
+        distill(model, tokenizer, start, (), [8], train, dev, Training(4, 3, check=4, seed=seed))
         for seed in (1, 1, 2)
     ]
     assert torch.equal(made[0].soft, made[1].soft) and made[0].history == made[1].history
     assert made[0].history != made[2].history
+
+
+def test_a_stopped_training_goes_on_to_the_same_vectors(world, tmp_path):
+    model, tokenizer, ids, _, train, dev = world
+    what = (model, tokenizer, rows_of(model, ids[:8]).float(), (), [4, 8], train, dev)
+    training = Training(steps=9, rows=3, check=2)
+    whole = distill(*what, training)
+
+    def stop(_phase, step, _steps):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(*what, training, tmp_path / "state", stop)
+    steps = []
+    again = distill(*what, training, tmp_path / "state", lambda *how: steps.append(how[1]))
+    assert steps == [5, 6, 7, 8, 9]  # from the check at step 4 on
+    assert torch.equal(again.soft, whole.soft)
+    assert (again.step, again.history) == (whole.step, whole.history)
 
 
 def test_without_a_skill_the_question_stands_alone(world):

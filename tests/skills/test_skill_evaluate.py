@@ -228,8 +228,8 @@ def pretended(world, monkeypatch):
     asked, others = [], {}
     ladder = adaptive.rungs(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))
 
-    def distill(model, tokenizer, start, pins, sizes, train, dev, **how):
-        asked.append((sizes, start.clone(), how))
+    def distill(model, tokenizer, start, pins, sizes, train, dev, training, **_):
+        asked.append((sizes, start.clone(), training))
         return Distilled(start + 1, 7, [{"step": 7}])
 
     def measured(task, method, k, tokens, prefix):
@@ -255,7 +255,7 @@ def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, pr
     assert [sizes for sizes, *_ in asked[:-1]] == [[k] for k in ladder[:-5:-1]]
     none = made.evidence["rungs"][0]["none"]
     goal = pytest.approx(max(0.1 * none, adaptive.ENOUGH))
-    assert [(how["steps"], how["goal"]) for *_, how in asked] == [
+    assert [(how.steps, how.goal) for *_, how in asked] == [
         (4, goal),
         *3 * [(2, goal)],
         (2, 0),
@@ -345,7 +345,7 @@ def test_a_size_starts_from_its_best_words_too(world, pretended):
     [(sizes, start, how)] = asked
     ids = splice.token_ids(world[1], DOCUMENT.text)
     assert torch.equal(start, rows_of(world[0], ids[kept(world, "sections", 150)]).float())
-    assert sizes == [32, 64, 128, 150] and how["goal"] == 0
+    assert sizes == [32, 64, 128, 150] and how.goal == 0
     compress(*world, DOCUMENT, method="distill", settings=QUICK)
     half = adaptive.rungs(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))[-1]
     assert asked[1][0] == [32, 64, 128, half]

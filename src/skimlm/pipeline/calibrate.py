@@ -25,7 +25,7 @@ from skimlm.errors import SkimError
 from skimlm.models.head import final_hidden
 from skimlm.models.hooks import forwards_replaced, frozen
 from skimlm.storage.safetensors import finite
-from skimlm.train.losses import backward_from_loss, cross_entropy_gradient, next_tokens
+from skimlm.train.losses import backward, cross_entropy, next_tokens
 
 BATCH = 2  # windows that go through the model together
 Observe = Callable[[str, Tensor, Tensor], None]
@@ -152,7 +152,7 @@ def statistics(
                 part = ids[i : i + batch].to(device)
                 sums.begin(i, len(part))
                 hidden = final_hidden(model, part)
-                backward_from_loss(hidden, cross_entropy_gradient(model, next_tokens(part)))
+                backward(cross_entropy(model, next_tokens(part)), hidden)
                 if progress:
                     progress(min(i + batch, len(ids)), len(ids))
     finally:

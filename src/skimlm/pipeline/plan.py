@@ -18,9 +18,9 @@ from skimlm.errors import SkimError
 from skimlm.models.blocks import decoder_blocks
 from skimlm.pipeline.recipes import Recipe
 from skimlm.train.codebooks import BATCH as STEP
+from skimlm.train.losses import CHUNK as HEAD_TOKENS
 
 IMPORTED = 800_000_000  # torch and transformers themselves
-HEAD_TOKENS = 512  # whose logits stand at once (calibrate.backward_from_loss)
 KMEANS_PER_THREAD = 3e6  # weights a second, bench/kmeans.py
 REFINE_PER_THREAD = 60e9  # additions and products a second
 

@@ -36,7 +36,7 @@ from skimlm.pipeline.recipes import Recipe, fit_linear, packed_linear, settled
 from skimlm.pipeline.workers import Submit, here
 from skimlm.storage.safetensors import write_file
 from skimlm.train.codebooks import norm_parameters, train_block
-from skimlm.train.losses import backward_from_loss, cross_entropy_gradient, next_tokens
+from skimlm.train.losses import backward, cross_entropy, next_tokens
 
 Progress = Callable[[str, int, int], None]
 
@@ -121,7 +121,7 @@ def _loss_gradient(s: Streamed, ids: Tensor, tupled: bool) -> Tensor:
         x = x.clone().requires_grad_()
         with torch.enable_grad():
             hidden = blockwise.remainder(s.model, part, x, tupled)
-            backward_from_loss(hidden, cross_entropy_gradient(s.model, next_tokens(part)))
+            backward(cross_entropy(s.model, next_tokens(part)), hidden)
         assert x.grad is not None
         gradients.append(x.grad)
     return torch.cat(gradients)

@@ -27,7 +27,7 @@ from skimlm.errors import SkimError
 from skimlm.skills import compressor as compressing
 from skimlm.skills import rollout, select
 from skimlm.skills.compressor import Compressor
-from skimlm.skills.distill import Study, distill, divergences, nested, study
+from skimlm.skills.distill import Study, Training, distill, divergences, nested, study
 from skimlm.skills.document import Document, spans
 from skimlm.skills.recall import Cloze, known, share
 from skimlm.skills.rollout import Prefix
@@ -404,10 +404,12 @@ def _trained(
     none = task.none / task.dev.tokens
     needed = max((1 - task.target) * none, ENOUGH) if goal else 0.0
     pins = tuple(Pin(min(p.at, k), p.text) for p in task.pins)
+    training = Training(
+        steps, settings.rows, settings.lr, settings.check, goal=needed, seed=settings.seed
+    )
     found = distill(
-        task.model, task.tokenizer, start, pins, ladder, task.train, task.dev,
-        steps=steps, rows=settings.rows, lr=settings.lr, check=settings.check,
-        goal=needed, seed=settings.seed, progress=task.progress,
+        task.model, task.tokenizer, start, pins, ladder, task.train, task.dev, training,
+        progress=task.progress,
     )  # fmt: skip
     facts = {"ladder": ladder, "step": found.step, "history": found.history}
     return found.soft.to(torch.bfloat16), pins, facts

@@ -35,7 +35,7 @@ from skimlm.skills.distill import Study, divergences, study
 from skimlm.skills.document import Document
 from skimlm.skills.splice import closing, opening, token_ids
 from skimlm.storage.safetensors import write_file
-from skimlm.train.loop import descend
+from skimlm.train.loop import Objective, descend, evenly
 
 LONGEST, SHORTEST = 1024, 48  # tokens of a lesson
 PIECE = 48  # tokens of a text to be repeated
@@ -177,10 +177,9 @@ def train(
     with frozen(model):
         state = descend(
             start.values,
+            Objective(gradients, held_out),
             settings.steps,
-            gradients,
-            held_out,
-            checks=settings.checks,
+            checks=evenly(settings.steps, settings.checks),
             file=work / f"{key}.state",
             progress=lambda step: tell("train", step, settings.steps),
         )
@@ -212,7 +211,7 @@ def _gradients(
     said = what.pieces if step < settings.repeat * settings.steps else what.answers
     chance = random.Random(settings.seed + step)
     rows = chance.sample(range(len(said.answers)), min(settings.rows, len(said.answers)))
-    distill.loss_of(model, prefixes, said, rows, step).backward()
+    distill.backward_divergence(model, prefixes, said, rows, step)
     return {n: (leaf.grad, settings.lr) for n, leaf in leaves.items() if leaf.grad is not None}
 
 

@@ -22,6 +22,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +34,41 @@ from skimlm.skills.document import Document
 from skimlm.skills.questions import questions
 from skimlm.skills.rollout import Prefix
 from skimlm.skills.splice import Piece, Pin, closing, opening, pieces_of, token_ids
+from skimlm.train.loop import Objective, State, descend
+from skimlm.train.losses import kl_divergence, loss_gradient, token_scores
 
 WARMUP = 5  # steps
+BETAS = (0.9, 0.999)  # of Adam
+
+
+@dataclass(frozen=True)
+class Training:
+    """How soft tokens are trained.
+
+    Dev divergence is measured every `check` steps; after `patience` times without a better one
+    training ends. With a `goal` for their mean, in nats per token, it also ends where that is
+    reached, or where the pace of the last two checks would not reach it by the last step.
+    """
+
+    steps: int = 120
+    rows: int = 8  # questions per step
+    lr: float = 3e-3
+    check: int = 20
+    patience: int = 3
+    goal: float = 0.0
+    seed: int = 0
+
+    def done(self, state: State) -> bool:
+        """Whether training ends at the check that was made last."""
+        checked = [note["step"] for note in state.notes]
+        if checked[-1] - checked[best(state.losses)] >= self.patience * self.check:
+            return True
+        value, earlier = state.losses[-1], -min(3, len(checked))
+        gone = checked[-1] - checked[earlier]
+        if not self.goal or not gone:
+            return False
+        pace = (state.losses[earlier] - value) / gone
+        return not self.goal < value <= self.goal + pace * (self.steps - state.step)
 
 
 @dataclass(frozen=True)
@@ -95,11 +129,8 @@ def ends(model: Any, tokenizer: Any) -> list[int]:
 def divergences(model: Any, prefix: Prefix, study: Study) -> list[float]:
     """Sum of KL over the tokens of every answer, nats, behind `prefix` in place of the text."""
     states = rollout.score_all(model, prefix, study.questions, study.answers)
-    with torch.no_grad():
-        return [
-            float(rollout.divergence(model, teacher, state).sum())
-            for teacher, state in zip(study.teacher, states, strict=True)
-        ]
+    pairs, chunk = zip(study.teacher, states, strict=True), rollout.chunk(model)
+    return [float(token_scores(model, *pair, chunk=chunk)["kl"].sum()) for pair in pairs]
 
 
 def nested(
@@ -129,87 +160,87 @@ def distill(
     ladder: Sequence[int],
     train: Study,
     dev: Study,
-    *,
-    steps: int = 120,
-    rows: int = 8,
-    lr: float = 3e-3,
-    check: int = 20,
-    patience: int = 3,
-    goal: float = 0.0,
-    seed: int = 0,
+    training: Training,
+    file: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Distilled:
     """Train soft tokens from `start` [K, d], nested; on dev every k of `ladder` counts the same.
 
-    Dev divergence is measured every `check` steps; after `patience` times without a better one
-    training ends. With a `goal` for their mean, in nats per token, it also ends where that is
-    reached, or where the pace of the last two checks would not reach it by the last step.
+    With `file` the state is kept there at every check, and a run that finds it goes on.
     """
     assert max(ladder) == len(start)
-    soft = start.detach().float().clone().requires_grad_()
-    optimizer = torch.optim.Adam([soft], lr=lr)
-    limit = longest(model)
+    limit, steps, rows = longest(model), training.steps, training.rows
+    shuffle = shuffled(len(train.answers), training.seed)
+    order = [[next(shuffle) for _ in range(rows)] for _ in range(steps)]
+    seen: list[float] = []  # losses since the last check
+    dev_kl: list[float] = []  # of the last check
 
-    def measure() -> dict[int, float]:
+    def gradients(values: dict[str, Tensor], step: int) -> dict[str, tuple[Tensor, float]]:
+        soft = values["soft"].detach().requires_grad_()
+        prefixes = nested(model, tokenizer, soft, pins, ladder)
+        seen.append(backward_divergence(model, prefixes, train, order[step], step + 1))
+        assert soft.grad is not None
+        return {"soft": (soft.grad, training.lr)}
+
+    def held_out(values: dict[str, Tensor]) -> float:
         with torch.no_grad():
-            prefixes = nested(model, tokenizer, soft, pins, ladder)
-        return {
-            k: sum(divergences(model, prefix, dev)) / dev.tokens for k, prefix in prefixes.items()
-        }
+            prefixes = nested(model, tokenizer, values["soft"], pins, ladder)
+        dev_kl[:] = [sum(divergences(model, p, dev)) / dev.tokens for p in prefixes.values()]
+        return sum(dev_kl) / len(ladder)
 
-    def mean(entry: dict[str, Any]) -> float:
-        return sum(entry["dev_kl"].values()) / len(ladder)
+    def project(values: dict[str, Tensor]) -> None:
+        soft = values["soft"]  # a vector longer than any word's is far from all the model knows
+        soft *= (limit / soft.norm(dim=1, keepdim=True)).clamp(max=1)
+
+    def note(step: int) -> dict[str, Any]:
+        mean = sum(seen) / len(seen) if seen else None
+        seen.clear()
+        return {"step": step, "train_kl": mean, "dev_kl": list(dev_kl)}
 
     with frozen(model):
-        history: list[dict[str, Any]] = [{"step": 0, "train_kl": None, "dev_kl": measure()}]
-        best, best_soft, best_step = mean(history[0]), start.float(), 0
-        order = shuffled(len(train.answers), seed)
-        seen = []
-        for step in range(1, steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(step, steps)
-            picked = [next(order) for _ in range(rows)]
-            loss = loss_of(model, nested(model, tokenizer, soft, pins, ladder), train, picked, step)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():  # a vector longer than any word's is far from all the model knows
-                soft *= (limit / soft.norm(dim=1, keepdim=True)).clamp(max=1)
-            seen.append(float(loss.detach()))
-            if progress:
-                progress("distill", step, steps)
-            if step % check and step < steps:
-                continue
-            history.append({"step": step, "train_kl": sum(seen) / len(seen), "dev_kl": measure()})
-            seen = []
-            value = mean(history[-1])
-            if value < best:
-                best, best_soft, best_step = value, soft.detach().clone(), step
-            elif step - best_step >= patience * check:
-                break
-            earlier = history[-min(3, len(history))]
-            pace = (mean(earlier) - value) / (step - earlier["step"])
-            if goal and not goal < value <= goal + pace * (steps - step):
-                break
-    return Distilled(best_soft, best_step, history)
+        state = descend(
+            {"soft": start.detach().float()},
+            Objective(gradients, held_out, project, note),
+            steps,
+            checks={*range(training.check, steps, training.check), steps},
+            schedule=schedule,
+            betas=BETAS,
+            done=training.done,
+            file=file,
+            progress=lambda step: progress("distill", step, steps) if progress else None,
+        )
+    history = [n | {"dev_kl": dict(zip(ladder, n["dev_kl"], strict=True))} for n in state.notes]
+    return Distilled(state.best["soft"], history[best(state.losses)]["step"], history)
 
 
-def loss_of(
+def best(losses: Sequence[float]) -> int:
+    """The first of the least."""
+    return min(range(len(losses)), key=losses.__getitem__)
+
+
+def backward_divergence(
     model: Any, prefixes: Mapping[int, Prefix], train: Study, rows: Sequence[int], step: int
-) -> Tensor:
-    """Mean KL per token over `rows` of the study, dealt to the resolutions, smallest first."""
+) -> float:
+    """Backpropagate the mean KL per token over `rows` of the study into the soft tokens.
+
+    Rows are dealt to the resolutions, smallest first.
+    """
     ladder = list(prefixes)
     hands = deal(len(ladder), len(rows), step)
-    losses, tokens = [], 0
+    tokens = sum(len(train.answers[row]) for row in rows)
+    total, hidden, gradients = 0.0, [], []
     for i in sorted(set(hands)):
         mine = [row for row, hand in zip(rows, hands, strict=True) if hand == i]
-        said = [train.answers[row] for row in mine]
+        answers = [train.answers[row] for row in mine]
         asked = [train.questions[row] for row in mine]
-        states = rollout.score(model, prefixes[ladder[i]], asked, said)
+        hidden.append(rollout.score(model, prefixes[ladder[i]], asked, answers))
         teacher = torch.cat([train.teacher[row] for row in mine])
-        losses.append(rollout.divergence(model, teacher, states).sum())
-        tokens += len(teacher)
-    return torch.stack(losses).sum() / tokens
+        loss = kl_divergence(model, teacher, scale=1 / tokens)
+        value, gradient = loss_gradient(loss, hidden[-1], rollout.chunk(model))
+        gradients.append(gradient)
+        total += value
+    torch.autograd.backward(hidden, gradients)
+    return total
 
 
 def deal(rungs: int, rows: int, step: int) -> list[int]:
@@ -231,6 +262,7 @@ def longest(model: Any, chunk: int = 8192) -> float:
 
 def schedule(step: int, steps: int) -> float:
     """Share of the learning rate: a short warm-up, then a cosine down to a tenth."""
+    step += 1
     if step <= WARMUP:
         return step / WARMUP
     done = (step - WARMUP) / max(1, steps - WARMUP)

@@ -33,6 +33,7 @@ from skimlm.skills.document import read as read_document
 from skimlm.skills.recall import known, share
 from skimlm.skills.rollout import Prefix
 from skimlm.skills.splice import Piece, closing, opening, token_ids, wrapper_tokens
+from skimlm.train.losses import token_scores
 
 SEED = 900_000  # of test answers: dev and training have others
 WEAK = 0.1  # nats per token
@@ -148,8 +149,9 @@ def scores(
     """Per answer, summed over its tokens: kl, nll and agree."""
     states = rollout.score_all(model, prefix, questions or study.questions, study.answers)
     found: dict[str, list[float]] = {"kl": [], "nll": [], "agree": []}
+    chunk = rollout.chunk(model)
     for teacher, state, said in zip(study.teacher, states, study.answers, strict=True):
-        for key, values in rollout.compare(model, teacher, state, said).items():
+        for key, values in token_scores(model, teacher, state, said, chunk).items():
             found[key].append(float(values.sum()))
     return found
 

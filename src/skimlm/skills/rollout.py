@@ -18,7 +18,7 @@ A teacher's final states (d numbers a token) are kept instead of its logits: the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from skimlm.models.head import head_logits
 from skimlm.runtime.decode import CACHE
 from skimlm.skills import attention
 from skimlm.skills.attention import SharedCache, causal_mask, shared
@@ -216,31 +215,6 @@ def score_all(
     return [found[i] for i in range(len(questions))]
 
 
-def divergence(model: Any, teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) [t] in nats from final states [t, d]; differentiable in `student`."""
-    parts = []
-    for some in _slices(model, len(teacher)):
-        with torch.no_grad():
-            log_p = head_logits(model, teacher[some]).float().log_softmax(-1)
-        log_q = head_logits(model, student[some]).float().log_softmax(-1)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def compare(model: Any, teacher: Tensor, student: Tensor, answer: Tensor) -> dict[str, Tensor]:
-    """Per token of an answer [t]: kl, nll of the token, and whether both would say the same."""
-    rows: dict[str, list[Tensor]] = {"kl": [], "nll": [], "agree": []}
-    for some in _slices(model, len(teacher)):
-        log_p = head_logits(model, teacher[some]).float().log_softmax(-1)
-        log_q = head_logits(model, student[some]).float().log_softmax(-1)
-        rows["kl"].append((log_p.exp() * (log_p - log_q)).sum(-1))
-        rows["nll"].append(-log_q.gather(1, answer[some, None].to(log_q.device))[:, 0])
-        rows["agree"].append((log_p.argmax(-1) == log_q.argmax(-1)).float())
-    return {name: torch.cat(parts) for name, parts in rows.items()}
-
-
-def _slices(model: Any, count: int) -> Iterator[slice]:
-    step = max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)
-    for first in range(0, count, step):
-        yield slice(first, first + step)
+def chunk(model: Any) -> int:
+    """Tokens whose logits stand at once."""
+    return max(1, MAX_LOGITS // model.config.get_text_config().vocab_size)

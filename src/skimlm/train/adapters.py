@@ -17,23 +17,24 @@ from skimlm.format.pack import (
     spread,
     unpack_adapter,
 )
-from skimlm.models.head import final_hidden, head_logits
+from skimlm.models.head import final_hidden
 from skimlm.models.hooks import frozen
 from skimlm.runtime.linear import CompressedLinear
-from skimlm.train.loop import descend
-from skimlm.train.losses import backward_from_loss
+from skimlm.train.loop import Objective, descend, evenly
+from skimlm.train.losses import (
+    Loss,
+    backward,
+    cross_entropy,
+    kl_divergence,
+    loss_sum,
+    next_tokens,
+)
 
 Progress = Callable[[str, int, int], None]
 HELD_OUT = 16  # windows, at most an eighth of all
 CHECKS = 5  # times the held-out loss is measured along the way
-CHUNK = 512  # tokens whose logits stand at once
-
 
 Values: TypeAlias = Mapping[str, Tensor]  # a.NAME [k, c] and b.NAME [k, r] of every adapter
-
-
-# of windows: the sum of the losses of a part of their tokens by final hidden states, and how many
-Objective = Callable[[Tensor], tuple[Callable[[Tensor, slice], Tensor], int]]
 
 
 def adapted(model: nn.Module) -> dict[str, CompressedLinear]:
@@ -55,14 +56,15 @@ def train(
     ids: Tensor,
     unseen: Tensor,
     order: list[list[int]],
-    objective: Objective,
+    loss_of: Callable[[Tensor], Loss],
     lr: float,
     state_file: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> tuple[dict[str, Adapter], list[float]]:
     """The best adapters seen, and the losses on `unseen` [m, t] at the start and at each check.
 
-    Step i reads the windows `ids[order[i]]`. `model` is left as it was.
+    Step i reads the windows `ids[order[i]]`; `loss_of(windows)` is what is brought down. `model` is
+    left as it was.
     """
     before = {name: stored_adapter(layer) for name, layer in layers.items()}
     scales = {f"{f}.{n}": getattr(q, f"{f}_scale") for n, q in before.items() for f in "ab"}
@@ -75,27 +77,26 @@ def train(
         return _Rounded.apply(theta * units[name], scales[name])
 
     with frozen(model):
-        tests = [(part, *objective(part)) for part in unseen.split(len(order[0]))]
+        tests = [(part, loss_of(part)) for part in unseen.split(len(order[0]))]
 
         def held_out(values: dict[str, Tensor]) -> float:
             with torch.no_grad(), _placed(layers, {n: factor(n, v) for n, v in values.items()}):
-                total = sum(_loss_sum(model, part, loss) for part, loss, _ in tests)
-            return total / sum(count for *_, count in tests)
+                total = sum(loss_sum(loss, final_hidden(model, part)) for part, loss in tests)
+            return total / sum(loss.tokens for _, loss in tests)
 
         def gradients(values: dict[str, Tensor], step: int) -> dict[str, tuple[Tensor, float]]:
             part = ids[order[step]]
-            loss, _ = objective(part)
+            loss = loss_of(part)
             leaves = {n: v.detach().requires_grad_() for n, v in values.items()}
             with _placed(layers, {n: factor(n, v) for n, v in leaves.items()}):
-                backward_from_loss(final_hidden(model, part), _gradient(loss), CHUNK)
+                backward(loss, final_hidden(model, part))
             return {n: (leaf.grad, lr) for n, leaf in leaves.items() if leaf.grad is not None}
 
         state = descend(
             {n: x / units[n] for n, x in exact.items()},
+            Objective(gradients, held_out),
             steps,
-            gradients,
-            held_out,
-            checks=CHECKS,
+            checks=evenly(steps, CHECKS),
             file=state_file,
             progress=lambda step: progress("finetune", done[step - 1], total),
         )
@@ -142,53 +143,17 @@ class _Rounded(torch.autograd.Function):
         return gradient, None
 
 
-def cross_entropy(model: Any) -> Objective:
-    """-log p(next token), summed; the last token of a window predicts none."""
-
-    def objective(ids: Tensor) -> tuple[Callable[[Tensor, slice], Tensor], int]:
-        targets = torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), -1)], dim=1).flatten()
-
-        def loss(hidden: Tensor, part: slice) -> Tensor:
-            logits = head_logits(model, hidden).float()
-            return nn.functional.cross_entropy(
-                logits, targets[part], ignore_index=-1, reduction="sum"
-            )
-
-        return loss, ids.numel() - len(ids)
-
-    return objective
+def next_token_loss(model: Any) -> Callable[[Tensor], Loss]:
+    """Of windows [n, t]: -log p(next token); the last token of a window predicts none."""
+    return lambda ids: cross_entropy(model, next_tokens(ids))
 
 
-def divergence(model: Any, teacher: Any) -> Objective:
-    """KL(teacher || model), summed over all tokens."""
+def teacher_loss(model: Any, teacher: Any) -> Callable[[Tensor], Loss]:
+    """Of windows [n, t]: KL(teacher || model) over all tokens."""
 
-    def objective(ids: Tensor) -> tuple[Callable[[Tensor, slice], Tensor], int]:
+    def loss_of(ids: Tensor) -> Loss:
         with torch.no_grad():
             known = final_hidden(teacher, ids).flatten(0, 1)
+        return kl_divergence(model, known, teacher)
 
-        def loss(hidden: Tensor, part: slice) -> Tensor:
-            with torch.no_grad():
-                target = head_logits(teacher, known[part]).float().log_softmax(-1)
-            logits = head_logits(model, hidden).float().log_softmax(-1)
-            return nn.functional.kl_div(logits, target, reduction="sum", log_target=True)
-
-        return loss, ids.numel()
-
-    return objective
-
-
-def _loss_sum(model: Any, ids: Tensor, loss: Callable[[Tensor, slice], Tensor]) -> float:
-    hidden = final_hidden(model, ids).flatten(0, 1)
-    parts = [slice(i, i + CHUNK) for i in range(0, len(hidden), CHUNK)]
-    return sum(loss(hidden[part], part).item() for part in parts)
-
-
-def _gradient(loss: Callable[[Tensor, slice], Tensor]) -> Callable[[Tensor, slice], Tensor]:
-    """d loss / d hidden for `backward_from_loss`."""
-
-    def gradient(hidden: Tensor, part: slice) -> Tensor:
-        hidden = hidden.requires_grad_()
-        with torch.enable_grad():
-            return torch.autograd.grad(loss(hidden, part), hidden)[0]
-
-    return gradient
+    return loss_of

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from skimlm import native
-from skimlm.models.head import final_hidden, head_logits
+from skimlm.models.head import final_hidden
 from skimlm.models.hooks import forwards_replaced, frozen
 from skimlm.quantize.fit import Fit, affine_values
 from skimlm.quantize.kmeans import lookup
-from skimlm.train.loop import descend
-from skimlm.train.losses import backward_from_loss
+from skimlm.train.loop import Objective, descend, evenly, passes
+from skimlm.train.losses import backward, kl_divergence, loss_sum
 
 HELD_OUT = 8  # windows
 BATCH = 2  # windows of a step
@@ -64,27 +64,27 @@ def train(
     norms = norm_parameters(model)
     with frozen(model):
         known = {} if teacher is None else teacher
-        unseen_teacher = [_hidden(model, unseen[i : i + batch]) for i in range(0, held, batch)]
+        unseen_losses = [
+            kl_divergence(model, _hidden(model, unseen[i : i + batch]))
+            for i in range(0, held, batch)
+        ]
 
         def prepare(rows: list[int]) -> None:
             for i in set(rows) - set(known):
                 known[i] = _hidden(model, ids[i : i + 1])
 
-        def backward(rows: list[int]) -> tuple[float, int]:
-            target = torch.cat([known[i] for i in rows])
-            losses: list[float] = []
-            hidden = final_hidden(model, ids[rows])
-            backward_from_loss(hidden, _kl_gradient(model, target, losses))
-            return sum(losses), len(target)
+        def backward_windows(rows: list[int]) -> tuple[float, int]:
+            loss = kl_divergence(model, torch.cat([known[i] for i in rows]))
+            return backward(loss, final_hidden(model, ids[rows])), loss.tokens
 
         def held_out_loss() -> float:
             parts = [_hidden(model, unseen[i : i + batch]) for i in range(0, held, batch)]
-            pairs = zip(parts, unseen_teacher, strict=True)
-            return sum(_kl_sum(model, part, target) for part, target in pairs) / unseen.numel()
+            pairs = zip(parts, unseen_losses, strict=True)
+            return sum(loss_sum(loss, part) for part, loss in pairs) / unseen.numel()
 
-        order = _order(len(ids), batch, steps)
-        objective = Objective(prepare, backward, held_out_loss)
-        return _descend(linears, fits, norms, objective, order, lr, norm_lr, state_file, progress)
+        order = passes(len(ids), batch * steps, batch)
+        loss = _WindowLoss(prepare, backward_windows, held_out_loss)
+        return _descend(linears, fits, norms, loss, order, lr, norm_lr, state_file, progress)
 
 
 def train_block(
@@ -114,7 +114,7 @@ def train_block(
         error = (run(given[rows]).float() - target).square() @ weight
         return (error / (target.square() @ weight).clamp(min=1e-12)).sum()
 
-    def backward(rows: list[int]) -> tuple[float, int]:
+    def backward_windows(rows: list[int]) -> tuple[float, int]:
         value = loss(torch.tensor(rows))
         value.backward()
         return value.item(), len(rows) * given.shape[1]
@@ -124,26 +124,49 @@ def train_block(
             parts = torch.arange(seen, len(given)).split(batch)
             return sum(loss(rows).item() for rows in parts) / (held * given.shape[1])
 
-    objective = Objective(lambda _: None, backward, held_out_loss)
-    order = _order(seen, batch, steps)
+    order = passes(seen, batch * steps, batch)
+    windows = _WindowLoss(lambda _: None, backward_windows, held_out_loss)
     with torch.enable_grad():
-        return _descend(linears, fits, norms, objective, order, lr, norm_lr)
+        return _descend(linears, fits, norms, windows, order, lr, norm_lr)
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What is trained for; windows are given by their numbers."""
+class _WindowLoss:
+    """A loss on windows, which are given by their numbers."""
 
     prepare: Callable[[list[int]], None]  # called while the original is in place
     backward: Callable[[list[int]], tuple[float, int]]  # the loss, summed over so many tokens
     held_out: Callable[[], float]  # loss per token of windows that are not trained on
 
 
+class _Parameters:
+    """Codebooks and norm weights by what is trained: their relative changes, 0 at the start."""
+
+    def __init__(self, fits: Mapping[str, Fit], norms: Mapping[str, nn.Parameter]) -> None:
+        self.original = {n: p.detach().clone() for n, p in norms.items()}
+        self.base = {n: f.codebook[:, : int(f.sizes.max())].contiguous() for n, f in fits.items()}
+        self.spread = {
+            n: b.std(1, keepdim=True, correction=0).clamp(min=1e-12) for n, b in self.base.items()
+        }
+
+    def start(self) -> dict[str, Tensor]:
+        values = {f"theta.{n}": torch.zeros_like(b) for n, b in self.base.items()}
+        return values | {f"gain.{n}": torch.zeros(w.shape) for n, w in self.original.items()}
+
+    def codebooks(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: b + values[f"theta.{n}"] * self.spread[n] for n, b in self.base.items()}
+
+    def norms(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            n: (o.float() * (1 + values[f"gain.{n}"])).to(o.dtype) for n, o in self.original.items()
+        }
+
+
 def _descend(
     linears: Mapping[str, nn.Linear],
     fits: dict[str, Fit],
     norms: Mapping[str, nn.Parameter],
-    objective: Objective,
+    windows: _WindowLoss,
     order: list[list[int]],
     lr: float,
     norm_lr: float,
@@ -151,29 +174,24 @@ def _descend(
     progress: Progress | None = None,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """A step for every group of windows of `order`; the best state seen is put into the fits."""
-    original = {n: p.detach().clone() for n, p in norms.items()}
-    base = {n: f.codebook[:, : int(f.sizes.max())].contiguous() for n, f in fits.items()}
-    spread = {n: b.std(1, keepdim=True, correction=0).clamp(min=1e-12) for n, b in base.items()}
-    steps = len(order)
-
-    def codebooks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: base[n] + values[f"theta.{n}"] * spread[n] for n in fits}
-
-    def norm_weights(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: (o.float() * (1 + values[f"gain.{n}"])).to(o.dtype) for n, o in original.items()}
+    parameters, steps = _Parameters(fits, norms), len(order)
+    losses: list[float] = []
 
     def held_out(values: dict[str, Tensor]) -> float:
-        with fitted(linears, fits, codebooks(values)), _placed(norms, norm_weights(values)):
-            return objective.held_out()
+        books, weights = parameters.codebooks(values), parameters.norms(values)
+        with fitted(linears, fits, books), _placed(norms, weights):
+            return windows.held_out()
 
     def gradients(values: dict[str, Tensor], step: int) -> dict[str, tuple[Tensor, float]]:
-        rows = order[step]
-        objective.prepare(rows)
-        books = {n: b.requires_grad_() for n, b in codebooks(values).items()}
-        with fitted(linears, fits, books), _placed(norms, norm_weights(values), grad=True):
-            loss, tokens = objective.backward(rows)
-            moved = {f"theta.{n}": (b.grad, spread[n], lr) for n, b in books.items()}
-            moved |= {f"gain.{n}": (p.grad, original[n].float(), norm_lr) for n, p in norms.items()}
+        windows.prepare(order[step])
+        books = {n: b.requires_grad_() for n, b in parameters.codebooks(values).items()}
+        with fitted(linears, fits, books), _placed(norms, parameters.norms(values), grad=True):
+            loss, tokens = windows.backward(order[step])
+            moved = {f"theta.{n}": (b.grad, parameters.spread[n], lr) for n, b in books.items()}
+            moved |= {
+                f"gain.{n}": (p.grad, parameters.original[n].float(), norm_lr)
+                for n, p in norms.items()
+            }
             for p in norms.values():
                 p.grad = None
         losses.append(loss / tokens)
@@ -183,21 +201,18 @@ def _descend(
             if grad is not None
         }
 
-    losses: list[float] = []
-
     def tell(step: int) -> None:
         if progress:
             progress(step, steps, losses[-1])
 
-    start = {f"theta.{n}": torch.zeros_like(b) for n, b in base.items()}
-    start |= {f"gain.{n}": torch.zeros(w.shape) for n, w in original.items()}
+    objective, checks = Objective(gradients, held_out), evenly(steps, CHECKS)
     state = descend(
-        start, steps, gradients, held_out, checks=CHECKS, file=state_file, progress=tell
+        parameters.start(), objective, steps, checks=checks, file=state_file, progress=tell
     )
-    for name, codebook in codebooks(state.best).items():
+    for name, codebook in parameters.codebooks(state.best).items():
         fits[name].codebook[:, : codebook.shape[1]] = codebook
         sort_entries(fits[name])
-    return norm_weights(state.best), state.losses
+    return parameters.norms(state.best), state.losses
 
 
 def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -292,40 +307,3 @@ def _hidden(model: Any, ids: Tensor) -> Tensor:
     """Final hidden states of some windows, [n t, d]."""
     with torch.no_grad():
         return final_hidden(model, ids).flatten(0, 1)
-
-
-def _kl(model: Any, hidden: Tensor, teacher: Tensor) -> Tensor:
-    """Sum over tokens of KL(teacher || student) from final hidden states [t, d]."""
-    student = head_logits(model, hidden).float().log_softmax(-1)
-    target = head_logits(model, teacher).float().log_softmax(-1)
-    return nn.functional.kl_div(student, target, reduction="sum", log_target=True)
-
-
-def _kl_sum(model: Any, hidden: Tensor, teacher: Tensor) -> float:
-    with torch.no_grad():
-        pieces = zip(hidden.split(512), teacher.split(512), strict=True)
-        return sum(float(_kl(model, h, t)) for h, t in pieces)
-
-
-def _kl_gradient(
-    model: Any, teacher: Tensor, losses: list[float]
-) -> Callable[[Tensor, slice], Tensor]:
-    """d KL / d hidden for `backward_from_loss`; the loss of each part is appended to `losses`."""
-
-    def gradient(h: Tensor, part: slice) -> Tensor:
-        h = h.requires_grad_()
-        with torch.enable_grad():
-            loss = _kl(model, h, teacher[part])
-        losses.append(loss.item())
-        return torch.autograd.grad(loss, h)[0]
-
-    return gradient
-
-
-def _order(count: int, batch: int, steps: int) -> list[list[int]]:
-    """Which windows each step sees: one shuffled pass after the other."""
-    generator = torch.Generator().manual_seed(0)
-    queue: list[int] = []
-    while len(queue) < batch * steps:
-        queue += torch.randperm(count, generator=generator).tolist()
-    return [queue[i * batch : (i + 1) * batch] for i in range(steps)]

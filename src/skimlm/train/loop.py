@@ -1,17 +1,19 @@
-"""Steps of Adam (1412.6980) that can be interrupted, and never end worse than they began.
+"""The training loop: steps of Adam (1412.6980) that can be interrupted and never end worse.
 
-    state = descend(values, steps, gradients, held_out)      best values in state.best
+    state = descend(values, objective, steps, checks=evenly(steps, 3))    best values: state.best
 
-The loss on what is held out is measured before, `checks` times on the way and at the end; the best
-values seen are kept, the start included. With a file everything is kept there at every check, and a
-run that finds it goes on to the same result. Codebooks, adapters and compressors are trained so.
+The loss on what is held out is measured before, at every check and at the end; the best values seen
+are kept, the start included. With a file everything is kept there at every check, and a run that
+finds it goes on to the same result. Codebooks, adapters, soft tokens and compressors are trained
+so; the loop does not know where gradients come from.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,46 +35,90 @@ class State:
     second: dict[str, Tensor] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)  # values at the least held-out loss
     losses: list[float] = field(default_factory=list)  # held out
+    notes: list[Any] = field(default_factory=list)  # one for each loss, if the objective has any
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What values, by name, are trained for.
+
+    gradients(values, step) gives name -> (gradient, rate); a name it leaves out does not move.
+    held_out(values) is the loss that decides which values are best. project(values) brings values
+    back, in place, to where they may be, after every step. note(step) is kept with the held-out
+    loss: anything JSON has.
+    """
+
+    gradients: Callable[[dict[str, Tensor], int], Mapping[str, tuple[Tensor, float]]]
+    held_out: Callable[[dict[str, Tensor]], float]
+    project: Callable[[dict[str, Tensor]], None] = lambda _: None
+    note: Callable[[int], Any] = lambda _: None
+
+
+def cosine(step: int, steps: int) -> float:
+    """Share of the rate: up over a twentieth of the steps, then a cosine down to zero."""
+    warm = max(1, steps // 20)
+    return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def descend(
     values: Mapping[str, Tensor],
+    objective: Objective,
     steps: int,
-    gradients: Callable[[dict[str, Tensor], int], Mapping[str, tuple[Tensor, float]]],
-    held_out: Callable[[dict[str, Tensor]], float],
     *,
-    checks: int,
+    checks: Collection[int],
+    schedule: Callable[[int, int], float] = cosine,
+    betas: tuple[float, float] = BETAS,
+    done: Callable[[State], bool] = lambda _: False,
     file: Path | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> State:
-    """Take `steps` steps from `values`, which stay as they are.
+    """Take at most `steps` steps from `values`, which stay as they are.
 
-    `gradients(values, step)` gives name -> (gradient, rate); a name it leaves out does not move.
-    The rate is warmed up and brought down to zero. `progress` is called with the steps done.
+    `checks` are the steps after which the held-out loss is measured; then `done(state)` may end the
+    training. `schedule(step, steps)` is the share of the rate that step 0, 1, ... takes. `progress`
+    is called with the steps taken.
     """
     state = _read(file, _begin(values))
-    marks = {round(steps * (i + 1) / checks) for i in range(checks)}
     if not state.losses:
-        state.losses.append(held_out(state.values))
+        _check(state, objective)
+    elif done(state):
+        return state
     while state.step < steps:
         share = schedule(state.step, steps)
-        for name, (gradient, rate) in gradients(state.values, state.step).items():
-            adam(state, name, gradient, rate * share)
+        for name, (gradient, rate) in objective.gradients(state.values, state.step).items():
+            adam(state, name, gradient, rate * share, betas)
+        objective.project(state.values)
         state.step += 1
         progress(state.step)
-        if state.step in marks:
-            loss = held_out(state.values)
-            if loss < min(state.losses):
-                state.best = {n: v.clone() for n, v in state.values.items()}
-            state.losses.append(loss)
+        if state.step in checks:
+            _check(state, objective)
             write_state(file, state)
+            if done(state):
+                break
     return state
 
 
-def schedule(step: int, steps: int) -> float:
-    """Share of the rate: up over a twentieth of the steps, then a cosine down to zero."""
-    warm = max(1, steps // 20)
-    return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+def _check(state: State, objective: Objective) -> None:
+    """Measure the held-out loss; keep the values if it is the least so far."""
+    loss = objective.held_out(state.values)
+    if not state.losses or loss < min(state.losses):
+        state.best = {n: v.clone() for n, v in state.values.items()}
+    state.losses.append(loss)
+    state.notes.append(objective.note(state.step))
+
+
+def evenly(steps: int, checks: int) -> set[int]:
+    """So many steps to check after, the last one among them."""
+    return {round(steps * (i + 1) / checks) for i in range(checks)}
+
+
+def passes(count: int, total: int, batch: int, seed: int = 0) -> list[list[int]]:
+    """Which of 0 .. count - 1 each step sees, `total` in all: one shuffled pass after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    while len(queue) < total:
+        queue += torch.randperm(count, generator=generator).tolist()
+    return [queue[i : min(i + batch, total)] for i in range(0, total, batch)]
 
 
 def _begin(values: Mapping[str, Tensor]) -> State:
@@ -81,9 +127,11 @@ def _begin(values: Mapping[str, Tensor]) -> State:
     return State(0, own, first, second, best)
 
 
-def adam(state: State, name: str, gradient: Tensor, rate: float) -> None:
+def adam(
+    state: State, name: str, gradient: Tensor, rate: float, betas: tuple[float, float] = BETAS
+) -> None:
     """One step on `state.values[name]`, in place."""
-    b1, b2 = BETAS
+    b1, b2 = betas
     first = state.first[name].mul_(b1).add_(gradient, alpha=1 - b1)
     second = state.second[name].mul_(b2).addcmul_(gradient, gradient, value=1 - b2)
     t = state.step + 1
@@ -101,7 +149,8 @@ def write_state(path: Path | None, state: State) -> None:
     if path is None:
         return
     tensors = {f"{part}:{n}": v for part in PARTS for n, v in getattr(state, part).items()}
-    facts = {"step": str(state.step), "losses": json.dumps(state.losses)}
+    lists = {"losses": json.dumps(state.losses), "notes": json.dumps(state.notes)}
+    facts = {"step": str(state.step), **lists}
     write_file(path, tensors, facts)
 
 
@@ -112,7 +161,8 @@ def _read(path: Path | None, start: State) -> State:
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
-            state = State(int(facts["step"]), {}, losses=json.loads(facts["losses"]))
+            notes = json.loads(facts.get("notes", "[]"))
+            state = State(int(facts["step"]), {}, losses=json.loads(facts["losses"]), notes=notes)
             for key in file.keys():
                 part, name = key.split(":", 1)
                 getattr(state, part)[name] = file.get_tensor(key)

@@ -13,6 +13,7 @@ from skimlm.pipeline.calibrate import statistics
 from skimlm.quantize.fit import Fit, start
 from skimlm.quantize.kmeans import kmeans_rows
 from skimlm.train import codebooks as T
+from skimlm.train.loop import passes
 
 
 def codes_and_books(seed: int = 0, r: int = 7, c: int = 21, k: int = 6):
@@ -141,7 +142,7 @@ def test_a_block_moves_down_the_gradient_of_its_own_error(case):
     codes = {n: f.codes.clone().long() for n, f in fits.items()}
     norms = T.norm_parameters(block)
     before = {n: p.detach().clone() for n, p in norms.items()}
-    rows = T._order(6, 2, 1)[0]
+    rows = passes(6, 2, 2)[0]
 
     each = torch.rand(given.shape[-1], generator=torch.manual_seed(2)) + 0.5
 
@@ -221,7 +222,7 @@ def test_the_best_state_seen_is_kept_not_the_last(case, monkeypatch):
         return [9.0, 5.0, 1.0, 7.0][len(seen) - 1] * 6 * 24 if first_of_three else 0.0
 
     monkeypatch.setattr(T, "fitted", recording)
-    monkeypatch.setattr(T, "_kl_sum", made_up)
+    monkeypatch.setattr(T, "loss_sum", made_up)
     fits = copied(start_fits)
     losses = T.train(model, decoder_linears(model), fits, ids, steps=6, lr=1e-2)[1]
     assert losses == pytest.approx([9, 5, 1, 7])
