@@ -96,7 +96,7 @@ def test_include_and_exclude_are_shell_patterns():
         "model.layers.0.mlp.gate_proj"
     ]
     with pytest.raises(SkimError, match="include and exclude leave none of the 14 linears"):
-        decoder_linears(model, include=["nothing"])
+        decoder_linears(model, ["*.mlp.*"], ["*.mlp.*"])
 
 
 def test_a_model_of_conv1d_has_no_linears(tmp_path):

@@ -20,8 +20,9 @@ import torch
 
 from skimlm import native
 from skimlm.integrations.transformers import SkimlmConfig, check_files, swap_in
+from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import embeddings
-from skimlm.models.checkpoint import open_compressed, skeleton
+from skimlm.models.checkpoint import open_compressed
 from skimlm.runtime.linear import CompressedLinear
 from skimlm.storage.folder import folder_bytes
 from skimlm.storage.safetensors import tensor_files

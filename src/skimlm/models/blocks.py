@@ -7,17 +7,41 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from skimlm.errors import FormatError, SkimError
 
 
-def decoder_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder blocks with their names: the ModuleList that holds the most numbers."""
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+def decoder_blocks(model: Any) -> list[tuple[str, nn.Module]]:
+    """The decoder blocks with their names: of the lists in its decoder, the largest.
+
+    A tower beside the text (vision, audio) is a model with a config of its own kind: passed over.
+    """
+    decoder = model.get_decoder()
+    names = {id(module): name for name, module in model.named_modules()}
+    towers = [
+        f"{name}."
+        for name, module in decoder.named_modules(prefix=names[id(decoder)])
+        if isinstance(module, PreTrainedModel) and not _reads_text(module, model)
+    ]
+    lists = [
+        (name, module)
+        for name, module in decoder.named_modules(prefix=names[id(decoder)])
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and not f"{name}.".startswith(tuple(towers))
+    ]
     if not lists:
-        raise SkimError(f"no decoder blocks in {type(model).__name__}")
+        raise SkimError(
+            f"no list of decoder blocks in {type(model).__name__}: its decoder holds "
+            f"{', '.join(f'{n} ({type(m).__name__})' for n, m in decoder.named_children())}"
+        )
     name, found = max(lists, key=lambda pair: sum(t.numel() for t in pair[1].state_dict().values()))
     return [(f"{name}.{i}", block) for i, block in enumerate(found)]
+
+
+def _reads_text(module: PreTrainedModel, model: Any) -> bool:
+    return type(module.config) in (type(model.config), type(model.config.get_text_config()))
 
 
 def decoder_linears(
@@ -34,6 +58,13 @@ def decoder_linears(
                 found[name] = module
     if not found:
         raise SkimError(f"no nn.Linear in the decoder blocks of {type(model).__name__}")
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in found):
+                raise SkimError(
+                    f"{option} {pattern!r} matches none of the {len(found)} linears, which are "
+                    f"named like {next(iter(found))}"
+                )
     wanted = {
         name: module
         for name, module in found.items()

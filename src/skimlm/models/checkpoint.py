@@ -20,15 +20,19 @@ from torch import nn
 
 from skimlm.errors import FormatError, SkimError, first_line, naming, one_line
 from skimlm.format.pack import METHOD
-from skimlm.models.blocks import decoder_linears
+from skimlm.models.architecture import check_causal, skeleton
+from skimlm.models.blocks import decoder_linears, embeddings
 from skimlm.models.gguf import check_model_finite, gguf_options, read_gguf_config
+from skimlm.models.side_files import CARRIED
+from skimlm.models.tensors import check_extra, left_out, untie, untie_stored
 from skimlm.storage.safetensors import (
     check_finite,
     read_json,
     tensor_files,
 )
 
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.safetensors", *CARRIED]
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Checkpoint:
     config: Any
     files: dict[str, Path] = field(repr=False)
     compressed: bool = False
+    left_out: tuple[str, ...] = ()  # stored, and no part of what transformers makes of them
 
     @property
     def gguf(self) -> bool:
@@ -59,15 +64,22 @@ def open_checkpoint(
     path = _resolve(source, revision, cache_dir)
     if path.is_file():
         config = read_gguf_config(path)
+        check_causal(path, config)
         with naming(path):
             decoder_linears(skeleton(path, config))
         return Checkpoint(path, config, {})
     config, compressed = _read_config(path)
-    files = tensor_files(path)
-    if not compressed:
-        _check_shapes(path, config, files)
-    check_finite(files)
-    return Checkpoint(path, config, {name: file for name, (file, _) in files.items()}, compressed)
+    entries = tensor_files(path)
+    files = {name: file for name, (file, _) in entries.items()}
+    if compressed:
+        check_finite(entries)
+        return Checkpoint(path, config, files, compressed)
+    model = skeleton(path / CONFIG, config)
+    with naming(path):
+        _check_shapes(decoder_linears(model), entries)
+    check_finite(entries)
+    untie_stored(model, config, files)
+    return Checkpoint(path, config, files, left_out=tuple(left_out(model, files)))
 
 
 def open_compressed(source: str | os.PathLike[str]) -> Checkpoint:
@@ -109,7 +121,9 @@ def load(
             **options,
         )
     model, info = loaded
-    _check_loading(source, info)
+    _check_loading(source, model, info)
+    if not embeddings(model)[2]:
+        untie(model.config)
     if source.gguf:
         check_model_finite(source.path, model)
     return model.eval(), tokenizer
@@ -142,9 +156,14 @@ def _read_config(path: Path) -> tuple[Any, bool]:
     """The transformers config of a folder, and whether it is one of our compressed ones."""
     from transformers import AutoConfig, __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    file = path / "config.json"
+    file = path / CONFIG
+    if (path / ADAPTER).is_file():
+        beside = "beside a model" if file.is_file() else "alone"
+        raise SkimError(
+            f"{path / ADAPTER}: an adapter {beside}: merge it into its model and give the result, "
+            "or give a folder of the model without it"
+        )
     raw = read_json(file)
     kind = raw.get("model_type")
     if kind not in CONFIG_MAPPING_NAMES:
@@ -160,25 +179,12 @@ def _read_config(path: Path) -> tuple[Any, bool]:
         )
     with one_line(file, "is not a usable config"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise FormatError(
-            f"unknown architecture: {kind!r} is not a causal language model", file=file
-        )
+    check_causal(file, config)
     return config, method == METHOD
 
 
-def skeleton(file: Path, config: Any) -> nn.Module:
-    """The model without its numbers, on the meta device; an error names `file`."""
-    from transformers import AutoModelForCausalLM
-
-    with one_line(file, "the model cannot be built"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def _check_shapes(path: Path, config: Any, files: Mapping[str, tuple[Path, Mapping]]) -> None:
-    """Refuse models with nothing to compress, and linears whose stored shape is not the model's."""
-    with naming(path):
-        layers = decoder_linears(skeleton(path / "config.json", config))
+def _check_shapes(layers: Mapping[str, nn.Linear], files: Mapping[str, Any]) -> None:
+    """Refuse linears whose stored shape is not the model's."""
     for name, layer in layers.items():
         file, entry = files.get(f"{name}.weight", (None, {}))
         shape = [layer.out_features, layer.in_features]
@@ -190,8 +196,8 @@ def _check_shapes(path: Path, config: Any, files: Mapping[str, tuple[Path, Mappi
             )
 
 
-def _check_loading(source: Checkpoint, info: Mapping[str, Any]) -> None:
-    """Refuse a load that left a tensor random: transformers only warns."""
+def _check_loading(source: Checkpoint, model: Any, info: Mapping[str, Any]) -> None:
+    """Refuse a load that left a tensor random, or one of the file unused: transformers warns."""
     for name in sorted(info["missing_keys"]):
         raise FormatError("is missing", file=source.path, tensor=name)
     for name, got, want in sorted(info["mismatched_keys"]):
@@ -205,9 +211,4 @@ def _check_loading(source: Checkpoint, info: Mapping[str, Any]) -> None:
             raise FormatError(
                 "does not belong to this model", file=source.files.get(name), tensor=name
             )
-
-
-# ---- structure
-
-
-# ---- writing
+    check_extra(model, info["unexpected_keys"], source.files, source.path)

@@ -14,6 +14,7 @@ from torch import nn
 from skimlm.errors import FormatError, one_line
 from skimlm.models.blocks import decoder_blocks
 from skimlm.models.checkpoint import Checkpoint
+from skimlm.models.tensors import check_extra
 
 
 def load_outside(source: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
@@ -33,9 +34,19 @@ def load_outside(source: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> tup
         if (source.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.path)
     inside = tuple(f"{prefix}." for prefix, _ in decoder_blocks(model))
-    names = [name for name in model.state_dict() if not name.startswith(inside)]
-    tied = [name for name in model.all_tied_weights_keys if name not in source.files]
-    _put(source, model, [name for name in names if name not in tied], dtype)
+    own = model.state_dict()
+    check_extra(model, source.files.keys() - own.keys(), source.files, source.path)
+    names = [name for name in own if not name.startswith(inside)]
+    tied = model.all_tied_weights_keys
+    # of two tied tensors either may be stored; both, if stored, are equal (`untie_stored`)
+    absent = {n for pair in tied.items() for n in pair if n not in source.files}
+    if both := [pair for pair in tied.items() if absent.issuperset(pair)]:
+        absent -= set(both[0])  # reported as missing
+    _put(source, model, [name for name in names if name not in absent], dtype)
+    for name, kept in tied.items():
+        if kept in absent:
+            place, slot = _slot(model, kept)
+            place[slot] = model.get_parameter(name)
     model.tie_weights()
     return model.eval(), tokenizer
 

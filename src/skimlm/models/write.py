@@ -28,6 +28,7 @@ from skimlm.format.pack import (
 )
 from skimlm.models.blocks import decoder_linears, embeddings, multiplier_of
 from skimlm.models.checkpoint import Checkpoint
+from skimlm.models.side_files import copy_side_files
 from skimlm.runtime.linear import quantize_table, table_layout
 from skimlm.storage.folder import check_out, folder_bytes, whole_folder
 from skimlm.storage.safetensors import (
@@ -50,10 +51,14 @@ def save(
     embed_bits: int,
     bits: float,
     provenance: Mapping[str, Any] | None = None,
+    source: Path | None = None,
     force: bool = False,
     max_shard_size: int | str = MAX_SHARD,
 ) -> Path:
-    """Write a compressed folder: `quantized` replaces those linears, the rest is the model's."""
+    """Write a compressed folder: `quantized` replaces those linears, the rest is the model's.
+
+    The small files of the folder `source`, if given, come along; else the tokenizer's are made.
+    """
     out = Path(out)
     check_out(out, force)
     with whole_folder(out) as folder:
@@ -65,6 +70,7 @@ def save(
             embed_bits=embed_bits,
             bits=bits,
             provenance=provenance,
+            source=source,
             max_shard_size=max_shard_size,
         )
     return out
@@ -79,6 +85,7 @@ def write_model(
     embed_bits: int,
     bits: float,
     provenance: Mapping[str, Any] | None = None,
+    source: Path | None = None,
     max_shard_size: int | str = MAX_SHARD,
 ) -> None:
     """The files of a compressed folder, into an empty one; see `save`."""
@@ -87,7 +94,7 @@ def write_model(
         name: _entry(histogram(q.widths), q.in_scale is not None, Parts.of(q))
         for name, q in quantized.items()
     }
-    _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance)
+    _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance, source)
     write_shards(folder, split_shards(tensors, max_shard_size))
 
 
@@ -102,6 +109,7 @@ def write_packed(
     embed_bits: int,
     bits: float,
     provenance: Mapping[str, Any] | None = None,
+    source: Path | None = None,
     max_shard_size: int | str = MAX_SHARD,
 ) -> None:
     """The same files for a model whose blocks are on the meta device.
@@ -112,7 +120,7 @@ def write_packed(
     packed = _packed_plan(decoder_linears(model), counts, in_scale, {})
     tensors = _other_tensors(model, counts, embed_bits, quantize_table) | packed
     entries = {name: _entry(count, in_scale, PLAIN) for name, count in counts.items()}
-    _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance)
+    _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance, source)
     write_shards(folder, split_shards(tensors, max_shard_size), read)
 
 
@@ -169,6 +177,7 @@ def plan_bytes(
     parts: Mapping[str, Parts] | None = None,
     bits: float = 1 / 3,
     provenance: Mapping[str, Any] | None = None,
+    source: Path | None = None,
     max_shard_size: int | str = MAX_SHARD,
 ) -> int:
     """Bytes OUT will have besides the tensors of the compressed linears.
@@ -202,7 +211,7 @@ def plan_bytes(
     }
     tensors = _other_tensors(model, counts, embed_bits, _table_plan) | packed
     with tempfile.TemporaryDirectory() as folder:
-        _write_texts(Path(folder), model, tokenizer, entries, embed_bits, bits, provenance)
+        _write_texts(Path(folder), model, tokenizer, entries, embed_bits, bits, provenance, source)
         total = folder_bytes(folder)
     files = split_shards(tensors, max_shard_size)
     total += sum(file_bytes(file) for file in files.values())
@@ -272,8 +281,12 @@ def _write_texts(
     embed_bits: int,
     bits: float,
     provenance: Mapping[str, Any] | None,
+    source: Path | None,
 ) -> None:
-    """Write config.json, generation_config.json and the tokenizer's files."""
+    """Write config.json, generation_config.json, the tokenizer's and all other small files.
+
+    Those of the folder `source` stay as they are.
+    """
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
@@ -289,5 +302,7 @@ def _write_texts(
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    if tokenizer is not None:
+    if source is not None and source.is_dir():
+        copy_side_files(source, folder)
+    elif tokenizer is not None:
         tokenizer.save_pretrained(folder)

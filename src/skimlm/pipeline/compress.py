@@ -34,8 +34,9 @@ from torch import Tensor, nn
 import skimlm
 from skimlm.errors import SkimError
 from skimlm.format.pack import MAX_WIDTH, QuantizedWeight, histogram
+from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import decoder_linears
-from skimlm.models.checkpoint import Checkpoint, load, open_checkpoint, skeleton
+from skimlm.models.checkpoint import Checkpoint, load, open_checkpoint
 from skimlm.models.source import load_outside
 from skimlm.models.write import plan_bytes, write_model, write_packed
 from skimlm.pipeline import budget, resident, sensitivity, stream
@@ -225,6 +226,7 @@ def _prices(given: "Given", asked: Asked) -> tuple[budget.Prices, Callable[[budg
             parts=parts,
             bits=price.bits(widths) / price.total,
             provenance=provenance,
+            source=given.path,
         )
         return others + round(price.bits(widths) / 8)
 
@@ -299,11 +301,13 @@ def _run(
     """Allocate, fit and write OUT by way of `work`."""
     journal.begin(work, asked.facts(given.path, given.ids, given.linears))
     tools.notice(resources.describe(given.needs, given.streamed is not None))
+    if given.left_out:
+        tools.notice(f"left out, as transformers does: {', '.join(given.left_out)}")
     _check_disk(given, asked, tools, out)
     chosen = _allocate(given, asked, tools, submit)
     report = _report(given, asked, tools, out, chosen)
     how: dict[str, Any] = {"embed_bits": asked.embed_bits, "bits": chosen.bits}
-    how["provenance"] = _provenance(asked, given)
+    how |= {"provenance": _provenance(asked, given), "source": given.path}
     # A run that was interrupted during the training finds its state here and goes on.
     state = tools.cache / f"{chosen.key}-{_digest(chosen.widths)}.state"
     if given.streamed is not None:
@@ -386,6 +390,7 @@ class Given:
     calibration: dict[str, Any]  # how the windows came about, for the provenance
     needs: resources.Needs
     streamed: stream.Streamed | None  # None: the model is in memory
+    left_out: Sequence[str] = ()  # tensors of the checkpoint that the model has no place for
 
 
 def _load(
@@ -432,7 +437,9 @@ def _load(
     linears = decoder_linears(model, include, exclude)
     by_block = stream.Streamed(opened, model, linears, work or Path.cwd()) if streamed else None
     needs = part if streamed else whole
-    return Given(opened.path, model, tokenizer, linears, ids, calibration, needs, by_block)
+    return Given(
+        opened.path, model, tokenizer, linears, ids, calibration, needs, by_block, opened.left_out
+    )
 
 
 def _check_disk(given: Given, asked: Asked, tools: Tools, out: Path) -> None:

@@ -1,0 +1,55 @@
+"""Which models are causal language models, and one of them without its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skimlm.errors import FormatError, one_line
+
+CAUSAL = ("forcausallm", "lmheadmodel")  # how such classes are named, lower case
+
+
+def check_causal(file: Path, config: Any) -> None:
+    """Refuse a model that is not trained to continue a text, or whose head would be lost.
+
+    `architectures` of a config is the class the tensors were saved from. Where that has another
+    head (a score, a span, classes) or none, loading it as a causal model drops or invents one.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = config.model_type
+    if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise FormatError(
+            f"unknown architecture: {kind!r} is not a causal language model", file=file
+        )
+    built = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    for name in config.architectures or ():
+        if str(name).lower() != built.lower() and not str(name).lower().endswith(CAUSAL):
+            raise FormatError(
+                f"{name} is not a causal language model: it would be read as {built}, without "
+                "its own head; give a checkpoint of that class",
+                file=file,
+            )
+    if getattr(config, "is_encoder_decoder", False):
+        raise FormatError(
+            f"{kind!r} is an encoder with a decoder; only models of a decoder can be compressed",
+            file=file,
+        )
+    encodes = type(config) in auto.MODEL_FOR_MASKED_LM_MAPPING
+    if encodes and not getattr(config, "is_decoder", True):
+        raise FormatError(
+            f"{kind!r} is an encoder: every token sees those after it (is_decoder is false); "
+            "only decoders can be compressed",
+            file=file,
+        )
+
+
+def skeleton(file: Path, config: Any) -> Any:
+    """The model without its numbers, on the meta device; an error names `file`."""
+    from transformers import AutoModelForCausalLM
+
+    with one_line(file, "the model cannot be built"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
