@@ -229,7 +229,7 @@ def test_bits_outside_the_range_are_refused(run, bits):
         ({"recipe": "worst"}, "one of paper, fast, best"),
         ({"method": "slim2"}, "method must be"),
         ({"embed_bits": 5}, "16, 8 or 4, got 5"),
-        ({"include": ["*.nothing"]}, "leave none of the 14 linears"),
+        ({"include": ["*.nothing"]}, "include .* matches none of the 14 linears"),
         ({"samples": 0}, "samples"),
         ({"samples": -2}, "samples"),
         ({"seq_len": 0}, "seq"),

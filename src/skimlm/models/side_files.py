@@ -11,7 +11,7 @@ CARRIED = (
     *("LICENSE", "LICENCE", "COPYING", "NOTICE"),
 )
 # what is made anew, or tells of a training or of other tensors
-LEFT = (*("config.json", "*.index.json", "adapter_*", "trainer_state.json", "skimlm*"),)
+LEFT = ("config.json", "*.index.json", "adapter_*", "trainer_state.json")
 TEMPLATES = "additional_chat_templates"  # the one folder that tokenizers read
 
 
@@ -30,7 +30,5 @@ def copy_side_files(source: Path, folder: Path) -> None:
 
 
 def _goes_along(file: Path) -> bool:
-    name = file.name
-    return any(fnmatchcase(name, p) for p in CARRIED) and not any(
-        fnmatchcase(name, p) for p in LEFT
-    )
+    carried, left = (any(fnmatchcase(file.name, p) for p in ps) for ps in (CARRIED, LEFT))
+    return carried and not left
