@@ -34,7 +34,8 @@ from skimlm.format.pack import (
     pack_adapter,
 )
 from skimlm.integrations.transformers import aliases
-from skimlm.models.checkpoint import Checkpoint, load, open_compressed
+from skimlm.models.checkpoint import Checkpoint, load, load_tokenizer, open_compressed
+from skimlm.models.tokenizer import check_ids
 from skimlm.models.write import rewrite
 from skimlm.pipeline import sensitivity
 from skimlm.pipeline.text import read_documents, windows
@@ -103,12 +104,14 @@ def finetune(
     if count < 1:
         raise SkimError(f"{tokens} tokens are less than one window of {seq_len}: give more")
     opened = _opened(path, out, force)
-    documents = read_documents(text, text_key)
-    model, tokenizer = load(opened)
+    tokenizer = load_tokenizer(opened)
+    documents = read_documents(text, text_key, tokenizer)
+    model, _ = load(opened, tokenizer=tokenizer)
     reach = getattr(model.config, "max_position_embeddings", None)
     if reach and seq_len > reach:
         raise SkimError(f"seq-len must be at most {reach} for this model, got {seq_len}")
     ids = windows(documents, tokenizer, count + HELD_OUT, seq_len, seed, str(text))
+    check_ids(model, ids, tokenizer)
     if len(ids) < 2:
         raise SkimError(f"{text}: one window of {seq_len} is too little, one is held out")
     held = min(HELD_OUT, max(1, len(ids) // 8))

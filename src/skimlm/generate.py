@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from skimlm.errors import SkimError
+from skimlm.models.tokenizer import check_ids, well_formed
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,14 @@ def generate(
 
     `skills` stand before the prompt, each a list of pieces (skills/splice.py).
     """
+    prompt = well_formed(prompt)  # bytes of a command line that are no UTF-8 come as such halves
     if skills:
         prompted, length, chat = _with_skills(model, tokenizer, skills, prompt, max_new_tokens, raw)
     else:
         ids, chat = prompt_ids(tokenizer, prompt, raw)
         if not ids.shape[1]:
             raise SkimError("prompt is empty: give at least one token")
+        check_ids(model, ids, tokenizer)
         prompted, length = {"inputs": ids.to(model.device)}, ids.shape[1]
     stream = _stream(tokenizer, write or (lambda piece: None))
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

@@ -166,7 +166,7 @@ def test_a_file_is_read_as_it_is(tmp_path):
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"abc\xff")
-    with pytest.raises(SkimError, match=r"a\.txt is not UTF-8 text \(byte 3\)"):
+    with pytest.raises(SkimError, match=r"a\.txt: not UTF-8 \(byte 3\)"):
         read_text(tmp_path / "a.txt")
 
 

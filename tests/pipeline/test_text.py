@@ -153,6 +153,126 @@ def test_files_that_cannot_be_read_are_one_line_errors(tmp_path):
         read_documents(tmp_path)
 
 
+LINES = [json.dumps({"text": f"document {i}"}) for i in range(3)]
+WANT = [f"document {i}" for i in range(3)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json", "a.Json"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_json_are_rows_under_every_name(tmp_path, name, mark, end):
+    (tmp_path / name).write_bytes(mark + end.join(LINES).encode())
+    assert read_documents(tmp_path / name) == WANT
+
+
+def test_a_json_array_has_a_row_in_each_of_its_items(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(f"[{','.join(LINES)}]")
+    assert read_documents(file) == WANT
+    file.write_text(json.dumps(WANT, indent=2))
+    assert read_documents(file) == WANT
+    file.write_text(LINES[0])
+    assert read_documents(file) == WANT[:1]
+    file.write_text('[{"text": "x"}, 7]')
+    with pytest.raises(SkimError, match="a.json, row 2: expected an object, got int"):
+        read_documents(file)
+    file.write_text('{"data": []}')
+    with pytest.raises(SkimError, match="a.json, row 1: no text under 'text'; it has data"):
+        read_documents(file)
+    file.write_text('[{"text": "x"},')
+    with pytest.raises(SkimError, match="a.json, line 1: not JSON"):
+        read_documents(file)
+
+
+def test_deep_json_is_an_error_of_its_line(tmp_path):
+    file = rows(tmp_path / "a.jsonl", "[" * 100_000)
+    with pytest.raises(SkimError, match="a.jsonl, line 1: not JSON"):
+        read_documents(file)
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
+SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes?"}]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def chatty():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("row", [{"messages": CHAT}, {"id": 1, "conversations": SHARED}])
+def test_a_chat_goes_through_the_chat_template(tmp_path, row):
+    file = rows(tmp_path / "a.jsonl", row)
+    assert read_documents(file, None, chatty()) == ["<user>hi<assistant>yes?"]
+    for tokenizer in (None, byte_tokenizer()):
+        with pytest.raises(SkimError, match="a.jsonl, line 1: a chat, but .* no chat template"):
+            read_documents(file, None, tokenizer)
+
+
+def test_a_chat_under_another_key_is_named_and_text_wins(tmp_path):
+    assert read_documents(rows(tmp_path / "a.jsonl", {"talk": CHAT}), "talk", chatty()) == [
+        "<user>hi<assistant>yes?"
+    ]
+    assert read_documents(rows(tmp_path / "b.jsonl", {"text": "x", "messages": CHAT})) == ["x"]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [["hi"], [{"role": "user"}], [{"content": "hi"}], [{"role": "user", "content": [1]}]],
+)
+def test_a_chat_of_another_kind_is_refused_by_its_line(tmp_path, messages):
+    file = rows(tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": messages})
+    with pytest.raises(SkimError, match="a.jsonl, line 2: a message is a role and a text"):
+        read_documents(file, None, chatty())
+
+
+def test_what_a_template_raises_is_one_line(tmp_path):
+    tokenizer = chatty()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(SkimError, match="line 1: the chat template refuses .*: roles must alt"):
+        read_documents(rows(tmp_path / "a.jsonl", {"messages": CHAT}), None, tokenizer)
+
+
+def test_half_of_a_surrogate_pair_is_replaced(tmp_path):
+    file = rows(tmp_path / "a.jsonl", '{"text": "a \\ud83d b \\ude00 c \\ud83d\\ude00"}')
+    documents = read_documents(file)
+    assert documents == ["a \ufffd b \ufffd c \U0001f600"]
+    assert len(windows(documents, byte_tokenizer(), 1, 8, 0)) == 1
+
+
+@pytest.mark.parametrize("text", ["<s> a </s> <pad>", "a \0 b", "", "\x1b[0m"])
+def test_special_tokens_and_control_characters_are_text_that_can_be_read(tmp_path, text):
+    documents = read_documents(rows(tmp_path / "a.jsonl", {"text": text}, {"text": "b" * 9}))
+    assert documents[0] == text
+    assert len(windows(documents, byte_tokenizer(), 1, 8, 0)) == 1
+
+
+@pytest.mark.parametrize(
+    "name, data, kind",
+    [
+        ("a.parquet", b"PAR1\xff", "a table"),
+        ("a.txt", b"PAR1\xff", "parquet"),
+        ("a.csv", b"text\nhello\n", "a table"),
+        ("a.txt", "hello".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", LINES[0].encode("utf-16-be"), "not JSON"),
+        ("a.jsonl", b"\xfe\xff" + LINES[0].encode("utf-16-be"), "UTF-16"),
+        ("a.jsonl.gz", b"\x1f\x8b\x08", "gzip"),
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", "zstd"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_kind(tmp_path, name, data, kind):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(SkimError, match=f"{name}.*{kind}"):
+        read_documents(tmp_path / name)
+
+
+def test_the_short_path_gives_the_same_functions():
+    from skimlm import calibrate
+
+    assert calibrate.read_documents is read_documents and calibrate.windows is windows
+
+
 def test_the_built_in_text_is_enough_and_always_the_same(monkeypatch):
     lazy = {concurrent.futures: "ProcessPoolExecutor", unittest: "IsolatedAsyncioTestCase"}
     for module, name in lazy.items():

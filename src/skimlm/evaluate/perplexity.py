@@ -31,7 +31,8 @@ from torch import Tensor
 
 from skimlm.errors import SkimError
 from skimlm.models.head import final_hidden, head_logits
-from skimlm.models.tokenizer import prefix_ids
+from skimlm.models.tokenizer import check_ids, prefix_ids
+from skimlm.pipeline import text as text_files
 
 CHUNK = 256  # tokens of logits in fp32 at once: 50 MB at a vocabulary of 49,152
 MAX_LOGITS = 2**27  # 256 MB in bf16: all of 2048 tokens at 49,152, 512 at a time at 262,144
@@ -82,6 +83,7 @@ def perplexity(
             " give a longer text or a smaller --seq-len"
         )
     windows = min(windows, limit or windows)
+    check_ids(model, ids[: windows * size], tokenizer)
     unpredicted = max(len(prefix), 1)
     model.eval()
     nll = []
@@ -156,11 +158,9 @@ def _logits(model: Any, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 def read_text(path: str | Path) -> str:
     """Return the characters of a UTF-8 file as they are: no newline is translated."""
-    data = Path(path).read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SkimError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if Path(path).suffix.lower() in (*text_files.ROWS, *text_files.TABLES):
+        raise SkimError(f"{path}: rows are not scored one by one; give a text file")
+    return text_files.read_text(path)
 
 
 def wikitext(path: str | Path) -> str:

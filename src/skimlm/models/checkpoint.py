@@ -96,19 +96,17 @@ def load(
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Any, Any]:
-    """Load a model, compressed or not, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Load a model, compressed or not, and its tokenizer unless that is at hand."""
+    from transformers import AutoModelForCausalLM
 
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
+    tokenizer = tokenizer or load_tokenizer(source)
     path, options = source.path, {}
     if source.gguf:
         path, options = source.path.parent, gguf_options(source.path)
-    with one_line(source.path, "cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False, **{k: v for k, v in options.items() if k == "gguf_file"}
-        )
     with one_line(source.path, "cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -127,6 +125,17 @@ def load(
     if source.gguf:
         check_model_finite(source.path, model)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(source: Checkpoint) -> Any:
+    """The tokenizer of a model."""
+    from transformers import AutoTokenizer
+
+    path, options = source.path, {}
+    if source.gguf:
+        path, options = source.path.parent, {"gguf_file": source.path.name}
+    with one_line(source.path, "cannot be loaded: tokenizer"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
 
 
 def _resolve(

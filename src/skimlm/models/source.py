@@ -13,20 +13,22 @@ from torch import nn
 
 from skimlm.errors import FormatError, one_line
 from skimlm.models.blocks import decoder_blocks
-from skimlm.models.checkpoint import Checkpoint
+from skimlm.models.checkpoint import Checkpoint, load_tokenizer
 from skimlm.models.tensors import check_extra
 
 
-def load_outside(source: Checkpoint, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+def load_outside(
+    source: Checkpoint, dtype: torch.dtype = torch.bfloat16, *, tokenizer: Any = None
+) -> tuple[Any, Any]:
     """A model whose decoder blocks are on the meta device, all else loaded, and its tokenizer.
 
     Raises SkimError for a checkpoint whose tensors are not named as the model names them.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
+    tokenizer = tokenizer or load_tokenizer(source)
     with one_line(source.path, "cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):  # buffers are made, not stored
             model: Any = AutoModelForCausalLM.from_config(
                 source.config, dtype=dtype, trust_remote_code=False

@@ -36,15 +36,16 @@ from skimlm.errors import SkimError
 from skimlm.format.pack import MAX_WIDTH, QuantizedWeight, histogram
 from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import decoder_linears
-from skimlm.models.checkpoint import Checkpoint, load, open_checkpoint
+from skimlm.models.checkpoint import Checkpoint, load, load_tokenizer, open_checkpoint
 from skimlm.models.source import load_outside
+from skimlm.models.tokenizer import check_ids
 from skimlm.models.write import plan_bytes, write_model, write_packed
 from skimlm.pipeline import budget, resident, sensitivity, stream
 from skimlm.pipeline import plan as resources
 from skimlm.pipeline.calibrate import BATCH
 from skimlm.pipeline.config import Asked, options_of, parts_of, recipe_of
 from skimlm.pipeline.recipes import Recipe
-from skimlm.pipeline.text import default_text, read_documents, windows
+from skimlm.pipeline.text import default_text, read_documents, read_text, windows
 from skimlm.pipeline.workers import Submit, here, pool
 from skimlm.progress import Clock, peak_rss_bytes
 from skimlm.quantize.fit import WIDTHS
@@ -410,7 +411,8 @@ def _load(
     A model whose work is shared by `workers` is streamed whether it fits or not.
     """
     plan = asked.plan
-    documents = default_text() if text is None else read_documents(text, text_key)
+    if text is not None:
+        read_text(text)  # what cannot be read is said before the model is opened
     opened = open_checkpoint(source, revision=revision)
     if opened.compressed:
         raise SkimError(f"{source}: is compressed already; give the original model")
@@ -423,9 +425,12 @@ def _load(
     bits = target.bits if target.size is None and target.index_bits is None else MAX_WIDTH
     whole, part = resources.needs(sizes, plan, plan.samples, BATCH, workers or 0, bits)
     streamed = resources.streams(whole, part, max_memory, why_not, plan.samples, bool(workers))
-    model, tokenizer = (load_outside if streamed else load)(opened)
+    tokenizer = load_tokenizer(opened)
     origin = "the built-in text" if text is None else str(text)
+    documents = default_text() if text is None else read_documents(text, text_key, tokenizer)
     ids = windows(documents, tokenizer, plan.samples, plan.seq_len, asked.seed, origin)
+    check_ids(shape, ids, tokenizer)
+    model, _ = (load_outside if streamed else load)(opened, tokenizer=tokenizer)
     if plan.steps and len(ids) < 2:
         raise SkimError(f"{origin}: one window is too little to train on; give more text")
     calibration = {

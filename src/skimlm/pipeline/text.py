@@ -5,15 +5,33 @@ import json
 import os
 import random
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from skimlm.errors import SkimError
-from skimlm.models.tokenizer import prefix_ids
+from skimlm.errors import SkimError, first_line, naming
+from skimlm.models.tokenizer import prefix_ids, well_formed
 
 TEXT_KEYS = ("text", "prefix,gold_completion")
+CHAT_KEYS = ("messages", "conversations")
+ROLES = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+ROWS = (".jsonl", ".ndjson", ".json")
+TABLES = (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".xlsx")
+OTHER_KINDS = {  # by their first bytes
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"PK\x03\x04": "a zip archive",
+    b"%PDF": "PDF",
+}
 
 
 def default_text() -> list[str]:
@@ -46,43 +64,105 @@ def default_text() -> list[str]:
     return documents
 
 
-def read_documents(path: str | os.PathLike[str], text_key: str | None = None) -> list[str]:
-    """Documents of a calibration file: each row of a .jsonl, or a text file as one document.
-
-    The value of `text_key` is the text of a row; several keys, comma separated, are joined without
-    a separator. Raises SkimError naming the line.
-    """
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The characters of a UTF-8 file as they are, without the mark that may stand before them."""
     path = Path(path)
     try:
-        raw = path.read_bytes().decode("utf-8")
+        data = path.read_bytes()
     except OSError as error:
         raise SkimError(
             f"{path}: {str(error.strerror).lower()}; --text takes a text or .jsonl file"
         ) from None
+    for mark, kind in OTHER_KINDS.items():
+        if data.startswith(mark):
+            raise SkimError(f"{path}: {kind}, not text; convert it to UTF-8 text or .jsonl")
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SkimError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from None
-    if path.suffix != ".jsonl":
-        return [raw]
-    documents = []
-    for number, line in enumerate(raw.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise SkimError(f"{path}, line {number}: not JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise SkimError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-        if text_key is None:
+
+
+def read_documents(
+    path: str | os.PathLike[str], text_key: str | None = None, tokenizer: Any = None
+) -> list[str]:
+    """Documents of a calibration file: rows of JSON, or a text file as one document.
+
+    .jsonl and .ndjson have a row in each line, .json has those lines or one array of rows. The
+    value of `text_key` is the text of a row; several keys, comma separated, are joined without a
+    separator. Chats (`messages`, `conversations`) go through the template of `tokenizer`. Special
+    tokens that are written out count as those tokens. Raises SkimError naming the line.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind in TABLES:
+        raise SkimError(f"{path}: a table is not read; convert it to text or .jsonl")
+    text = read_text(path)
+    if kind not in ROWS:
+        return [text]
+    documents: list[str] = []
+    for place, row in _rows(path, text, kind):
+        if isinstance(row, dict) and text_key is None:
             text_key = next((k for k in TEXT_KEYS if all(p in row for p in k.split(","))), None)
-        keys = text_key.split(",") if text_key else []
-        if not keys or not all(isinstance(row.get(k), str) for k in keys):
-            raise SkimError(
-                f"{path}, line {number}: no text under {text_key or 'text'!r}; it has "
-                f"{', '.join(row)}: name the right one with --text-key"
-            )
-        documents.append("".join(row[k] for k in keys))
+        with naming(place):
+            documents.append(well_formed(_document(row, text_key, tokenizer)))
     return documents
+
+
+def _rows(path: Path, text: str, kind: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, row) of every row of a JSON file."""
+    if kind == ".json":
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError):
+            pass  # a row in each line, then; a line that is none is named below
+        else:
+            rows = whole if isinstance(whole, list) else [whole]
+            yield from ((f"{path}, row {n}", row) for n, row in enumerate(rows, 1))
+            return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise SkimError(f"{place}: not JSON ({first_line(error)})") from None
+
+
+def _document(row: Any, text_key: str | None, tokenizer: Any) -> str:
+    """The text of a row."""
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        raise SkimError(f"expected an object, got {type(row).__name__}")
+    keys = text_key.split(",") if text_key else []
+    if keys and all(isinstance(row.get(k), str) for k in keys):
+        return "".join(row[k] for k in keys)
+    chat = text_key if text_key in row else next((k for k in CHAT_KEYS if k in row), None)
+    if chat is not None and text_key in (None, chat) and isinstance(row[chat], list):
+        return _chat(row[chat], tokenizer)
+    raise SkimError(
+        f"no text under {text_key or 'text'!r}; it has {', '.join(row) or 'no keys'}: "
+        "name the right one with --text-key"
+    )
+
+
+def _chat(messages: list[Any], tokenizer: Any) -> str:
+    """A chat as the model reads it."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise SkimError("a chat, but the tokenizer has no chat template; give rows with a text")
+    turns = []
+    for message in messages:
+        role, content = None, None
+        if isinstance(message, dict):
+            role = message.get("role", message.get("from"))
+            content = message.get("content", message.get("value"))
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise SkimError("a message is a role and a text, in words; this chat has another kind")
+        turns.append({"role": ROLES.get(role, role), "content": content})
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception as error:  # whatever a template raises
+        raise SkimError(f"the chat template refuses this chat: {first_line(error)}") from None
 
 
 def windows(

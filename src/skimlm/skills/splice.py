@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
-from skimlm.models.tokenizer import prefix_ids
+from skimlm.models.tokenizer import check_ids, prefix_ids
 
 WRAPPER = ("Relevant Skill:\n", "\n---\n", "\n\n")  # before, between and after skills
 PROBE = "skimlm-probe-0f9b"
@@ -102,6 +102,7 @@ def embed(model: Any, pieces: Sequence[Piece]) -> Tensor:
     for piece in pieces:
         piece = piece.to(model.device)
         if piece.ndim == 1:
+            check_ids(model, piece)
             rows.append(table(piece))
         elif piece.shape[1] == model.config.get_text_config().hidden_size:
             rows.append(piece.to(model.dtype))
