@@ -2,7 +2,7 @@
 
     python bench/rounded.py COMPRESSED --text wikitext2/test.txt [--windows 16]
 
-Every compressed linear's input is rounded as `linear_packed(..., exact=False)` rounds it (int8 with
+Every compressed linear's input is rounded as `ops.matmul(..., exact=False)` rounds it (int8 with
 one scale per token and 128 columns), and multiplied exactly; both perplexities are on the same
 windows, so their difference is paired.
 """

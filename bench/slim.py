@@ -27,7 +27,7 @@ import torch
 from provenance import provenance
 from skimlm.cli import demo
 from skimlm.evaluate.perplexity import perplexity, wikitext
-from skimlm.format.pack import Parts, effective, row_bits, shared_bits
+from skimlm.format import effective, pack
 from skimlm.integrations.lm_eval import accuracy, read_task
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load, open_checkpoint
@@ -145,11 +145,11 @@ class Bench:
         staged = {"staged": best.staged, "matched": best.matched} if method in JOINT else {}
         blockwise.walk(model, linears, self.windows(tokenizer), one, **staged)
         seconds = round(time.perf_counter() - started, 1)
-        bits = sum(
-            sum(row_bits(b, q.shape[1], Parts.of(q)) for b in q.widths.tolist())
-            + shared_bits(*q.shape, Parts.of(q))
-            for q in fits.values()
-        ) / sum(q.shape[0] * q.shape[1] for q in fits.values())
+        bits = (
+            8
+            * sum(pack(q).nbytes for q in fits.values())
+            / sum(q.shape[0] * q.shape[1] for q in fits.values())
+        )
         made = {"method": method, "sparsity": str(sparsity), "seconds": seconds}
         save(folder, model, tokenizer, fits, embed_bits=8, bits=bits, provenance=made)
 

@@ -18,11 +18,10 @@ import torch
 
 from provenance import provenance
 from skimlm import bench, native
-from skimlm.format.pack import Parts, layout
-from skimlm.runtime.ops import linear_packed
+from skimlm.runtime.ops import matmul
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008")
-KINDS = {  # bits, parts; rank as a share of the smaller side
+KINDS = {  # bits, sparsity, group, rank as a share of the smaller side
     "2:4, 4-bit grid g128, rank 0.1 in 4 bits": (4, "2:4", 128, 0.1),
     "2:4, 4-bit grid g128": (4, "2:4", 128, 0.0),
     "2:4, 4-bit codebooks": (4, "2:4", None, 0.0),
@@ -35,47 +34,19 @@ KINDS = {  # bits, parts; rank as a share of the smaller side
 PAPER = {"RTX 3060": (3.57, 2.96, 4.31), "A100": (1.09, 0.32, 0.97)}
 
 
-def random_stored(rows, cols, bits, parts):
-    """Stored tensors of random content; positions are valid patterns."""
-    stored = {}
-    for name, (dtype, shape) in layout({bits: rows}, cols, False, parts).items():
-        if dtype.is_floating_point:
-            stored[name] = torch.rand(shape).to(dtype)
-        else:
-            info = torch.iinfo(dtype)
-            stored[name] = torch.randint(info.min, info.max + 1, shape, dtype=dtype)
-    stored["widths"] = torch.full((rows,), bits, dtype=torch.uint8)
-    return stored
-
-
 def candidates(rows, cols):
     """(name, bytes, copies, call(x, copy)) of everything that is timed for a shape."""
     for name, (bits, sparsity, group, share) in KINDS.items():
         rank = int(share * min(rows, cols))
-        parts = Parts(sparsity, cols // 2 if sparsity else 0, group, rank, 4 if rank else 0)
-        stored = random_stored(rows, cols, bits, parts)
-        size = sum(tensor.nbytes for tensor in stored.values())
-        count = max(2, -(-bench.FOOTPRINT // size))
-        copies = [{k: v.clone() for k, v in stored.items()} for _ in range(count)]
-        yield name, size, copies, call_of(parts, rows, cols)
+        options = dict(sparsity=sparsity, kept=cols // 2 if sparsity else 0, group=group)
+        options |= dict(rank=rank, adapter_bits=4 if rank else 0)
+        layer = bench.random_layer(rows, cols, bits, **options)  # any bytes are valid patterns
+        count = max(2, -(-bench.FOOTPRINT // layer.nbytes))
+        yield name, layer.nbytes, bench.copies_of(layer, count), matmul
     dense = torch.randn(rows, cols).bfloat16()
     count = max(2, -(-bench.FOOTPRINT // dense.nbytes))
     copies = [dense.clone() for _ in range(count)]
     yield "torch bf16", dense.nbytes, copies, torch.nn.functional.linear
-
-
-def call_of(parts, rows, cols):
-    if parts == Parts():
-        names = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
-        return lambda x, stored: linear_packed(x, *(stored.get(n) for n in names), None)
-    how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
-
-    def call(x, stored):
-        out = torch.empty(len(x), rows, dtype=x.dtype)
-        assert native.sparse_matmul(x, stored, None, out, len(x), rows, cols, *how)
-        return out
-
-    return call
 
 
 def turn(call, x, copies, seconds):

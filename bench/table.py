@@ -29,6 +29,7 @@ from skimlm.format.pack import dequantize
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load, open_checkpoint
 from skimlm.pipeline import budget, sensitivity
+from skimlm.pipeline.config import specs_of
 from skimlm.pipeline.recipes import RECIPES
 from skimlm.pipeline.resident import quantize
 from skimlm.pipeline.text import read_documents, windows
@@ -133,7 +134,7 @@ class Bench:
     def recipe(self, method, targets):
         """What `skimlm compress --recipe METHOD --bits TARGET` does, in memory."""
         plan, ids, known, note = self.analysed(method)
-        price = budget.prices(self.linears, plan.scale)
+        price = budget.prices(specs_of(self.linears, None, plan.scale))
         errors = {n: known[n].errors for n in self.linears}
         teacher = {}
         for target in targets:

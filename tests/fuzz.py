@@ -3,27 +3,27 @@
     python tests/fuzz.py FOLDER [CALLS]
 
 FOLDER holds native libraries built with -fsanitize=address,undefined. Each call takes the buffers
-of a valid linear, with parts or without, or of a table and spoils something: a type, a length, a
+of a valid layer or of a table and spoils something: a type, a length, a
 layout, a value of `widths` or `positions`, an option, a missing buffer. It must give a result of
 the right shape or a Python error that names a shape; the sanitizer ends the process at the first
 access out of bounds.
 """
 
+import dataclasses
 import random
 import re
 import sys
 from pathlib import Path
 
 import torch
-from test_pack import with_parts
 
 from conftest import random_quantized
+from layer_sample import with_options
 from skimlm import native
-from skimlm.format.pack import Parts, pack
-from skimlm.runtime.linear import quantize_table
-from skimlm.runtime.ops import dequantize_packed, linear_packed, table_packed
+from skimlm.format import Layer, pack
+from skimlm.quantize.table import quantize_table
+from skimlm.runtime import ops
 
-NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int64, torch.float32, torch.bfloat16)
 
 
@@ -46,61 +46,44 @@ def spoil(tensor, choose):
     return choose.choice(ways)(tensor)
 
 
-def linear_call(choose):
-    rows, cols = choose.randint(1, 70), choose.choice([1, 7, 64, 65, 127, 128, 129, 300])
-    q = random_quantized(rows, cols, choose.randrange(9), in_scale=choose.random() < 0.3)
-    stored = [pack(q).get(name) for name in NAMES]
-    dtype = choose.choice([torch.float32, torch.bfloat16])
-    x = torch.randn(choose.choice([1, 2, 5, 33, 40]), cols).to(dtype)
-    bias = torch.randn(rows).to(dtype) if choose.random() < 0.3 else None
-    for _ in range(choose.choice([0, 1, 1, 2])):
-        at = choose.randrange(len(stored) + 2)
-        if at < len(stored):
-            stored[at] = spoil(stored[at], choose)
-        elif at == len(stored):
-            x = spoil(x, choose)
-        else:
-            bias = spoil(bias, choose)
-    if choose.random() < 0.2:
-        return dequantize_packed(*stored, cols, dtype).shape[-1] == cols
-    out = linear_packed(x, *stored, bias, exact=choose.random() < 0.7)
-    return out.shape[:-1] == x.shape[:-1]
+OPTIONS = ("sparsity", "kept", "group", "rank", "adapter_bits")
+NUMBERS = (-(2**63), -1, 0, 1, 2, 3, 4, 64, 2**16, 2**31, 2**62, 2**63 - 1)
 
 
-def parts_call(choose):
+def layer_call(choose):
     rows = choose.choice([choose.randint(1, 70), 128, 257])  # whole blocks of B, too
-    cols = choose.choice([4, 12, 64, 68, 128, 132, 300])
-    kept = choose.randint(1, cols)
-    sparse = choose.choice([(None, 0), ("2:4", cols // 2), ("bitmap", kept)])
-    group = choose.choice([None, 1, 33, 64, 128, 1000])
-    parts = Parts(*sparse, group, *choose.choice([(0, 0), (1, 4), (5, 4), (3, 16)]))
+    cols = choose.choice([4, 7, 12, 64, 65, 68, 127, 128, 129, 132, 300])
+    sparse = [(None, 0), ("bitmap", choose.randint(1, cols)), ("2:4", cols // 2)]
+    sparsity, kept = choose.choice(sparse[: 2 if cols % 4 else 3])
+    group, adapter = (
+        choose.choice([None, 1, 33, 64, 1000]),
+        choose.choice([(1, 4), (5, 4), (3, 16)]),
+    )
+    if choose.random() < 0.5:  # version 1
+        sparsity, kept, group, adapter = None, 0, None, (0, 0)
     q = random_quantized(rows, cols, choose.randrange(9), in_scale=choose.random() < 0.3)
-    stored, dtype = pack(with_parts(q, parts)), choose.choice([torch.float32, torch.bfloat16])
-    x = torch.randn(choose.choice([1, 1, 2, 5, 40]), cols).to(dtype)
-    bias = torch.randn(rows) if choose.random() < 0.3 else None
-    how = [parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits]
+    layer = pack(with_options(q, sparsity, kept, group, *adapter))
+    stored, spec = dict(layer.tensors), layer.spec
+    x = torch.randn(choose.choice([1, 1, 2, 5, 33, 40]), cols)
+    x = x.to(choose.choice([torch.float32, torch.bfloat16]))
+    bias = torch.randn(rows).to(x.dtype) if choose.random() < 0.3 else None
     for _ in range(choose.choice([0, 1, 1, 2])):
-        name = choose.choice([*stored, "positions", "option", "bias"])
+        name = choose.choice([*stored, "positions", "option", "x", "bias"])
         if name == "option":
-            at = choose.randrange(5)
-            number = choose.choice(
-                [-(2**63), -1, 0, 1, 2, 3, 4, 64, 2**16, 2**31, 2**62, 2**63 - 1]
-            )
-            how[at] = choose.choice([None, "2:4", "bitmap"]) if at == 0 else number
+            option = choose.choice(OPTIONS)
+            values = (None, "2:4", "bitmap") if option == "sparsity" else NUMBERS
+            spec = dataclasses.replace(spec, **{option: choose.choice(values)})
         elif name == "bias":
             bias = spoil(bias, choose)
+        elif name == "x":
+            x = spoil(x, choose)
         else:
             stored[name] = spoil(stored.get(name), choose)
-    if choose.random() < 0.3:
-        begin, end = choose.choice([(0, None), (0, rows), (rows // 2, rows), (-1, 2), (0, 2**62)])
-        out = torch.empty(choose.choice([rows, rows, 1, rows // 2]), cols, dtype=dtype)
-        if not native.sparse_unpack(stored, out, rows, cols, begin, end, *how):
-            raise ValueError(f"refused {rows} rows")
-        return True
-    out = torch.empty(len(x), rows, dtype=dtype)
-    if not native.sparse_matmul(x, stored, bias, out, len(x), rows, cols, *how):
-        raise ValueError(f"refused {rows} rows")
-    return True
+    layer = Layer(spec, {n: t for n, t in stored.items() if t is not None})
+    if choose.random() < 0.2:
+        return ops.dequantize(layer, x.dtype).shape == (rows, cols)
+    out = ops.matmul(x, layer, bias, exact=choose.random() < 0.7)
+    return out.shape[:-1] == x.shape[:-1]
 
 
 def table_call(choose):
@@ -115,10 +98,10 @@ def table_call(choose):
     at = choose.randrange(4)
     if at < 3:
         spoiled[at] = spoil(spoiled[at], choose)
-    return table_packed(*spoiled, bits).shape[-1] == len(spoiled[2])
+    return ops.table_matmul(*spoiled, bits).shape[-1] == len(spoiled[2])
 
 
-CALLS = [table_call, linear_call, linear_call, parts_call, parts_call]
+CALLS = [table_call, layer_call, layer_call, layer_call, layer_call]
 
 
 def main():

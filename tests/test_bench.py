@@ -7,9 +7,8 @@ from click.testing import CliRunner
 
 from skimlm import bench
 from skimlm.cli.main import main
-from skimlm.format.pack import check_stored
+from skimlm.format import check_stored
 
-NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
 SMALL = dict(shapes=((64, 96), (30, 65)), widths=(None, 3, 7), batches=(1, 40))
 KEYS = {"rows", "cols", "bits", "batch", "seconds", "torch_bf16_seconds", "torch_fp32_seconds"}
 
@@ -20,13 +19,11 @@ def small(**options):
 
 @pytest.mark.parametrize("width", [None, 1, 5, 6, 8])
 def test_the_weights_that_are_timed_are_valid(width):
-    stored = dict(zip(NAMES, bench.random_buffers(100, 65, width), strict=True))
-    check_stored({n: t for n, t in stored.items() if t is not None}, 100, 65)
+    check_stored(bench.random_layer(100, 65, width))
 
 
 def test_mixed_rows_take_about_3_2_bits_in_a_large_layer():
-    stored = bench.random_buffers(4096, 4096, None)
-    bits = 8 * sum(t.nbytes for t in stored if t is not None) / 4096**2
+    bits = 8 * bench.random_layer(4096, 4096, None).nbytes / 4096**2
     assert 3.15 < bits < 3.25
 
 

@@ -9,15 +9,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from test_pack import with_parts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import quantized_linears, tiny_model
+from layer_sample import with_options
 from skimlm.cli import main
 from skimlm.errors import SkimError
 from skimlm.evaluate.report import inspect
 from skimlm.export import export
-from skimlm.format.pack import Parts
 from skimlm.models.checkpoint import open_compressed
 from skimlm.models.write import rewrite, save
 from skimlm.runtime.linear import CompressedLinear
@@ -33,14 +32,14 @@ KINDS = [  # of linears, in turn
 
 
 def compress(out, tokenizer, family="llama", kinds=KINDS, **changes):
-    """A folder whose linears have parts, one kind after the other."""
+    """A folder of linears of version 2, one kind after the other."""
     model = tiny_model(family, torch.bfloat16, **changes)
     quantized = {}
     for (name, q), kind in zip(
         quantized_linears(model).items(), itertools.cycle(kinds), strict=False
     ):
         kept = q.shape[1] // kind["kept"] if "kept" in kind else 0
-        quantized[name] = with_parts(q, Parts(**(kind | {"kept": kept}))) if kind else q
+        quantized[name] = with_options(q, **(kind | {"kept": kept})) if kind else q
     save(out, model, tokenizer, quantized, embed_bits=8, bits=5, max_shard_size="50KB")
     return out
 
@@ -114,7 +113,7 @@ def test_base_and_adapter_of_peft_make_the_effective_weight_exactly(tmp_path, fo
     tensors = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
     base, source = opened(tmp_path / "out/base"), opened(folder)
     assert len(compressed_linears(base)) == (0 if dense_base else 14)
-    adapted = {n: m for n, m in compressed_linears(source).items() if m.parts.rank}
+    adapted = {n: m for n, m in compressed_linears(source).items() if m.spec.rank}
     assert sorted(config["target_modules"]) == sorted(adapted) and report.adapters == len(adapted)
     assert len(tensors) == 2 * len(adapted)
     for name, layer in compressed_linears(source).items():

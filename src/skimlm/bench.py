@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from skimlm import native
-from skimlm.format.pack import histogram, layout
-from skimlm.runtime.ops import linear_packed
+from skimlm.format.layer import Layer, LayerSpec, layout
+from skimlm.runtime.ops import matmul
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (576, 576), (1536, 576), (576, 1536))
 # the widths of rows in a model of 3.2 bits all-in, as allocation gives them
@@ -64,19 +64,15 @@ def run(
         bf16 = dense(rows, cols, torch.bfloat16)
         fp32 = dense(rows, cols, torch.float32)
         for width in widths:
-            stored = random_buffers(rows, cols, width)
-            nbytes = sum(tensor.nbytes for tensor in stored if tensor is not None)
-            copies = [
-                [None if tensor is None else tensor.clone() for tensor in stored]
-                for _ in range(_copies(nbytes, footprint))
-            ]
+            layer = random_layer(rows, cols, width)
+            copies = copies_of(layer, _copies(layer.nbytes, footprint))
             for batch in batches:
-                took = walk(partial(_product, torch.randn(batch, cols).bfloat16(), exact), copies)
+                took = walk(partial(product, torch.randn(batch, cols).bfloat16(), exact), copies)
                 found.append(
                     {
                         "rows": rows,
                         "cols": cols,
-                        "bits": 8 * nbytes / (rows * cols),
+                        "bits": 8 * layer.nbytes / (rows * cols),
                         "width": width,
                         "batch": batch,
                         "seconds": took,
@@ -99,8 +95,8 @@ def run(
     }
 
 
-def random_buffers(rows: int, cols: int, width: int | None) -> list[Tensor | None]:
-    """The stored buffers of a linear with random codes, one width or `MIXED`, rows shuffled."""
+def random_layer(rows: int, cols: int, width: int | None, **options: Any) -> Layer:
+    """A layer of random codes, rows of one width or `MIXED` and shuffled; `options` of its spec."""
     if width is not None:
         widths = torch.full((rows,), width, dtype=torch.uint8)
     else:
@@ -108,16 +104,21 @@ def random_buffers(rows: int, cols: int, width: int | None) -> list[Tensor | Non
         widths = torch.tensor(list(MIXED), dtype=torch.uint8)[
             torch.bucketize(torch.randperm(rows), ends, right=True)
         ]
+    spec = LayerSpec(rows, cols, **options).with_widths(widths)
     stored: dict[str, Tensor] = {}
-    for name, (dtype, shape) in layout(histogram(widths), cols, False).items():
+    for name, (dtype, shape) in layout(spec).items():
         if dtype.is_floating_point:
             stored[name] = torch.rand(shape).to(dtype)
         else:
             info = torch.iinfo(dtype)
             stored[name] = torch.randint(info.min, info.max + 1, shape, dtype=dtype)
-    stored["widths"] = widths
-    names = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
-    return [stored.get(name) for name in names]
+    return Layer(spec, stored | {"widths": widths})
+
+
+def copies_of(layer: Layer, count: int) -> list[Layer]:
+    """The layer so many times, each in memory of its own."""
+    tensors = layer.tensors.items()
+    return [Layer(layer.spec, {n: t.clone() for n, t in tensors}) for _ in range(count)]
 
 
 def read_bandwidth(data: Tensor, repeats: int = 3) -> float:
@@ -145,11 +146,8 @@ def median_seconds(call: Callable[[Any], Any], copies: Sequence[Any], seconds: f
     return statistics.median(times)
 
 
-def _product(x: Tensor, exact: bool, stored: Sequence[Any]) -> Tensor:
-    weight, widths, codebook, row_scale, row_zero, in_scale = stored
-    return linear_packed(
-        x, weight, widths, codebook, row_scale, row_zero, in_scale, None, exact=exact
-    )
+def product(x: Tensor, exact: bool, layer: Layer) -> Tensor:
+    return matmul(x, layer, exact=exact)
 
 
 def _copies(nbytes: int, footprint: int) -> int:

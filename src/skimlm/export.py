@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
-from skimlm.format.pack import PLAIN
 from skimlm.integrations.transformers import aliases
 from skimlm.models.checkpoint import Checkpoint, load, open_compressed
 from skimlm.models.write import rewrite
@@ -118,8 +117,8 @@ def _write_without_adapters(folder: Path, opened: Checkpoint, model: Any) -> Non
     for entry in quantization["linears"].values():
         entry.pop("rank", None), entry.pop("adapter_bits", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
-    if all(layer.parts.without_adapter() == PLAIN for layer in layers.values()):
-        quantization["format_version"] = 1
+    specs = [layer.spec.without_adapter() for layer in layers.values()]
+    quantization["format_version"] = max(spec.version for spec in specs)
     stored = sum(m.nbytes - _adapter_bytes(m) for m in layers.values())
     quantization["bits"] = 8 * stored / sum(m.in_features * m.out_features for m in layers.values())
     left_out: dict[str, Tensor | None] = {
@@ -132,13 +131,13 @@ def _write_without_adapters(folder: Path, opened: Checkpoint, model: Any) -> Non
 
 
 def _adapter_bytes(layer: CompressedLinear) -> int:
-    return sum(t.nbytes for name, t in layer.tensors().items() if name.startswith("lora_"))
+    return sum(t.nbytes for name, t in layer.layer.tensors.items() if name.startswith("lora_"))
 
 
 def _write_adapter(folder: Path, layers: dict[str, CompressedLinear]) -> None:
     """adapter_config.json and adapter_model.safetensors, as PEFT reads them."""
     folder.mkdir()
-    ranks = {name: layer.parts.rank for name, layer in layers.items()}
+    ranks = {name: layer.spec.rank for name, layer in layers.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: rank for name, rank in ranks.items() if rank != usual}
     config = {

@@ -3,27 +3,25 @@
 import json
 import re
 import shutil
-from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_transformers import mixed_parts
 
 from conftest import quantized_linears, tiny_model
+from layer_sample import mixed
 from skimlm.errors import FormatError, SkimError
 from skimlm.evaluate.report import facts_text, inspect, inspect_text, table, with_error
-from skimlm.format.pack import Parts
 from skimlm.models.write import save
 from skimlm.progress import peak_rss_bytes
 from skimlm.storage.folder import folder_bytes
 
 
 @pytest.fixture(scope="module")
-def with_every_part(tmp_path_factory):
+def folder_of_version_2(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "parts"
     model = tiny_model(dtype=torch.bfloat16)
-    quantized = mixed_parts(quantized_linears(model, in_scale=True))
+    quantized = mixed(quantized_linears(model, in_scale=True))
     save(out, model, None, quantized, embed_bits=8, bits=4.5)
     return out, quantized
 
@@ -60,14 +58,15 @@ def test_bits_count_every_stored_byte_of_the_linears(compressed):
     assert sum(facts["widths"].values()) == sum(layer["rows"] for layer in facts["linears"])
 
 
-def test_every_part_of_a_linear_is_shown_and_counted(with_every_part):
-    out, quantized = with_every_part
+def test_everything_a_linear_has_is_shown_and_counted(folder_of_version_2):
+    out, quantized = folder_of_version_2
     facts, tensors = inspect(out), stored(out)
     assert facts["format_version"] == 2 and json.loads(json.dumps(facts)) == facts
     total = 0
     for layer in facts["linears"]:
         name = layer["name"]
-        assert {key: layer[key] for key in asdict(Parts())} == asdict(Parts.of(quantized[name]))
+        facts_of = quantized[name].spec.facts()
+        assert {key: layer[key] for key in facts_of} == facts_of
         mine = {n: t for n, t in tensors.items() if n.startswith(name + ".")}
         total += sum(t.nbytes for t in mine.values())
         assert layer["nbytes"] == sum(t.nbytes for t in mine.values())

@@ -8,33 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pack import equal, oracle_pack, oracle_read, raw, with_parts
 
 from conftest import random_quantized
-from skimlm.format.pack import (
-    Parts,
+from layer_sample import equal, options, oracle_pack, oracle_read, raw, with_options
+from skimlm.format import (
+    Layer,
+    LayerSpec,
     dequantize,
     effective,
-    histogram,
     layout,
     pack,
     row_bits,
     shared_bits,
+    table_values,
     unpack,
 )
-from skimlm.runtime.linear import CompressedLinear, quantize_table, table_values
+from skimlm.quantize.table import quantize_table
+from skimlm.runtime.linear import CompressedLinear
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "data" / "golden-v1.safetensors"
 GOLDEN_2 = GOLDEN.with_name("golden-v2.safetensors")
-DTYPES = {
-    "weight": torch.uint8,
-    "widths": torch.uint8,
-    "codebook": torch.int8,
-    "row_scale": torch.bfloat16,
-    "row_zero": torch.int16,
-    "in_scale": torch.float16,
-}
 # what the golden file holds: widths, codes and first values of the first row, and a table
 GOLDEN_WIDTHS = [8, 5, 2, 7, 4, 4, 8, 8, 5]
 GOLDEN_CODES = [217, 218, 141, 73, 52, 113, 91, 184, 18, 248, 27]
@@ -45,10 +39,10 @@ GOLDEN_VALUES = [
     -0.43421292304992676,
 ]
 # the linears of version 2's golden file, all [9, 12], and the sums of their weights
-GOLDEN_PARTS = {
-    "half": Parts("2:4", 6, 5, 2, 4),
-    "few": Parts("bitmap", 3, None, 1, 16),
-    "grid": Parts(group=12),
+GOLDEN_OPTIONS = {
+    "half": options("2:4", 6, 5, 2, 4),
+    "few": options("bitmap", 3, None, 1, 16),
+    "grid": options(group=12),
 }
 GOLDEN_SUMS = {"half": 0.11932080145925283, "few": 4.403397656977177, "grid": -0.9829018684104085}
 GOLDEN_TABLE = torch.tensor([[1.0, -0.5, 0.25], [0.0, 0.0, 0.0], [-3.0, 2.0, 0.1]])
@@ -57,7 +51,7 @@ GOLDEN_TABLE = torch.tensor([[1.0, -0.5, 0.25], [0.0, 0.0, 0.0], [-3.0, 2.0, 0.1
 def golden_tensors() -> dict[str, torch.Tensor]:
     """The tensors of the golden file, made again; run this file to write it."""
     q = random_quantized(9, 11, seed=7, in_scale=True)
-    tensors = {f"proj.{name}": tensor for name, tensor in pack(q).items()}
+    tensors = {f"proj.{name}": tensor for name, tensor in pack(q).tensors.items()}
     for bits in (8, 4):
         weight, scale = quantize_table(GOLDEN_TABLE, bits)
         tensors |= {f"table{bits}.weight": weight, f"table{bits}.scale": scale}
@@ -69,39 +63,51 @@ def golden_linears() -> dict[str, torch.Tensor]:
     q = random_quantized(9, 12, seed=7, in_scale=True)
     return {
         f"{name}.{tensor}": stored
-        for name, parts in GOLDEN_PARTS.items()
-        for tensor, stored in pack(with_parts(q, parts, seed=7)).items()
+        for name, chosen in GOLDEN_OPTIONS.items()
+        for tensor, stored in pack(with_options(q, **chosen, seed=7)).tensors.items()
     }
+
+
+def raws(layer: Layer) -> dict[str, bytes]:
+    """The tensors of a layer as bytes."""
+    return {name: raw(tensor) for name, tensor in layer.tensors.items()}
 
 
 def part(tensors, prefix):
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def test_the_golden_file_reads_as_it_was_written():
+def golden_layer() -> Layer:
     stored = part(load_file(GOLDEN), "proj.")
-    q = unpack(stored, 9, 11)
+    spec = LayerSpec(9, 11, in_scale=True).with_widths(torch.tensor(GOLDEN_WIDTHS))
+    return Layer(spec, stored)
+
+
+def test_the_golden_file_reads_as_it_was_written():
+    layer = golden_layer()
+    q = unpack(layer)
     assert q.widths.tolist() == GOLDEN_WIDTHS
     assert q.codes[0].tolist() == GOLDEN_CODES
     assert torch.equal(dequantize(q).flatten()[:4], torch.tensor(GOLDEN_VALUES))
-    assert oracle_pack(q) == {name: raw(tensor) for name, tensor in stored.items()}
+    assert oracle_pack(q) == raws(layer)
 
 
 def test_writing_again_gives_the_golden_bytes():
-    stored = part(load_file(GOLDEN), "proj.")
-    again = pack(unpack(stored, 9, 11))
-    assert {k: raw(v) for k, v in again.items()} == {k: raw(v) for k, v in stored.items()}
+    layer = golden_layer()
+    assert raws(pack(unpack(layer))) == raws(layer)
 
 
-@pytest.mark.parametrize("name", GOLDEN_PARTS)
+@pytest.mark.parametrize("name", GOLDEN_OPTIONS)
 def test_the_golden_file_of_version_2_reads_as_it_was_written(name):
-    stored, parts = part(load_file(GOLDEN_2), f"{name}."), GOLDEN_PARTS[name]
-    q = unpack(stored, 9, 12, parts)
-    weight, *factors = oracle_read(stored, 9, 12, parts.entry())
+    stored, chosen = part(load_file(GOLDEN_2), f"{name}."), GOLDEN_OPTIONS[name]
+    spec = LayerSpec(9, 12, in_scale=True, **chosen).with_widths(stored["widths"])
+    layer = Layer(spec, stored)
+    q = unpack(layer)
+    weight, *factors = oracle_read(stored, 9, 12, spec.entry())
     assert torch.equal(dequantize(q), weight)
     assert not factors or all(map(torch.equal, factors, q.adapter.values()))
     assert float(weight.double().sum()) == GOLDEN_SUMS[name]
-    assert {k: raw(v) for k, v in pack(q).items()} == {k: raw(v) for k, v in stored.items()}
+    assert raws(pack(q)) == raws(layer)
 
 
 @pytest.mark.parametrize("bits, step", [(8, 1 / 127), (4, 1 / 7)])
@@ -112,46 +118,44 @@ def test_golden_tables_stand_for_their_table(bits, step):
     assert (error <= GOLDEN_TABLE.abs().amax(1) * step).all()
 
 
+def stored_example(text: str, spec: LayerSpec) -> Layer:
+    """The tensors of a worked example, `proj.NAME` and bytes in hex a line."""
+    shapes, stored = layout(spec), {}
+    for line in text.splitlines():
+        name, *data = line.removeprefix("proj.").split()
+        raw_bytes = torch.tensor([int(byte, 16) for byte in data], dtype=torch.uint8)
+        dtype, shape = shapes[name]
+        stored[name] = raw_bytes.view(dtype).view(shape)
+    return Layer(spec, stored)
+
+
+def matrix(text: str) -> torch.Tensor:
+    return torch.tensor([[float(v) for v in line.split()] for line in text.splitlines()])
+
+
 def test_the_worked_example_of_format_md_is_true():
     text = (ROOT / "FORMAT.md").read_text(encoding="utf-8").split("## A worked example")[1]
     blocks = re.findall(r"```\n(.*?)```", text, re.S)
-    stored = {}
-    for line in blocks[0].splitlines():
-        name, *data = line.split()
-        name = name.removeprefix("proj.")
-        raw_bytes = torch.tensor([int(byte, 16) for byte in data], dtype=torch.uint8)
-        stored[name] = raw_bytes.view(DTYPES[name])
-    want = torch.tensor([[float(v) for v in line.split()] for line in blocks[1].splitlines()])
-    q = unpack(stored, 3, 3)
-    assert histogram(q.widths) == {2: 2, 6: 1}
+    q = unpack(stored_example(blocks[0], LayerSpec(3, 3, {2: 2, 6: 1}, in_scale=True)))
+    want = matrix(blocks[1])
     assert torch.equal(dequantize(q), want)
     assert torch.equal(CompressedLinear.from_quantized(q).dequantize(), want)
-    assert equal(unpack(pack(q), 3, 3), q)
+    assert equal(unpack(pack(q)), q)
 
 
 def test_the_second_worked_example_of_format_md_is_true():
     text = (ROOT / "FORMAT.md").read_text(encoding="utf-8").split("## A second worked")[1]
     text = text.split("\n## ")[0]
     entry, stored_text, *matrices = re.findall(r"```\n(.*?)```", text, re.S)
-    entry = json.loads(f"{{{entry}}}")["proj"]
-    parts = Parts.read(entry, 8)
-    shapes = layout({int(b): n for b, n in entry["widths"].items()}, 8, False, parts)
-    stored = {}
-    for line in stored_text.splitlines():
-        name, *data = line.removeprefix("proj.").split()
-        raw_bytes = torch.tensor([int(byte, 16) for byte in data], dtype=torch.uint8)
-        dtype, shape = shapes[name]
-        stored[name] = raw_bytes.view(dtype).view(shape)
-    weight, whole = (
-        torch.tensor([[float(v) for v in line.split()] for line in matrix.splitlines()])
-        for matrix in matrices
-    )
-    q = unpack(stored, 2, 8, parts)
+    spec = LayerSpec.read(json.loads(f"{{{entry}}}")["proj"], 2, 8)
+    stored = stored_example(stored_text, spec)
+    weight, whole = map(matrix, matrices)
+    q = unpack(stored)
     assert torch.equal(dequantize(q), weight) and torch.equal(effective(q), whole)
     layer = CompressedLinear.from_quantized(q)
     assert torch.equal(layer.dequantize(), whole)
     assert torch.equal(layer(torch.eye(8)), whole.T)
-    assert {k: raw(v) for k, v in pack(q).items()} == {k: raw(v) for k, v in stored.items()}
+    assert raws(pack(q)) == raws(stored)
 
 
 def formula(before: str, after: str, **values: int) -> int:
@@ -163,20 +167,20 @@ def formula(before: str, after: str, **values: int) -> int:
 
 def test_format_md_states_the_cost_of_a_row_as_the_code_counts_it():
     for b in range(1, 9):
-        assert formula("One row costs ", " bits;", b=b, c=577) == row_bits(b, 577)
-        parts = Parts("bitmap", 99, 128)
+        assert formula("One row costs ", " bits;", b=b, c=577) == row_bits(LayerSpec(1, 577), b)
+        spec = LayerSpec(1, 577, sparsity="bitmap", kept=99, group=128)
         cost = formula("One row then costs ", " bits on a grid", b=b, c=577, n=99, p=73, g=128)
-        assert cost == row_bits(b, 577, parts)
+        assert cost == row_bits(spec, b)
         sparse = formula("One row costs ", " bits;", b=b, c=99) + 8 * 73
-        assert sparse == row_bits(b, 577, Parts("bitmap", 99))
+        assert sparse == row_bits(LayerSpec(1, 577, sparsity="bitmap", kept=99), b)
 
 
 def test_format_md_states_the_cost_of_an_adapter_as_the_code_counts_it():
     sizes = dict(k=7, c=577, r=129)
     cost = formula("The adapter adds ", " bits at 16", **sizes)
-    assert cost == shared_bits(129, 577, Parts(rank=7, adapter_bits=16))
+    assert cost == shared_bits(LayerSpec(129, 577, rank=7, adapter_bits=16))
     cost = formula(" bits at 16, or ", " at 4.", **sizes)
-    assert cost == shared_bits(129, 577, Parts(rank=7, adapter_bits=4))
+    assert cost == shared_bits(LayerSpec(129, 577, rank=7, adapter_bits=4))
 
 
 if __name__ == "__main__":

@@ -5,206 +5,64 @@ import dataclasses
 import pytest
 import torch
 
+import skimlm.format as P
 from conftest import random_quantized
+from layer_sample import (
+    OPTIONS,
+    equal,
+    options,
+    options_id,
+    oracle_pack,
+    oracle_read,
+    oracle_value,
+    raw,
+    spoil,
+    with_options,
+)
 from skimlm.errors import FormatError, SkimError
-from skimlm.format import pack as P
-from skimlm.runtime.ops import dequantize_packed, dequantize_reference, dequantize_stored
+from skimlm.format.pack import pack_codes, pack_positions, unpack_positions
+from skimlm.runtime import ops
 
 
-def oracle_bytes(codes: list[int], width: int) -> bytes:
-    """One row's bytes, from the row as one big integer."""
-    stream = sum(code << (j * width) for j, code in enumerate(codes))
-    return stream.to_bytes((len(codes) * width + 7) // 8, "little")
-
-
-def oracle_pack(q: P.QuantizedWeight) -> dict[str, bytes]:
-    """Every stored tensor as bytes, row by row, by the letter of FORMAT.md."""
-    order = sorted(range(len(q.widths)), key=lambda i: (int(q.widths[i]), i))
-    out = {"weight": b"", "codebook": b"", "row_scale": b"", "row_zero": b""}
-    out["widths"] = bytes(q.widths.tolist())
-    for i in order:
-        b = int(q.widths[i])
-        out["weight"] += oracle_bytes(q.codes[i].tolist(), b)
-        out["row_scale"] += raw(q.row_scale[i])
-        if b <= 5:
-            out["codebook"] += bytes(v & 255 for v in q.codebook[i, : 2**b].tolist())
-        else:
-            out["row_zero"] += int(q.row_zero[i]).to_bytes(2, "little", signed=True)
-    if q.in_scale is not None:
-        out["in_scale"] = raw(q.in_scale)
-    return {name: data for name, data in out.items() if data}
-
-
-def oracle_value(q: P.QuantizedWeight, i: int, j: int) -> float:
-    """One weight, in doubles: the three factors have few enough bits to multiply exactly."""
-    code, b = int(q.codes[i, j]), int(q.widths[i])
-    level = int(q.codebook[i, code]) if b <= 5 else code - int(q.row_zero[i])
-    return level * float(q.row_scale[i]) * (1.0 if q.in_scale is None else float(q.in_scale[j]))
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def equal(a, b) -> bool:
-    """Whether two of the dataclasses of pack.py hold the same numbers."""
-    if not isinstance(a, (P.QuantizedWeight, P.Adapter)):
-        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    names = [field.name for field in dataclasses.fields(a)]
-    return type(a) is type(b) and all(equal(getattr(a, n), getattr(b, n)) for n in names)
-
-
-def with_parts(q, parts: P.Parts, seed: int = 0) -> P.QuantizedWeight:
-    """A dense random weight made sparse, put on a grid and given an adapter."""
-    (rows, cols), g = q.shape, torch.Generator().manual_seed(seed)
-    codes, mask, adapter, row_scale = q.codes, None, None, q.row_scale
-    if parts.sparsity:
-        size, kept = (4, 2) if parts.sparsity == "2:4" else (cols, parts.kept)
-        chosen = torch.rand(rows, cols // size, size, generator=g).topk(kept).indices
-        mask = torch.zeros(rows, cols // size, size, dtype=torch.bool).scatter_(2, chosen, True)
-        mask = mask.view(rows, cols)
-        codes = codes[mask].view(rows, -1)
-    on_grid = parts.group is not None
-    if on_grid:
-        spread = torch.randn(rows, -(-cols // parts.group), generator=g) / cols**0.5
-        row_scale = (spread / 2 ** q.widths.float().unsqueeze(1)).bfloat16()
-
-    def factor(n):
-        if parts.adapter_bits == 16:
-            return (torch.randn(parts.rank, n, generator=g) / 8).bfloat16(), None
-        codes = torch.randint(-8, 8, (parts.rank, n), dtype=torch.int8, generator=g)
-        return codes, (torch.randn(parts.rank, -(-n // 128), generator=g) / 64).bfloat16()
-
-    if parts.rank:
-        (a, a_scale), (b, b_scale) = factor(cols), factor(rows)
-        adapter = P.Adapter(a, b, a_scale, b_scale)
-    return P.QuantizedWeight(
-        codes,
-        q.widths,
-        torch.zeros_like(q.codebook) if on_grid else q.codebook,
-        row_scale,
-        torch.zeros_like(q.row_zero) if on_grid else q.row_zero,
-        q.in_scale,
-        mask,
-        parts.sparsity,
-        parts.group,
-        adapter,
-    )
-
-
-def bits(data: bytes, start: int, count: int) -> int:
-    """`count` bits of a stream from bit `start` on, the first one lowest."""
-    return sum((data[k // 8] >> k % 8 & 1) << (k - start) for k in range(start, start + count))
-
-
-def oracle_read(stored: dict[str, torch.Tensor], rows: int, cols: int, entry: dict):
-    """W, and A and B if there are any, a number at a time by the letter of FORMAT.md."""
-    data = {name: raw(tensor) for name, tensor in stored.items()}
-
-    def number(name, i, kind, size):
-        piece = bytearray(data[name][size * i : size * i + size])
-        return float(torch.frombuffer(piece, dtype=kind)[0])
-
-    n, g, sparsity = entry.get("kept", cols), entry.get("group"), entry.get("sparsity")
-    pairs = ["01", "02", "03", "12", "13", "23"]
-    at = table = zero = places = 0
-    weight = [[0.0] * cols for _ in range(rows)]
-    widths = list(data["widths"])
-    for place, i in enumerate(sorted(range(rows), key=lambda i: (widths[i], i))):
-        b, columns = widths[i], range(cols)
-        if sparsity == "bitmap":
-            columns = [j for j in range(cols) if bits(data["positions"][places:], j, 1)]
-            places += (cols + 7) // 8
-        elif sparsity:
-            found = [bits(data["positions"][places:], 3 * q, 3) for q in range(cols // 4)]
-            columns = [4 * q + int(c) for q, code in enumerate(found) for c in pairs[code]]
-            places += (3 * (cols // 4) + 7) // 8
-        assert len(columns) == n
-        for k, j in enumerate(columns):
-            code = bits(data["weight"][at:], k * b, b)
-            if g:
-                level = code - 2 ** (b - 1)
-            elif b <= 5:
-                level = int.from_bytes(data["codebook"][table + code :][:1], "little", signed=True)
-            else:
-                level = code - number("row_zero", zero, torch.int16, 2)
-            groups = -(-cols // g) if g else 1
-            scale = number("row_scale", place * groups + (j // g if g else 0), torch.bfloat16, 2)
-            shift = number("in_scale", j, torch.float16, 2) if "in_scale" in data else 1.0
-            weight[i][j] = level * scale * shift
-        at += (n * b + 7) // 8
-        table, zero = table + (2**b if b <= 5 else 0), zero + (b > 5)
-
-    def factor(name, n):
-        if entry["adapter_bits"] == 16:
-            kind = torch.bfloat16
-            return [[number(name, k * n + j, kind, 2) for j in range(n)] for k in range(rank)]
-        row, scales = (n + 1) // 2, -(-n // 128)
-        return [
-            [
-                ((data[name][k * row + j // 2] >> 4 * (j % 2)) % 16 - 8)
-                * number(f"{name}_scale", k * scales + j // 128, torch.bfloat16, 2)
-                for j in range(n)
-            ]
-            for k in range(rank)
-        ]
-
-    rank = entry.get("rank", 0)
-    sides = (("lora_a", cols), ("lora_b", rows)) if rank else ()
-    return torch.tensor(weight), *(torch.tensor(factor(name, n)) for name, n in sides)
-
-
-SPARSE = [(None, 0), ("2:4", 70), ("bitmap", 1), ("bitmap", 50), ("bitmap", 140)]
-ADAPTERS = [(0, 0), (1, 4), (3, 4), (3, 16)]
-PARTS = [
-    P.Parts(*sparse, group, *adapter)
-    for sparse in SPARSE
-    for group in (None, 33, 1000)
-    for adapter in ADAPTERS
-][1:]
-
-
-def parts_id(parts: P.Parts) -> str:
-    return " ".join(f"{key} {value}" for key, value in parts.entry().items())
-
-
-@pytest.mark.parametrize("parts", PARTS, ids=parts_id)
-def test_every_combination_of_parts_is_stored_as_format_md_says(parts):
-    scaled = PARTS.index(parts) % 2 == 0
-    q = with_parts(random_quantized(9, 140, seed=1, in_scale=scaled), parts)
-    stored, weight = P.pack(q), P.dequantize(q)
-    want, *factors = oracle_read(stored, 9, 140, parts.entry())
+@pytest.mark.parametrize("chosen", OPTIONS, ids=options_id)
+def test_every_combination_of_options_is_stored_as_format_md_says(chosen):
+    scaled = OPTIONS.index(chosen) % 2 == 0
+    q = with_options(random_quantized(9, 140, seed=1, in_scale=scaled), **chosen)
+    layer, weight = P.pack(q), P.dequantize(q)
+    want, *factors = oracle_read(layer.tensors, 9, 140, layer.spec.entry())
     assert torch.equal(weight, want)
     assert not factors or all(map(torch.equal, factors, q.adapter.values()))
     whole = want.double() + (factors[1].T.double() @ factors[0].double() if factors else 0)
     torch.testing.assert_close(P.effective(q).double(), whole, rtol=1e-6, atol=1e-5)
-    assert torch.equal(dequantize_stored(stored, 140, parts), want)
-    assert equal(P.unpack(stored, 9, 140, parts), q) and q.shape == (9, 140)
+    assert torch.equal(ops.dequantize_reference(layer), want)
+    assert equal(P.unpack(layer), q) and q.shape == (9, 140)
 
 
-@pytest.mark.parametrize("parts", PARTS, ids=parts_id)
-def test_layout_and_cost_follow_from_the_entry_for_every_combination(parts):
-    q = with_parts(random_quantized(9, 140, seed=2, in_scale=True), parts)
-    assert P.Parts.of(q) == parts == P.Parts.read(parts.entry(), 140)
-    stored = P.pack(q)
-    want = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
-    assert P.layout(P.histogram(q.widths), 140, True, parts) == want
-    cost = sum(P.row_bits(b, 140, parts) for b in q.widths.tolist())
-    cost += P.shared_bits(9, 140, parts, in_scale=True)
-    assert cost == sum(8 * tensor.nbytes for tensor in stored.values())
+@pytest.mark.parametrize("chosen", OPTIONS, ids=options_id)
+def test_layout_and_cost_follow_from_the_entry_for_every_combination(chosen):
+    q = with_options(random_quantized(9, 140, seed=2, in_scale=True), **chosen)
+    layer = P.pack(q)
+    spec = P.LayerSpec.read(layer.spec.entry(), 9, 140)
+    assert spec == q.spec == layer.spec
+    assert spec == P.LayerSpec(9, 140, P.histogram(q.widths), True, **chosen)
+    want = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in layer.tensors.items()}
+    assert P.layout(spec) == want
+    planned = P.LayerSpec(9, 140, in_scale=True, **chosen)  # before widths are chosen
+    cost = sum(P.row_bits(planned, b) for b in q.widths.tolist()) + P.shared_bits(planned)
+    assert cost == 8 * layer.nbytes
 
 
 @pytest.mark.parametrize("cols", [4, 8, 12, 576])
 def test_patterns_and_bitmaps_come_back(cols):
     for sparsity, kept in (("2:4", cols // 2), ("bitmap", 3), ("bitmap", cols - 1)):
-        q = with_parts(random_quantized(40, cols, widths=[4]), P.Parts(sparsity, kept), seed=cols)
-        packed = P.pack_positions(q.mask, sparsity)
-        assert torch.equal(P.unpack_positions(packed, sparsity, cols), q.mask)
+        q = with_options(random_quantized(40, cols, widths=[4]), sparsity, kept, seed=cols)
+        packed = pack_positions(q.mask, sparsity)
+        assert torch.equal(unpack_positions(packed, sparsity, cols), q.mask)
 
 
 def test_patterns_6_and_7_are_read_as_5():
-    packed = P.pack_codes(torch.tensor([[5, 6, 7]], dtype=torch.uint8), 3)
-    assert P.unpack_positions(packed, "2:4", 12).tolist() == [[False, False, True, True] * 3]
+    packed = pack_codes(torch.tensor([[5, 6, 7]], dtype=torch.uint8), 3)
+    assert unpack_positions(packed, "2:4", 12).tolist() == [[False, False, True, True] * 3]
 
 
 CASES = [(5, 7, [b], scaled) for b in range(1, 9) for scaled in (False, True)]
@@ -214,20 +72,13 @@ CASES += [(33, cols, None, True) for cols in (1, 3, 8, 64, 65)]
 @pytest.mark.parametrize("rows, cols, widths, scaled", CASES)
 def test_packed_bytes_are_the_oracles(rows, cols, widths, scaled):
     q = random_quantized(rows, cols, seed=cols, in_scale=scaled, widths=widths)
-    assert {name: raw(tensor) for name, tensor in P.pack(q).items()} == oracle_pack(q)
+    assert {name: raw(tensor) for name, tensor in P.pack(q).tensors.items()} == oracle_pack(q)
 
 
 @pytest.mark.parametrize("rows, cols, widths, scaled", CASES)
 def test_unpack_inverts_pack(rows, cols, widths, scaled):
     q = random_quantized(rows, cols, seed=cols, in_scale=scaled, widths=widths)
-    assert equal(P.unpack(P.pack(q), rows, cols), q)
-
-
-def stored_arguments(q: P.QuantizedWeight) -> tuple:
-    """The stored tensors in the order the kernels take them."""
-    stored = P.pack(q)
-    names = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
-    return *(stored.get(name) for name in names), q.codes.shape[1]
+    assert equal(P.unpack(P.pack(q)), q)
 
 
 @pytest.mark.parametrize("rows, cols, widths, scaled", CASES)
@@ -235,7 +86,7 @@ def test_dequantizing_in_torch_gives_the_oracles_values(rows, cols, widths, scal
     q = random_quantized(rows, cols, seed=cols, in_scale=scaled, widths=widths)
     want = torch.tensor([[oracle_value(q, i, j) for j in range(cols)] for i in range(rows)])
     assert torch.equal(P.dequantize(q), want)
-    assert torch.equal(dequantize_reference(*stored_arguments(q)), want)
+    assert torch.equal(ops.dequantize_reference(P.pack(q)), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -243,32 +94,32 @@ def test_dequantizing_in_torch_gives_the_oracles_values(rows, cols, widths, scal
 def test_dequantizing_natively_gives_the_same_bits(isa, rows, cols, widths, scaled, dtype):
     q = random_quantized(rows, cols, seed=cols, in_scale=scaled, widths=widths)
     want = P.dequantize(q).to(dtype)
-    assert torch.equal(dequantize_packed(*stored_arguments(q), dtype), want)
+    assert torch.equal(ops.dequantize(P.pack(q), dtype), want)
 
 
 def test_rows_cut_into_chunks_give_the_same_weight(monkeypatch):
     q = random_quantized(33, 9, in_scale=True)
     monkeypatch.setattr("skimlm.runtime.ops.CHUNK", 20)
-    assert torch.equal(dequantize_reference(*stored_arguments(q)), P.dequantize(q))
+    assert torch.equal(ops.dequantize_reference(P.pack(q)), P.dequantize(q))
 
 
 @pytest.mark.parametrize("width", range(1, 9))
 @pytest.mark.parametrize("cols", [1, 5, 576])
 def test_row_bits_counts_every_stored_bit(width, cols):
     q = random_quantized(4, cols, widths=[width])
-    stored = sum(8 * tensor.nbytes for tensor in P.pack(q).values())
-    assert stored == 4 * P.row_bits(width, cols)
+    assert 8 * P.pack(q).nbytes == 4 * P.row_bits(P.LayerSpec(4, cols), width)
 
 
 def test_layout_predicts_every_tensor_from_the_histogram():
     q = random_quantized(40, 13, in_scale=True)
-    want = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in P.pack(q).items()}
-    assert P.layout(P.histogram(q.widths), 13, True) == want
+    stored = P.pack(q).tensors.items()
+    want = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored}
+    assert P.layout(P.LayerSpec(40, 13, P.histogram(q.widths), in_scale=True)) == want
 
 
 def test_rows_of_equal_width_keep_their_order():
     q = random_quantized(6, 4, widths=[3, 2])
-    scale = P.pack(q)["row_scale"]
+    scale = P.pack(q).tensors["row_scale"]
     assert torch.equal(scale, q.row_scale[[1, 3, 5, 0, 2, 4]])
 
 
@@ -276,7 +127,7 @@ def test_packed_tensors_share_no_memory_with_their_source():
     q = random_quantized(6, 4, in_scale=True)
     mine = [q.codes, q.widths, q.codebook, q.row_scale, q.row_zero, q.in_scale]
     pointers = {t.untyped_storage().data_ptr() for t in mine}
-    assert not pointers & {t.untyped_storage().data_ptr() for t in P.pack(q).values()}
+    assert not pointers & {t.untyped_storage().data_ptr() for t in P.pack(q).tensors.values()}
 
 
 TAMPERED = {
@@ -286,7 +137,7 @@ TAMPERED = {
     "width 0": (dict(widths=lambda t: t * 0), "widths: row widths must be 1..8, got 0"),
     "width 9": (dict(widths=lambda t: t * 0 + 9), "widths: row widths must be 1..8, got 9"),
     "too few widths": (dict(widths=lambda t: t[1:]), r"widths: must be uint8 \[12\], got"),
-    "other widths": (dict(widths=lambda t: t % 8 + 1), "must be .* got"),
+    "other widths": (dict(widths=lambda t: t % 8 + 1), "rows by width .* are not config.json's"),
     "no widths": (dict(widths=None), "widths: is missing"),
     "no codebook": (dict(codebook=None), "codebook: is missing"),
     "no zero points": (dict(row_zero=None), "row_zero: is missing"),
@@ -301,33 +152,26 @@ TAMPERED = {
 @pytest.mark.parametrize("case", TAMPERED)
 def test_tampered_tensors_are_named(case):
     changes, message = TAMPERED[case]
-    stored = P.pack(random_quantized(12, 5, in_scale=True, widths=[2, 7, 4]))
+    layer = P.pack(random_quantized(12, 5, in_scale=True, widths=[2, 7, 4]))
+    stored = dict(layer.tensors)
     for name, change in changes.items():
         old = stored.pop(name, None)
         if change:
             stored[name] = change(old)
     with pytest.raises(FormatError, match=message) as caught:
-        P.unpack(stored, 12, 5, name="layer")
+        P.unpack(P.Layer(layer.spec, stored), name="layer")
     assert str(caught.value).startswith("layer.") and "\n" not in str(caught.value)
 
 
-FULL = P.Parts("2:4", 14, 9, 3, 4)  # of 28 columns
-BITMAP = P.Parts("bitmap", 5, None, 2, 16)
+FULL = options("2:4", 14, 9, 3, 4)  # of 28 columns
+BITMAP = options("bitmap", 5, None, 2, 16)
 
 
 def nan(tensor):
     return tensor * float("nan")
 
 
-def spoil(index, value):
-    def change(tensor):
-        tensor[index] = value
-        return tensor
-
-    return change
-
-
-TAMPERED_PARTS = {
+TAMPERED_OPTIONS = {
     "no positions": (FULL, "positions", None, "is missing"),
     "short positions": (FULL, "positions", lambda t: t[1:], r"must be uint8 \[33\], got uint8"),
     "spare bits of patterns": (FULL, "positions", spoil(2, 128), "padding bits are not zero"),
@@ -357,26 +201,28 @@ TAMPERED_PARTS = {
 }
 
 
-@pytest.mark.parametrize("case", TAMPERED_PARTS)
-def test_tampered_parts_are_named(case):
-    parts, tensor, change, message = TAMPERED_PARTS[case]
-    stored = P.pack(with_parts(random_quantized(11, 28, widths=[3, 6]), parts))
+@pytest.mark.parametrize("case", TAMPERED_OPTIONS)
+def test_tampered_tensors_of_version_2_are_named(case):
+    chosen, tensor, change, message = TAMPERED_OPTIONS[case]
+    layer = P.pack(with_options(random_quantized(11, 28, widths=[3, 6]), **chosen))
+    stored = dict(layer.tensors)
     old = stored.pop(tensor, None)
     if change:
         stored[tensor] = change(old)
     with pytest.raises(FormatError, match=message) as caught:
-        P.unpack(stored, 11, 28, parts, name="layer")
+        P.unpack(P.Layer(layer.spec, stored), name="layer")
     assert str(caught.value).startswith(f"layer.{tensor}:")
     if "pattern" not in message and "nibble" not in case:  # what `unpack` alone looks at
         with pytest.raises(FormatError, match=message):
-            P.check_stored(stored, 11, 28, parts)
+            P.check_stored(P.Layer(layer.spec, stored))
 
 
-def test_parts_the_config_does_not_name_are_refused():
-    for parts in (P.Parts("2:4", 14), P.Parts(rank=2, adapter_bits=16), P.Parts(group=7)):
-        stored = P.pack(with_parts(random_quantized(11, 28, widths=[3, 6]), parts))
+def test_options_the_config_does_not_name_are_refused():
+    for chosen in (options("2:4", 14), options(rank=2, adapter_bits=16), options(group=7)):
+        layer = P.pack(with_options(random_quantized(11, 28, widths=[3, 6]), **chosen))
+        plain = P.LayerSpec(11, 28, layer.spec.counts)
         with pytest.raises(FormatError):
-            P.unpack(stored, 11, 28)
+            P.unpack(P.Layer(plain, layer.tensors))
 
 
 ENTRIES = {
@@ -402,23 +248,35 @@ ENTRIES = {
 def test_invalid_config_entries_are_refused(case):
     entry, message = ENTRIES[case]
     with pytest.raises(FormatError, match=message):
-        P.Parts.read({"widths": {"3": 9}} | entry, 28)
+        P.LayerSpec.read({"widths": {"3": 9}} | entry, 9, 28)
 
 
 def test_two_four_needs_a_multiple_of_four_columns():
     with pytest.raises(FormatError, match="2:4 keeps half of a multiple of 4, not 13 of 26"):
-        P.Parts.read({"sparsity": "2:4", "kept": 13}, 26)
+        P.LayerSpec.read({"widths": {"3": 9}, "sparsity": "2:4", "kept": 13}, 9, 26)
+
+
+HISTOGRAMS = [None, [3, 9], {"3": -9}, {"9": 9}, {"0": 9}, {"x": 9}, {"3": "9"}, {"3": True}, {}]
+
+
+@pytest.mark.parametrize("widths", HISTOGRAMS, ids=str)
+def test_histograms_that_cannot_be_are_refused(widths):
+    with pytest.raises(FormatError, match="has no valid width histogram"):
+        P.LayerSpec.read({"widths": widths}, 9, 28)
+    with pytest.raises(FormatError, match="widths of 9 rows, the model has 10"):
+        P.LayerSpec.read({"widths": {"3": 9}}, 10, 28)
 
 
 def test_a_group_beyond_every_number_of_columns_is_one_scale_per_row():
-    q = with_parts(random_quantized(3, 28), P.Parts(group=10**30))
-    stored, parts = P.pack(q), P.Parts.of(q)
-    assert stored["row_scale"].shape == (3, 1) and equal(P.unpack(stored, 3, 28, parts), q)
-    assert torch.equal(dequantize_stored(stored, 28, parts), P.dequantize(q))
-    assert torch.equal(P.dequantize(q), oracle_read(stored, 3, 28, parts.entry())[0])
+    q = with_options(random_quantized(3, 28), group=10**30)
+    layer = P.pack(q)
+    assert layer.tensors["row_scale"].shape == (3, 1) and equal(P.unpack(layer), q)
+    assert torch.equal(ops.dequantize_reference(layer), P.dequantize(q))
+    want = oracle_read(layer.tensors, 3, 28, layer.spec.entry())[0]
+    assert torch.equal(P.dequantize(q), want)
 
 
-INVALID_PARTS = {
+INVALID_OPTIONS = {
     "a row that keeps more": (BITMAP, dict(mask=spoil((0, slice(None)), True)), "mask: every row"),
     "three of four": (
         FULL,
@@ -435,10 +293,10 @@ INVALID_PARTS = {
 }
 
 
-@pytest.mark.parametrize("case", INVALID_PARTS)
-def test_pack_refuses_parts_that_would_not_come_back(case):
-    parts, changes, message = INVALID_PARTS[case]
-    q = with_parts(random_quantized(11, 28, widths=[3, 6]), parts)
+@pytest.mark.parametrize("case", INVALID_OPTIONS)
+def test_pack_refuses_options_that_would_not_come_back(case):
+    chosen, changes, message = INVALID_OPTIONS[case]
+    q = with_options(random_quantized(11, 28, widths=[3, 6]), **chosen)
     changed = {name: change(getattr(q, name)) for name, change in changes.items()}
     with pytest.raises(FormatError, match=message):
         P.pack(dataclasses.replace(q, **changed))
@@ -457,27 +315,27 @@ INVALID_ADAPTERS = {
 @pytest.mark.parametrize("case", INVALID_ADAPTERS)
 def test_pack_refuses_adapters_that_would_not_come_back(case):
     changes, message = INVALID_ADAPTERS[case]
-    q = with_parts(random_quantized(11, 28, widths=[3, 6]), FULL)
+    q = with_options(random_quantized(11, 28, widths=[3, 6]), **FULL)
     changed = {name: change(getattr(q.adapter, name)) for name, change in changes.items()}
     wrong = dataclasses.replace(q, adapter=dataclasses.replace(q.adapter, **changed))
     with pytest.raises(FormatError, match=message):
         P.pack(wrong)
 
 
-def test_packed_parts_share_no_memory_with_their_source():
-    for parts in (FULL, BITMAP):
-        q = with_parts(random_quantized(11, 28, widths=[3, 6]), parts)
+def test_packed_tensors_of_version_2_share_no_memory_with_their_source():
+    for chosen in (FULL, BITMAP):
+        q = with_options(random_quantized(11, 28, widths=[3, 6]), **chosen)
         mine = [q.mask, q.row_scale, q.adapter.a, q.adapter.b]
         mine += [t for t in (q.adapter.a_scale, q.adapter.b_scale) if t is not None]
         pointers = {t.untyped_storage().data_ptr() for t in mine}
-        assert not pointers & {t.untyped_storage().data_ptr() for t in P.pack(q).values()}
+        assert not pointers & {t.untyped_storage().data_ptr() for t in P.pack(q).tensors.values()}
 
 
 def test_padding_bits_must_be_zero():
-    stored = P.pack(random_quantized(3, 5, widths=[3]))  # 15 bits: the last one is spare
-    stored["weight"][1] |= 128
+    layer = P.pack(random_quantized(3, 5, widths=[3]))  # 15 bits: the last one is spare
+    layer.tensors["weight"][1] |= 128
     with pytest.raises(FormatError, match="weight: padding bits are not zero"):
-        P.unpack(stored, 3, 5)
+        P.unpack(layer)
 
 
 INVALID = {
@@ -512,18 +370,17 @@ def test_format_errors_are_one_line_skim_errors():
     assert isinstance(error, SkimError) and str(error) == "model.safetensors: a.weight: is missing"
 
 
-def test_native_dequantizing_refuses_buffers_that_do_not_fit_together():
+def test_native_dequantizing_refuses_tensors_that_do_not_fit_together():
     q = random_quantized(6, 9, seed=3)
-    stored = P.pack(q)
-    names = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
+    layer = P.pack(q)
 
     def run(**changed):
-        return dequantize_packed(*((stored | changed).get(name) for name in names), 9)
+        return ops.dequantize(P.Layer(layer.spec, layer.tensors | changed))
 
     assert torch.equal(run(), P.dequantize(q))
     for name in ("weight", "codebook", "row_scale"):
         with pytest.raises(ValueError, match=name):
-            run(**{name: stored[name][:-1]})
+            run(**{name: layer.tensors[name][:-1]})
     for width in (0, 9, 200):
         with pytest.raises(ValueError, match="widths|weight"):
-            run(widths=torch.full_like(stored["widths"], width))
+            run(widths=torch.full_like(layer.tensors["widths"], width))

@@ -8,6 +8,7 @@ from torch import nn
 from conftest import random_quantized
 from skimlm.errors import SkimError
 from skimlm.pipeline import budget
+from skimlm.pipeline.config import specs_of
 from skimlm.runtime.linear import CompressedLinear
 
 
@@ -30,13 +31,13 @@ def test_prices_are_the_bytes_that_are_stored(scale):
         q = random_quantized(m.out_features, m.in_features, seed=seed, in_scale=scale)
         stored += CompressedLinear.from_quantized(q).nbytes
         widths[name] = q.widths
-    assert budget.prices(linears(), scale).bits(widths) == 8 * stored
+    assert budget.prices(specs_of(linears(), None, scale)).bits(widths) == 8 * stored
 
 
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("bits", [4.0, 4.5, 5.01, 6.0])
 def test_bits_are_met_from_below_within_one_edge(bits, pooled):
-    price = budget.prices(linears(), False)
+    price = budget.prices(specs_of(linears(), None, False))
     widths = budget.for_bits(curves(), price, bits, pooled)
     room = bits * price.total - price.bits(widths)
     edge = max(np.diff(rows).max() for rows in price.rows.values())
@@ -44,7 +45,7 @@ def test_bits_are_met_from_below_within_one_edge(bits, pooled):
 
 
 def test_a_pool_of_the_model_is_no_worse_than_one_per_linear():
-    price = budget.prices(linears(), False)
+    price = budget.prices(specs_of(linears(), None, False))
 
     def error(widths):
         picked = (e.gather(1, widths[n].long()[:, None] - 1).sum() for n, e in curves().items())
@@ -55,7 +56,7 @@ def test_a_pool_of_the_model_is_no_worse_than_one_per_linear():
 
 
 def test_a_linear_that_needs_more_than_its_share_gets_it():
-    price = budget.prices(linears(), False)
+    price = budget.prices(specs_of(linears(), None, False))
     least = price.bits(budget.uniform(linears(), 1)) / price.total
     widths = budget.for_bits(curves(), price, least + 0.2, False)
     assert price.bits(widths) <= (least + 0.2) * price.total
@@ -63,7 +64,7 @@ def test_a_linear_that_needs_more_than_its_share_gets_it():
 
 
 def test_impossible_targets_say_what_is_possible():
-    price = budget.prices(linears(), False)
+    price = budget.prices(specs_of(linears(), None, False))
 
     def size(widths):
         return 1000 + round(price.bits(widths) / 8)

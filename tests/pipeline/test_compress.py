@@ -18,6 +18,7 @@ from skimlm.format.pack import dequantize
 from skimlm.models.blocks import decoder_linears
 from skimlm.pipeline import budget, sensitivity
 from skimlm.pipeline.compress import compress
+from skimlm.pipeline.config import specs_of
 from skimlm.pipeline.recipes import RECIPES
 from skimlm.pipeline.resident import fit_all, quantize
 from skimlm.progress import Clock
@@ -461,7 +462,7 @@ def analysed(recipe: str, path, bits: float = 4.0, **changes):
     chosen = decoder_linears(model)
     known = sensitivity.get(path, recipe, model, chosen, ids, plan, silent)[0]
     errors = {n: a.errors for n, a in known.items()}
-    price = budget.prices(chosen, plan.scale)
+    price = budget.prices(specs_of(chosen, None, plan.scale))
     return model, ids, plan, known, budget.for_bits(errors, price, bits, plan.end_loss)
 
 

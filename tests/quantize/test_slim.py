@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from skimlm.format.pack import Parts, dequantize, effective, pack, unpack
+from skimlm.format import dequantize, effective, pack, unpack
 from skimlm.quantize import grid, lowrank
 from skimlm.quantize.mask import Sparsity, sparsegpt, wanda
 from skimlm.quantize.slim import Options, error, fit, fit_paper
@@ -50,7 +50,7 @@ def test_every_combination_is_stored_without_loss_and_keeps_its_pattern(
             assert (kept == sparsity.keep).all() and not sparse[~q.mask].any()
         else:
             assert (q.mask.sum(1) == 24).all() and not sparse[~q.mask].any()
-        back = unpack(pack(q), 24, 48, Parts.of(q))
+        back = unpack(pack(q))
         assert torch.equal(effective(back), effective(q))
 
 

@@ -5,23 +5,23 @@ import gc
 
 import pytest
 import torch
-from test_pack import with_parts
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from conftest import at_once, quantized_linears, tiny_model
+from layer_sample import options, with_options
 from skimlm import native
-from skimlm.format.pack import PLAIN, Parts, effective
+from skimlm.format import effective
 from skimlm.models.write import save
 from skimlm.runtime import decode
 
 PROMPT = torch.tensor([[72, 101, 108, 108, 111, 7, 33]])
-PARTS = {  # of a linear with so many columns
-    "2:4": lambda c: Parts("2:4", c // 2),
-    "2:4, grid, 4-bit adapter": lambda c: Parts("2:4", c // 2, 32, 5, 4),
-    "bitmap, 16-bit adapter": lambda c: Parts("bitmap", c // 3, None, 3, 16),
-    "grid": lambda c: Parts(group=64),
-    "4-bit adapter": lambda c: Parts(rank=7, adapter_bits=4),
-    "plain": lambda c: PLAIN,
+KINDS = {  # of a linear with so many columns
+    "2:4": lambda c: options("2:4", c // 2),
+    "2:4, grid, 4-bit adapter": lambda c: options("2:4", c // 2, 32, 5, 4),
+    "bitmap, 16-bit adapter": lambda c: options("bitmap", c // 3, None, 3, 16),
+    "grid": lambda c: options(group=64),
+    "4-bit adapter": lambda c: options(rank=7, adapter_bits=4),
+    "plain": lambda c: options(),
 }
 FUSED = ["llama", "mistral", "qwen2", "qwen3", "phi3"]
 
@@ -35,7 +35,7 @@ def pair(tmp_path):
         dense = tiny_model(family, dtype, **changes)
         quantized = quantized_linears(dense, in_scale=in_scale)
         for i, (name, q) in enumerate(quantized.items()):
-            quantized[name] = with_parts(q, PARTS[kinds[i % len(kinds)]](q.shape[1]))
+            quantized[name] = with_options(q, **KINDS[kinds[i % len(kinds)]](q.shape[1]))
         save(tmp_path / "out", dense, None, quantized, embed_bits=16, bits=3.2)
         for name, q in quantized.items():
             weight = dense.get_submodule(name).weight
@@ -98,9 +98,9 @@ def test_shapes_biases_and_rotations(pair, calls, changes):
 
 
 # seven linears or four in a block, six kinds: each kind comes to stand at every place
-@pytest.mark.parametrize("kinds", [*([k] for k in PARTS), list(PARTS)], ids=" and ".join)
+@pytest.mark.parametrize("kinds", [*([k] for k in KINDS), list(KINDS)], ids=" and ".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_linears_with_parts_in_any_mix(pair, calls, isa, kinds, dtype):
+def test_linears_of_version_2_in_any_mix(pair, calls, isa, kinds, dtype):
     family, changes = ("phi3", {}) if kinds == ["grid"] else ("llama", dict(attention_bias=True))
     model, dense = pair(family, dtype, kinds=kinds, **changes)
     assert close(follow(model)[0], follow(dense)[0])
@@ -114,7 +114,7 @@ def test_partial_rotation(pair, calls):
     assert calls
 
 
-@pytest.mark.parametrize("kinds", [["plain"], list(PARTS)], ids=["plain", "parts"])
+@pytest.mark.parametrize("kinds", [["plain"], list(KINDS)], ids=["plain", "mixed"])
 def test_threads_do_not_change_a_bit(pair, kinds):
     model, _ = pair(kinds=kinds)
     want = follow(model)[0]
@@ -130,7 +130,7 @@ def test_threads_do_not_change_a_bit(pair, kinds):
         native.library().skimlm_use_openmp(*native._openmp())
 
 
-@pytest.mark.parametrize("kinds", [["plain"], list(PARTS)], ids=["plain", "parts"])
+@pytest.mark.parametrize("kinds", [["plain"], list(KINDS)], ids=["plain", "mixed"])
 def test_several_threads_decode_at_once(pair, kinds):
     model, _ = pair(kinds=kinds)
     want, wrong = follow(model, 20)[0], []

@@ -7,39 +7,18 @@ import sys
 
 import pytest
 import torch
-from test_pack import PARTS, parts_id, with_parts
 
 from conftest import at_once, random_quantized
+from layer_sample import OPTIONS, inputs, options, options_id, with_options
 from skimlm import native
 from skimlm.errors import FormatError
-from skimlm.format.pack import dequantize, effective, pack
-from skimlm.runtime import ops
-from skimlm.runtime.linear import quantize_table, table_values
-from skimlm.runtime.ops import (
-    dequantize_stored,
-    linear_packed,
-    linear_parts,
-    linear_reference,
-    parts_reference,
-    table_packed,
-)
+from skimlm.format import Layer, dequantize, effective, pack, table_values
+from skimlm.quantize.table import quantize_table
+from skimlm.runtime import cpu, ops
+from skimlm.runtime.linear import CompressedHead, CompressedLinear
 
-NAMES = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
 SHAPES = [(1, 1), (3, 7), (5, 64), (9, 65), (37, 100), (66, 131), (12, 576)]
 MIXED = [[b] for b in range(1, 9)] + [None]
-
-
-def buffers(q):
-    stored = pack(q)
-    return [stored.get(name) for name in NAMES]
-
-
-def inputs(count, cols, dtype, seed=0):
-    """Activations as they come: normal, a few channels a hundred times as large."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, cols, generator=g)
-    x[:, torch.rand(cols, generator=g) < 0.02] *= 100
-    return x.to(dtype)
 
 
 @pytest.fixture(params=["torch's threads", "own threads"])
@@ -53,24 +32,24 @@ def pool(request, isa):
     native.library().skimlm_use_openmp(*native._openmp())
 
 
-@pytest.mark.parametrize("parts", PARTS[::5], ids=parts_id)
-def test_the_reference_multiplies_by_every_part(parts):
-    q = with_parts(random_quantized(9, 140, in_scale=True), parts)
+@pytest.mark.parametrize("chosen", OPTIONS[::5], ids=options_id)
+def test_the_reference_multiplies_by_everything_a_layer_has(chosen):
+    q = with_options(random_quantized(9, 140, in_scale=True), **chosen)
     x, bias = inputs(5, 140, torch.float32), torch.linspace(-1, 1, 9)
     weight = effective(q).double()
-    got = parts_reference(x, pack(q), parts, bias).double()
+    got = ops.matmul_reference(x, pack(q), bias).double()
     size = x.double().abs() @ weight.abs().T + 1
     assert ((got - x.double() @ weight.T - bias).abs() <= 1e-6 * size).all()
-    many = x.expand(ops.FEW_SPARSE, 5, 140)
-    got = linear_parts(many, pack(q), parts, bias).double()  # on torch, too
+    many = x.expand(cpu.FEW_SPARSE, 5, 140)
+    got = ops.matmul(many, pack(q), bias).double()  # on torch, too
     assert ((got - x.double() @ weight.T - bias).abs() <= 2e-6 * size).all()
 
 
-@pytest.mark.parametrize("parts", PARTS[::5], ids=parts_id)
-def test_rows_with_parts_cut_into_chunks_give_the_same_weight(monkeypatch, parts):
-    q = with_parts(random_quantized(33, 140, in_scale=True), parts)
+@pytest.mark.parametrize("chosen", OPTIONS[::5], ids=options_id)
+def test_rows_of_version_2_cut_into_chunks_give_the_same_weight(monkeypatch, chosen):
+    q = with_options(random_quantized(33, 140, in_scale=True), **chosen)
     monkeypatch.setattr(ops, "CHUNK", 300)
-    assert torch.equal(dequantize_stored(pack(q), 140, parts), dequantize(q))
+    assert torch.equal(ops.dequantize_reference(pack(q)), dequantize(q))
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -83,13 +62,13 @@ def test_exact_products_are_exact(isa, widths, scaled):
             for dtype in (torch.float32, torch.bfloat16):
                 x = inputs(count, cols, dtype)
                 bias = torch.randn(rows).to(dtype) if count % 2 else None
-                got = linear_packed(x, *buffers(q), bias)
+                got = ops.matmul(x, pack(q), bias)
                 assert got.dtype == dtype and got.shape == (count, rows)
                 want, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T + 0.1
                 want = want if bias is None else want + bias.double()
                 rounding = want.abs() * 2**-8 if dtype == torch.bfloat16 else 0
                 bound = 1e-6 * size + half_steps(x, q) @ unscaled(q).abs().T
-                if count >= ops.FEW_TOKENS and not native.many(dtype):
+                if count >= cpu.FEW_TOKENS and not native.many(dtype):
                     bound += 2**-8 * size  # torch's product with the weight in the dtype of x
                 assert ((got.double() - want).abs() <= bound + rounding).all()
 
@@ -126,23 +105,23 @@ def test_one_token_is_exact_to_the_bit_everywhere(isa, widths, scaled):
         q = random_quantized(rows, cols, widths=widths, in_scale=scaled)
         for dtype in (torch.float32, torch.bfloat16):
             x = inputs(1, cols, dtype)
-            got = linear_packed(x, *buffers(q), None)
+            got = ops.matmul(x, pack(q))
             assert torch.equal(got, exact_product(x, q).to(dtype)), (rows, cols, dtype)
 
 
 def test_rows_longer_than_sums_of_bytes_in_32_bits(isa):
     q = random_quantized(5, 70_000)
     x = torch.full((1, 70_000), 3.0)
-    assert torch.equal(linear_packed(x, *buffers(q), None), exact_product(x, q))
+    assert torch.equal(ops.matmul(x, pack(q)), exact_product(x, q))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_an_input_that_is_not_finite_gives_no_finite_output(isa, bad):
-    stored = buffers(random_quantized(6, 70))
+    layer = pack(random_quantized(6, 70))
     for count in (1, 3, 40):
         x = torch.randn(count, 70)
         x[0, 65] = bad
-        out = linear_packed(x, *stored, None)
+        out = ops.matmul(x, layer)
         assert not out[0].isfinite().any() and out[1:].isfinite().all()
 
 
@@ -151,7 +130,7 @@ def test_inputs_of_any_size(isa, size):
     q = random_quantized(6, 70, widths=[2, 3, 4])
     q.row_scale.fill_(2**-10)
     x = torch.randn(1, 70).clamp(-1, 1) * size
-    got = linear_packed(x, *buffers(q), None).double()
+    got = ops.matmul(x, pack(q)).double()
     want = x.double() @ dequantize(q).double().T
     assert ((got - want).abs() <= 1e-5 * want.abs().max() + 2**-126).all()
 
@@ -163,7 +142,7 @@ def test_rounded_products_stay_within_half_a_step_of_every_input(isa, widths):
         weight = dequantize(q).double()
         for count in (1, 5):
             x = inputs(count, cols, torch.float32)
-            got = linear_packed(x, *buffers(q), None, exact=False).double()
+            got = ops.matmul(x, pack(q), exact=False).double()
             padded = torch.nn.functional.pad(x, (0, -cols % 128)).view(count, -1, 128).double()
             step = padded.abs().amax(2, keepdim=True).expand_as(padded).reshape(count, -1) / 127
             bound = step[:, :cols] / 2 @ weight.abs().T
@@ -177,7 +156,7 @@ def test_rounding_the_input_is_what_the_reference_does(isa):
     chunks = torch.nn.functional.pad(x, (0, 56)).view(3, 2, 128)
     step = chunks.abs().amax(2, keepdim=True) / 127
     rounded = ((chunks / step).round() * step).view(3, 256)[:, :200]
-    got = linear_packed(x, *buffers(q), None, exact=False)
+    got = ops.matmul(x, pack(q), exact=False)
     want = rounded.double() @ dequantize(q).double().T
     torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-5 * float(want.abs().max()))
 
@@ -186,7 +165,7 @@ def test_the_reference_is_gather_and_matmul():
     q = random_quantized(20, 33, in_scale=True)
     x, bias = torch.randn(4, 33), torch.randn(20)
     want = x.double() @ dequantize(q).double().T + bias.double()
-    got = linear_reference(x, *buffers(q), bias)
+    got = ops.matmul_reference(x, pack(q), bias)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -196,29 +175,29 @@ def test_extreme_zero_points_and_scales(isa):
     q.row_scale[0] = -q.row_scale[0]
     x = torch.randn(2, 70)
     weight = dequantize(q).double()
-    error = (linear_packed(x, *buffers(q), None).double() - x.double() @ weight.T).abs()
+    error = (ops.matmul(x, pack(q)).double() - x.double() @ weight.T).abs()
     assert (error <= 1e-6 * (x.double().abs() @ weight.abs().T)).all()
 
 
 def test_threads_do_not_change_a_bit(pool):
-    stored = buffers(random_quantized(2000, 600))
+    layer = pack(random_quantized(2000, 600))
     x = torch.randn(3, 600)
     torch.set_num_threads(1)
-    one = linear_packed(x, *stored, None)
+    one = ops.matmul(x, layer)
     for threads in (2, 3, 8, 1):
         torch.set_num_threads(threads)
         for _ in range(20):
-            assert torch.equal(linear_packed(x, *stored, None), one)
+            assert torch.equal(ops.matmul(x, layer), one)
 
 
 def test_calls_from_several_threads_at_once(pool):
-    stored = buffers(random_quantized(2000, 600))
+    layer = pack(random_quantized(2000, 600))
     x, wrong = torch.randn(3, 600), []
-    want = linear_packed(x, *stored, None)
+    want = ops.matmul(x, layer)
 
     def call():
         for _ in range(50):
-            if not torch.equal(linear_packed(x, *stored, None), want):
+            if not torch.equal(ops.matmul(x, layer), want):
                 wrong.append(1)
 
     at_once(4, call)
@@ -229,15 +208,14 @@ def test_calls_from_several_threads_at_once(pool):
 def test_a_forked_child_still_computes():
     code = """
 import os, torch
-from skimlm.runtime.ops import linear_packed
-from skimlm.format.pack import QuantizedWeight, pack
+from skimlm.runtime.ops import matmul
+from skimlm.format import QuantizedWeight, pack
 torch.set_num_threads(2)
 q = QuantizedWeight(torch.zeros(9999, 999, dtype=torch.uint8), torch.full((9999,), 3).byte(),
                     torch.ones(9999, 32, dtype=torch.int8) * (torch.arange(32) < 8),
                     torch.ones(9999).bfloat16(), torch.zeros(9999, dtype=torch.int16))
 p = pack(q)
-run = lambda: linear_packed(torch.ones(1, 999), p["weight"], p["widths"], p["codebook"],
-                            p["row_scale"], None, None, None)
+run = lambda: matmul(torch.ones(1, 999), p)
 assert (run() == 999).all()
 child = os.fork()
 if child == 0:
@@ -255,7 +233,7 @@ def test_table_products(isa, bits, cols):
     table = table_values(codes, scale, cols, torch.float32).double()
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 3, cols).to(dtype)
-        got, want = table_packed(x, codes, scale, bits), x.double() @ table.T
+        got, want = ops.table_matmul(x, codes, scale, bits), x.double() @ table.T
         size = x.double().abs() @ table.abs().T
         rounding = want.abs() * 2**-8 if dtype == torch.bfloat16 else 0
         assert got.shape == (2, 3, 300)
@@ -263,20 +241,60 @@ def test_table_products(isa, bits, cols):
         assert ((got.double() - want).abs() <= 5e-6 * size + rounding + 1e-6).all()
 
 
-def test_operators_are_well_formed():
-    stored = buffers(random_quantized(9, 17, in_scale=True))
+@pytest.mark.parametrize("chosen", [options(), options("2:4", 70, 64, 2, 4)], ids=options_id)
+def test_operators_are_well_formed(chosen):
+    x, bias = torch.randn(2, 140), torch.randn(9)
+    layer = pack(with_options(random_quantized(9, 140, in_scale=True), **chosen))
+    args = ops.arguments(layer.tensors, layer.spec)
+    torch.library.opcheck(torch.ops.skimlm.matmul.default, (x, bias, True, *args))
+    torch.library.opcheck(torch.ops.skimlm.dequantize.default, (torch.bfloat16, *args))
+    codes, scale = quantize_table(torch.randn(50, 140), 8)
+    torch.library.opcheck(torch.ops.skimlm.table_matmul.default, (x, codes, scale, 8, None))
+
+
+def test_operators_do_what_the_operations_do():
+    q = with_options(random_quantized(9, 140, in_scale=True), **options("bitmap", 50, 33, 3, 16))
+    x, bias, layer = torch.randn(2, 3, 140), torch.randn(9), pack(q)
+    got = ops.compiled_matmul(x, layer.tensors, layer.spec, bias)
+    assert torch.equal(got, ops.matmul(x, layer, bias))
+    args = ops.arguments(layer.tensors, layer.spec)
+    got = torch.ops.skimlm.dequantize(torch.bfloat16, *args)
+    assert torch.equal(got, ops.dequantize(layer, torch.bfloat16))
+
+
+def test_an_implementation_can_be_registered_for_a_device(monkeypatch):
+    layer, seen = pack(random_quantized(9, 17)), []
+
+    def implementation(x, layer, bias, exact):
+        seen.append(x.dtype)
+        return x.new_zeros(len(x), 9) if x.dtype == torch.float32 else NotImplemented
+
+    table = {name: dict(devices) for name, devices in ops.OPERATIONS.items()}
+    monkeypatch.setattr(ops, "OPERATIONS", table)
+    ops.register("matmul", "cpu", implementation)
     x = torch.randn(2, 17)
-    torch.library.opcheck(torch.ops.skimlm.linear.default, (x, *stored, torch.randn(9), True))
-    codes, scale = quantize_table(torch.randn(50, 17), 8)
-    torch.library.opcheck(torch.ops.skimlm.table.default, (x, codes, scale, 8))
+    assert not ops.matmul(x, layer).any()
+    want = ops.matmul_reference(x.double(), layer)
+    assert torch.equal(ops.matmul(x.double(), layer), want)
+    assert seen == [torch.float32, torch.float64]
+    with pytest.raises(KeyError):
+        ops.register("product", "cpu", implementation)
+
+
+def test_a_row_code_that_native_code_does_not_know_is_left_to_torch(monkeypatch):
+    layer, x = pack(random_quantized(9, 17, widths=[3, 7])), torch.randn(2, 17)
+    monkeypatch.setattr(cpu, "ROW_CODES", {"table"})
+    monkeypatch.setattr(native, "call", None)
+    monkeypatch.setattr(native, "matmul", None)
+    assert torch.equal(ops.matmul(x, layer), ops.matmul_reference(x, layer))
+    assert torch.equal(ops.dequantize(layer), ops.dequantize_reference(layer))
 
 
 def test_malformed_calls_are_errors_not_crashes(isa):
     """Random damage to any argument: an exception with a reason, or the right answer."""
     rng = random.Random(0)
-    q = random_quantized(12, 40, in_scale=True)
-    good, x = buffers(q), torch.randn(2, 40)
-    want = linear_packed(x, *good, None)
+    layer, x = pack(random_quantized(12, 40, in_scale=True)), torch.randn(2, 40)
+    good, want = layer.tensors, ops.matmul(x, layer)
 
     def damage(tensor):
         kind = rng.randrange(6)
@@ -294,40 +312,40 @@ def test_malformed_calls_are_errors_not_crashes(isa):
 
     refused = 0
     for _ in range(2000):
-        args = list(good)
-        at = rng.randrange(len(args))
-        args[at] = damage(args[at])
+        name = rng.choice(list(good))
+        wrong = damage(good[name])
+        tensors = {n: wrong if n == name else t for n, t in good.items()}
+        tensors = {n: t for n, t in tensors.items() if t is not None}
         value = x if rng.random() < 0.8 else x[:, : rng.randrange(1, 40)]
         try:
-            got = linear_packed(value, *args, None)
+            got = ops.matmul(value, Layer(layer.spec, tensors))
         except (FormatError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             assert str(error)
             refused += 1
             continue
-        same = args[at] is not None and torch.equal(args[at], good[at]) and value is x
-        assert same and torch.equal(got, want) or NAMES[at] == "in_scale"
+        assert wrong is not None and torch.equal(wrong, good[name]) and value is x
+        assert torch.equal(got, want)
     assert refused > 1000
 
 
 def test_widths_out_of_range_are_refused(isa):
     q = random_quantized(12, 40)
     for bad in (0, 9, 255):
-        parts = buffers(q)
-        parts[1] = parts[1].clone()
-        parts[1][3] = bad
+        layer = pack(q)
+        layer.tensors["widths"][3] = bad
         with pytest.raises(FormatError, match="width"):
-            linear_packed(torch.randn(1, 40), *parts, None)
+            ops.matmul(torch.randn(1, 40), layer)
 
 
 @pytest.mark.parametrize("tile", [30, 300, 2**21])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_tokens_are_multiplied_by_the_dequantized_weight(isa, monkeypatch, tile, dtype):
-    monkeypatch.setattr(ops, "TILE", tile)
+    monkeypatch.setattr(cpu, "TILE", tile)
     q = random_quantized(200, 30)
-    x, bias = torch.randn(2, ops.FEW_TOKENS, 30).to(dtype), torch.randn(200).to(dtype)
+    x, bias = torch.randn(2, cpu.FEW_TOKENS, 30).to(dtype), torch.randn(200).to(dtype)
     want = torch.nn.functional.linear(x.double(), dequantize(q).to(dtype).double(), bias.double())
     eps = torch.finfo(dtype).eps
-    got = linear_packed(x, *buffers(q), bias)
+    got = ops.matmul(x, pack(q), bias)
     torch.testing.assert_close(got.double(), want, rtol=2 * eps, atol=16 * eps)
 
 
@@ -335,18 +353,29 @@ def test_info_says_which_path_runs():
     assert native.path() in ("avx512 vbmi", "avx512", "avx2", "portable")
 
 
-def test_torch_compile_traces_a_compressed_layer_as_one_operator():
-    from skimlm.runtime.linear import CompressedLinear
-
-    layer = CompressedLinear.from_quantized(random_quantized(20, 33, in_scale=True))
+def traced_of(model, x):
+    """The functions that torch.compile sees; what is compiled must give the same."""
     traced = []
 
     def backend(graph, _):
         traced.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
         return graph
 
-    compiled = torch.compile(layer, backend=backend, fullgraph=True)
-    x = torch.randn(2, 33)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     with torch.no_grad():
-        assert torch.equal(compiled(x), layer(x))
-    assert traced == [torch.ops.skimlm.linear]
+        assert torch.equal(compiled(x), model(x))
+    return traced
+
+
+@pytest.mark.parametrize("chosen", [options(), options("2:4", 70, 64, 2, 4)], ids=options_id)
+def test_torch_compile_traces_a_compressed_layer_as_one_operator(chosen):
+    q = with_options(random_quantized(20, 140, in_scale=True), **chosen)
+    layer = CompressedLinear.from_quantized(q, torch.randn(20))
+    assert traced_of(layer, torch.randn(2, 140)) == [torch.ops.skimlm.matmul]
+
+
+def test_torch_compile_traces_a_head_as_one_operator():
+    head = CompressedHead(50, 9, 8)
+    codes, head.scale = quantize_table(torch.randn(50, 9), 8)
+    head.weight = torch.nn.Parameter(codes, requires_grad=False)
+    assert traced_of(head, torch.randn(2, 9)) == [torch.ops.skimlm.table_matmul]

@@ -4,19 +4,22 @@ import copy
 
 import pytest
 import torch
-from test_pack import PARTS, equal, parts_id, with_parts
 from torch import nn
 
 from conftest import random_quantized
-from skimlm.format.pack import Parts, dequantize, effective, pack, row_bits
-from skimlm.runtime.linear import (
-    CompressedEmbedding,
-    CompressedHead,
-    CompressedLinear,
-    quantize_table,
+from layer_sample import OPTIONS, equal, options, options_id, with_options
+from skimlm.format import (
+    LayerSpec,
+    dequantize,
+    effective,
+    pack,
+    row_bits,
+    shared_bits,
     table_values,
 )
-from skimlm.runtime.ops import parts_reference
+from skimlm.quantize.table import quantize_table
+from skimlm.runtime.linear import CompressedEmbedding, CompressedHead, CompressedLinear
+from skimlm.runtime.ops import matmul_reference
 
 
 def table_layers(rows=50, cols=9, bits=8, dtype=torch.float32, **options):
@@ -58,20 +61,20 @@ def test_gradients_flow_through_to_the_input():
     torch.testing.assert_close(x.grad, dequantize(q).sum(0).expand(3, 17))
 
 
-SOME_PARTS = [*PARTS[::7], PARTS[-1]]
+SOME = [*OPTIONS[::7], OPTIONS[-1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("parts", SOME_PARTS, ids=parts_id)
-def test_forward_with_parts_is_the_dense_layers(parts, dtype):
+@pytest.mark.parametrize("chosen", SOME, ids=options_id)
+def test_forward_of_version_2_is_the_dense_layers(chosen, dtype):
     torch.manual_seed(0)
-    q = with_parts(random_quantized(9, 140, in_scale=True), parts)
+    q = with_options(random_quantized(9, 140, in_scale=True), **chosen)
     bias, x = torch.randn(9, dtype=dtype), torch.randn(2, 3, 140, dtype=dtype)
     layer = CompressedLinear.from_quantized(q, bias)
-    assert not parts.rank or layer.adapter_part(x).shape == (2, 3, 9)
+    assert not layer.spec.rank or layer.adapter_product(x).shape == (2, 3, 9)
     want = x.double() @ effective(q).double().T + bias.double()
     size = x.double().abs() @ effective(q).double().abs().T
-    for got in (layer(x), parts_reference(x, pack(q), parts, bias), layer.dense(dtype)(x)):
+    for got in (layer(x), matmul_reference(x, pack(q), bias), layer.dense(dtype)(x)):
         assert got.dtype == dtype and got.shape == (2, 3, 9)
         error = (got.double() - want).abs() / (size.mean() + want.abs())
         assert error.max() < 8 * torch.finfo(dtype).eps
@@ -79,8 +82,8 @@ def test_forward_with_parts_is_the_dense_layers(parts, dtype):
     assert (layer.in_features, layer.out_features) == (140, 9)
 
 
-def test_gradients_flow_through_every_part():
-    q = with_parts(random_quantized(9, 140, in_scale=True), Parts("2:4", 70, 33, 3, 4))
+def test_gradients_flow_through_weight_and_adapter():
+    q = with_options(random_quantized(9, 140, in_scale=True), "2:4", 70, 33, 3, 4)
     x = torch.randn(3, 140, requires_grad=True)
     CompressedLinear.from_quantized(q)(x).sum().backward()
     torch.testing.assert_close(x.grad, effective(q).sum(0).expand(3, 140), rtol=1e-4, atol=1e-4)
@@ -88,7 +91,7 @@ def test_gradients_flow_through_every_part():
 
 @pytest.mark.parametrize("sparse", [{}, dict(sparsity="2:4", kept=70), dict(group=33)])
 def test_an_adapter_can_be_trained_in_place_of_the_stored_one(sparse):
-    q = with_parts(random_quantized(9, 140), Parts(**sparse, rank=3, adapter_bits=4))
+    q = with_options(random_quantized(9, 140), **sparse, rank=3, adapter_bits=4)
     layer, x = CompressedLinear.from_quantized(q), torch.randn(5, 140)
     a, b = torch.randn(3, 140, requires_grad=True), torch.randn(3, 9, requires_grad=True)
     layer.adapter = a, b
@@ -98,48 +101,84 @@ def test_an_adapter_can_be_trained_in_place_of_the_stored_one(sparse):
     torch.testing.assert_close(b.grad, (x @ a.T).T @ out.detach())
     torch.testing.assert_close(a.grad, (out.detach() @ b.T).T @ x, rtol=1e-4, atol=1e-3)
     assert not [p for p in layer.parameters() if p.requires_grad]
-    assert set(layer.state_dict()) == set(pack(q))
+    assert set(layer.state_dict()) == set(pack(q).tensors)
 
 
-@pytest.mark.parametrize("parts", SOME_PARTS, ids=parts_id)
-def test_parts_are_counted_kept_unrounded_and_come_back(parts):
-    q = with_parts(random_quantized(9, 140, in_scale=True), parts)
+@pytest.mark.parametrize("chosen", SOME, ids=options_id)
+def test_stored_tensors_are_counted_kept_unrounded_and_come_back(chosen):
+    q = with_options(random_quantized(9, 140, in_scale=True), **chosen)
     full = CompressedLinear.from_quantized(q).to(torch.float16)
-    stored = pack(q)
+    stored = pack(q).tensors
     assert full.nbytes == sum(tensor.nbytes for tensor in stored.values())
     assert all(torch.equal(full.get_buffer(name), t) for name, t in stored.items())
     assert set(full.state_dict()) == set(stored)
-    empty = CompressedLinear(140, full.counts, in_scale=True, parts=parts)
+    empty = CompressedLinear(full.spec)
     empty.load_state_dict(full.state_dict())
     assert equal(empty.dequantize(), full.dequantize())
 
 
 def test_a_layer_says_what_it_is_made_of():
-    q = with_parts(random_quantized(9, 140, widths=[4]), Parts("2:4", 70, 33, 3, 4))
+    q = with_options(random_quantized(9, 140, widths=[4]), "2:4", 70, 33, 3, 4)
     assert repr(CompressedLinear.from_quantized(q)) == (
         "CompressedLinear(140, 9, rows by width {4: 9}, sparsity=2:4, kept=70, group=33, rank=3, "
         "adapter_bits=4)"
     )
 
 
+def test_a_replaced_buffer_counts_at_once():
+    q, x = random_quantized(9, 17, widths=[3]), torch.randn(1, 17)
+    layer, half = CompressedLinear.from_quantized(q), torch.full((9,), 0.5).bfloat16()
+    before = layer(x)
+    assert layer.layer is layer.layer
+    layer.row_scale = layer.row_scale * half
+    torch.testing.assert_close(layer(x), before / 2)
+    layer.row_scale.mul_(half)
+    torch.testing.assert_close(layer(x), before / 4)
+    layer.row_scale.data = layer.row_scale * half
+    torch.testing.assert_close(layer(x), before / 8)
+    layer.load_state_dict(CompressedLinear.from_quantized(q).state_dict())
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_a_layer_that_has_run_is_copied_and_pickled(tmp_path):
+    layer, x = CompressedLinear.from_quantized(random_quantized(9, 17)), torch.randn(1, 17)
+    want = layer(x)
+    twin = copy.deepcopy(layer)
+    torch.save(layer, tmp_path / "layer.pt")
+    read = torch.load(tmp_path / "layer.pt", weights_only=False)
+    layer.row_scale.zero_()
+    assert torch.equal(twin(x), want) and torch.equal(read(x), want)
+    assert not layer(x).any()
+
+
+def test_a_dropped_adapter_is_gone():
+    q = with_options(random_quantized(9, 140), **options(rank=3, adapter_bits=4))
+    layer, x = CompressedLinear.from_quantized(q), torch.randn(1, 140)
+    layer(x)
+    layer.drop_adapter()
+    torch.testing.assert_close(layer(x), x @ dequantize(q).T, rtol=1e-4, atol=1e-4)
+    assert set(layer.state_dict()) == {"weight", "widths", "codebook", "row_scale", "row_zero"}
+
+
 @pytest.mark.parametrize("widths", [[1], [8], [2, 7]])
 def test_a_layer_with_few_widths_has_only_the_buffers_it_needs(widths):
     q = random_quantized(4, 6, widths=widths)
     layer = CompressedLinear.from_quantized(q)
-    assert set(layer.state_dict()) == set(pack(q))
+    assert set(layer.state_dict()) == set(pack(q).tensors)
     assert torch.equal(layer.dequantize(), dequantize(q))
 
 
 def test_nbytes_is_the_sum_of_the_rows():
     q = random_quantized(12, 17, in_scale=True)
-    want = sum(row_bits(b, 17) for b in q.widths.tolist()) // 8 + 2 * 17
+    spec = LayerSpec(12, 17, in_scale=True)
+    want = (sum(row_bits(spec, b) for b in q.widths.tolist()) + shared_bits(spec)) // 8
     assert CompressedLinear.from_quantized(q).nbytes == want
 
 
 def test_state_dict_round_trip_through_an_empty_layer():
     q = random_quantized(12, 17, in_scale=True)
     full = CompressedLinear.from_quantized(q, torch.randn(12))
-    empty = CompressedLinear(17, full.counts, in_scale=True, bias=True)
+    empty = CompressedLinear(full.spec, bias=True)
     empty.load_state_dict(full.state_dict())
     assert torch.equal(empty.dequantize(), dequantize(q)) and torch.equal(empty.bias, full.bias)
 

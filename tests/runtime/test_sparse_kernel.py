@@ -1,18 +1,18 @@
 """Native products with sparse rows, grids and adapters, against the stored bytes."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from test_kernels import inputs
-from test_pack import with_parts
 
 from conftest import at_once, random_quantized
+from layer_sample import inputs, options, with_options
 from skimlm import native
 from skimlm.errors import FormatError
-from skimlm.format.pack import Parts, pack
-from skimlm.runtime import ops
+from skimlm.format import Layer, pack
+from skimlm.runtime import cpu, ops
 from skimlm.runtime.linear import CompressedLinear
 
 SHAPES = [(1, 4), (3, 12), (5, 140), (65, 396)]
@@ -24,9 +24,18 @@ DTYPES = (torch.float32, torch.bfloat16)
 PAIRS = np.array([[0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3], [2, 3], [2, 3]])
 
 
-def parts_of(sparsity, cols, group=None, adapter=(0, 0)):
+def layer_of(
+    rows, cols, sparsity=None, group=None, adapter=(0, 0), widths=None, scaled=False
+) -> Layer:
     kept = {None: 0, "2:4": cols // 2, "bitmap": max(1, cols // 3)}[sparsity]
-    return Parts(sparsity, kept, group, *adapter)
+    q = random_quantized(rows, cols, widths=widths, in_scale=scaled)
+    return pack(with_options(q, sparsity, kept, group, *adapter))
+
+
+def changed(layer, **tensors) -> Layer:
+    """The layer with other tensors; None: without one."""
+    found = layer.tensors | tensors
+    return Layer(layer.spec, {name: t for name, t in found.items() if t is not None})
 
 
 def numbers(stored, name, shape=None):
@@ -41,20 +50,21 @@ def fields(row, width, count):
     return bits.astype(np.int64) @ (1 << np.arange(width))
 
 
-def oracle(stored, rows, cols, parts):
+def oracle(layer):
     """Levels int64 [r, c], scales [r, groups] and columns per scale, by the letter of FORMAT.md."""
+    stored, spec, rows, cols = layer.tensors, layer.spec, layer.spec.rows, layer.spec.cols
     widths = numbers(stored, "widths")
     order = np.argsort(widths, kind="stable")
-    span = min(parts.group or cols, cols)
+    span = min(spec.group or cols, cols)
     scale = numbers(stored, "row_scale", (rows, -1)).astype(np.float64)
     level, scales = np.zeros((rows, cols), np.int64), np.zeros_like(scale)
-    count = parts.kept if parts.sparsity else cols
+    count = spec.kept if spec.sparsity else cols
     at = table = zero = 0
     for place, i in enumerate(order):
         b, columns = int(widths[i]), np.arange(cols)
-        if parts.sparsity:
+        if spec.sparsity:
             packed = numbers(stored, "positions", (rows, -1))[place]
-            if parts.sparsity == "2:4":
+            if spec.sparsity == "2:4":
                 pairs = PAIRS[fields(packed, 3, cols // 4)]
                 columns = (pairs + 4 * np.arange(cols // 4)[:, None]).ravel()
             else:
@@ -62,7 +72,7 @@ def oracle(stored, rows, cols, parts):
         size = (count * b + 7) // 8
         code = fields(numbers(stored, "weight")[at : at + size], b, count)
         at += size
-        if parts.group:
+        if spec.group:
             value = code - (1 << (b - 1))
         elif b <= 5:
             value = numbers(stored, "codebook")[table : table + 2**b].astype(np.int64)[code]
@@ -74,14 +84,14 @@ def oracle(stored, rows, cols, parts):
     return level, scales, span
 
 
-def factors(stored, rows, cols, parts):
+def factors(layer):
     """A [rank, c] and B [rank, r]."""
-    found = []
-    for name, n in (("lora_a", cols), ("lora_b", rows)):
-        values = numbers(stored, name, (parts.rank, -1))
-        if parts.adapter_bits == 4:
-            nibbles = np.stack([values & 15, values >> 4], 2).reshape(parts.rank, -1)[:, :n]
-            scale = numbers(stored, f"{name}_scale", (parts.rank, -1)).repeat(128, 1)[:, :n]
+    found, stored, spec = [], layer.tensors, layer.spec
+    for name, n in (("lora_a", spec.cols), ("lora_b", spec.rows)):
+        values = numbers(stored, name, (spec.rank, -1))
+        if spec.adapter_bits == 4:
+            nibbles = np.stack([values & 15, values >> 4], 2).reshape(spec.rank, -1)[:, :n]
+            scale = numbers(stored, f"{name}_scale", (spec.rank, -1)).repeat(128, 1)[:, :n]
             values = (nibbles.astype(np.int64) - 8) * scale.astype(np.float64)
         found.append(values.astype(np.float64))
     return found
@@ -96,9 +106,10 @@ def whole(x, limit=8355711):
     return (np.floor(np.abs(scaled) + 0.5) * np.sign(scaled)).astype(np.int64), unit
 
 
-def sparse_exactly(x, stored, rows, cols, parts):
+def sparse_exactly(x, layer):
     """W x of one token: integers by scale, then doubles in order, one rounding to float."""
-    level, scale, span = oracle(stored, rows, cols, parts)
+    level, scale, span = oracle(layer)
+    stored, rows, cols = layer.tensors, layer.spec.rows, layer.spec.cols
     x = x.float().numpy()
     if "in_scale" in stored:
         x = x * numbers(stored, "in_scale")
@@ -110,15 +121,12 @@ def sparse_exactly(x, stored, rows, cols, parts):
     return (total * unit).astype(np.float32)
 
 
-def multiply(x, stored, parts, rows, bias=None):
-    out = torch.empty(len(x), rows, dtype=x.dtype)
-    size = len(x), rows, x.shape[1]
-    how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
-    return out if native.sparse_matmul(x, stored, bias, out, *size, *how) else None
-
-
-def stored_linear(rows, cols, parts, widths=None, scaled=False):
-    return pack(with_parts(random_quantized(rows, cols, widths=widths, in_scale=scaled), parts))
+def multiply(x, layer, bias=None):
+    """The native product, whatever the number of tokens; None if it is refused."""
+    out, spec = torch.empty(len(x), layer.spec.rows, dtype=x.dtype), layer.spec
+    size = len(x), spec.rows, x.shape[1]
+    how = spec.sparsity, spec.kept, spec.group, spec.rank, spec.adapter_bits
+    return out if native.sparse_matmul(x, layer.tensors, bias, out, *size, *how) else None
 
 
 @pytest.mark.parametrize("group", SCALES)
@@ -128,20 +136,19 @@ def test_products_are_what_the_stored_bytes_say(isa, sparsity, group):
     widths = [*([b] for b in range(1, 9)), None]
     for (rows, cols), width in [*itertools.product(SHAPES, widths), (ADAPTED, [4])]:
         adapter, scaled, shift = ((5, 4), True, 1) if rows == ADAPTED[0] else next(turns)
-        parts = parts_of(SPARSE[sparsity], cols, group, adapter)
-        stored = stored_linear(rows, cols, parts, width, scaled)
-        level, scale, span = oracle(stored, rows, cols, parts)
+        layer = layer_of(rows, cols, SPARSE[sparsity], group, adapter, width, scaled)
+        level, scale, span = oracle(layer)
         weight = level * scale.repeat(span, 1)[:, :cols]
-        weight = weight * numbers(stored, "in_scale") if scaled else weight
+        weight = weight * numbers(layer.tensors, "in_scale") if scaled else weight
         size = np.abs(weight)
-        if parts.rank:
-            a, b = factors(stored, rows, cols, parts)
+        if layer.spec.rank:
+            a, b = factors(layer)
             weight, size = weight + b.T @ a, size + np.abs(b).T @ np.abs(a)
         bias = torch.randn(rows) if shift else None
         few = ((1, torch.float32), (2, torch.bfloat16), (5, torch.float32))
         for count, dtype in (*few, (7, torch.bfloat16), (33, torch.bfloat16), (12, torch.float32)):
             x = inputs(count, cols, dtype)
-            got = multiply(x, stored, parts, rows, bias).double().numpy()
+            got = multiply(x, layer, bias).double().numpy()
             x = x.double().numpy()
             want = x @ weight.T + (bias.numpy() if shift else 0)
             # rounding in float, and x to 2^-23 of its largest entry times in_scale
@@ -156,29 +163,27 @@ def test_products_are_what_the_stored_bytes_say(isa, sparsity, group):
 def test_the_sparse_part_is_exact_to_the_bit_everywhere(isa, sparsity, group):
     for rows, cols in [*SHAPES, (6, 1284)]:
         for widths in [*([b] for b in range(1, 9)), None]:
-            parts = parts_of(SPARSE[sparsity], cols, group)
-            stored = stored_linear(rows, cols, parts, widths, scaled=rows == 5)
+            layer = layer_of(rows, cols, SPARSE[sparsity], group, (0, 0), widths, rows == 5)
             for dtype in (torch.float32, torch.bfloat16):
                 x = inputs(1, cols, dtype)
-                want = torch.from_numpy(sparse_exactly(x[0], stored, rows, cols, parts)).to(dtype)
-                assert torch.equal(multiply(x, stored, parts, rows)[0], want), (rows, cols, widths)
+                want = torch.from_numpy(sparse_exactly(x[0], layer)).to(dtype)
+                assert torch.equal(multiply(x, layer)[0], want), (rows, cols, widths)
 
 
 @pytest.mark.parametrize("group", [None, 128, 1152])
 def test_several_tokens_and_rows_longer_than_what_is_kept_in_cache(isa, group):
     rows, cols = 37, 4300
     for sparsity, count in itertools.product(SPARSE.values(), (5, 100)):
-        parts = parts_of(sparsity, cols, group, (3, 4))
-        stored = stored_linear(rows, cols, parts)
-        level, scale, span = oracle(stored, rows, cols, parts)
-        a, b = factors(stored, rows, cols, parts)
+        layer = layer_of(rows, cols, sparsity, group, (3, 4))
+        level, scale, span = oracle(layer)
+        a, b = factors(layer)
         weight = level * scale.repeat(span, 1)[:, :cols] + b.T @ a
         x = inputs(count, cols, torch.bfloat16)
         want = x.double().numpy() @ weight.T
-        error = np.linalg.norm(multiply(x, stored, parts, rows).double().numpy() - want)
+        error = np.linalg.norm(multiply(x, layer).double().numpy() - want)
         assert error < 3e-3 * np.linalg.norm(want)
         x = x.float()
-        error = np.linalg.norm(multiply(x, stored, parts, rows).double().numpy() - want)
+        error = np.linalg.norm(multiply(x, layer).double().numpy() - want)
         assert error < 1e-6 * np.linalg.norm(want)
 
 
@@ -187,48 +192,45 @@ def test_sums_at_their_limits(isa, group):
     """Every level, and every entry of x, as large as it gets."""
     rows, cols = 5, 1024
     for b, code, sign in itertools.product(range(1, 9), (0, 255), (-1, 1)):
-        parts = parts_of("2:4", cols, group)
-        stored = stored_linear(rows, cols, parts, [b])
-        stored["weight"].fill_(code)
+        layer = layer_of(rows, cols, "2:4", group, widths=[b])
+        layer.tensors["weight"].fill_(code)
         if b <= 5 and group is None:
-            stored["codebook"].fill_(-128 if code else 127)
+            layer.tensors["codebook"].fill_(-128 if code else 127)
         x = torch.full((1, cols), sign * 8355711 / 2**23)
-        want = torch.from_numpy(sparse_exactly(x[0], stored, rows, cols, parts))
-        assert torch.equal(multiply(x, stored, parts, rows)[0], want), (b, code, sign)
+        want = torch.from_numpy(sparse_exactly(x[0], layer))
+        assert torch.equal(multiply(x, layer)[0], want), (b, code, sign)
 
 
 def test_every_instruction_set_gives_the_same_bits(monkeypatch):
     have = native._open("portable").skimlm_best_isa() + 1
     libraries = [native._open(isa) for isa in native.ISAS[:have]]
     for sparsity, group, adapter in itertools.product(SPARSE.values(), (None, 128), ADAPTERS):
-        parts = parts_of(sparsity, 396, group, adapter)
-        stored = stored_linear(301, 396, parts, scaled=adapter[0] == 5)
+        layer = layer_of(301, 396, sparsity, group, adapter, scaled=adapter[0] == 5)
         x = inputs(3, 396, torch.float32)
         results = []
         for library in libraries:
             monkeypatch.setattr(native, "library", lambda library=library: library)
-            results.append(multiply(x, stored, parts, 301))
+            results.append(multiply(x, layer))
         assert all(torch.equal(results[0], other) for other in results), (sparsity, group, adapter)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_input_that_is_not_finite_gives_no_finite_output(isa, bad):
-    parts = parts_of("2:4", 140, 64, (2, 4))
-    stored = stored_linear(6, 140, parts)
+    layer = layer_of(6, 140, "2:4", 64, (2, 4))
     for count in (1, 3, 6, 40):
         x = torch.randn(count, 140)
         x[0, 65] = bad
-        out = multiply(x, stored, parts, 6)
+        out = multiply(x, layer)
         assert not out[0].isfinite().any() and out[1:].isfinite().all()
 
 
 def test_patterns_6_and_7_are_read_as_5(isa):
-    parts = parts_of("2:4", 264)
-    stored = stored_linear(9, 264, parts, [4])
-    stored["positions"] = torch.randint(0, 256, stored["positions"].shape, dtype=torch.uint8)
+    layer = layer_of(9, 264, "2:4", widths=[4])
+    shape = layer.tensors["positions"].shape
+    layer = changed(layer, positions=torch.randint(0, 256, shape, dtype=torch.uint8))
     x = inputs(1, 264, torch.float32)
-    want = torch.from_numpy(sparse_exactly(x[0], stored, 9, 264, parts))
-    assert torch.equal(multiply(x, stored, parts, 9)[0], want)
+    want = torch.from_numpy(sparse_exactly(x[0], layer))
+    assert torch.equal(multiply(x, layer)[0], want)
 
 
 @pytest.mark.parametrize("count", [3, 9])
@@ -236,12 +238,11 @@ def test_patterns_6_and_7_are_read_as_5(isa):
 def test_threads_do_not_change_a_bit(isa, pool, count):
     own = (None, None)
     native.library().skimlm_use_openmp(*(native._openmp() if "torch" in pool else own))
-    parts = parts_of("2:4", 600, 128, (60, 4))
-    stored, x, wrong = stored_linear(900, 600, parts), torch.randn(count, 600), []
-    one = multiply(x, stored, parts, 900)
+    layer, x, wrong = layer_of(900, 600, "2:4", 128, (60, 4)), torch.randn(count, 600), []
+    one = multiply(x, layer)
 
     def call():
-        wrong.extend(1 for _ in range(5) if not torch.equal(multiply(x, stored, parts, 900), one))
+        wrong.extend(1 for _ in range(5) if not torch.equal(multiply(x, layer), one))
 
     for threads in (2, 3, 8):
         torch.set_num_threads(threads)
@@ -252,7 +253,7 @@ def test_threads_do_not_change_a_bit(isa, pool, count):
     assert not wrong
 
 
-def test_what_does_not_fit_is_refused_and_nothing_written(isa):
+def test_what_does_not_fit_is_refused(isa):
     cases = [
         ("2:4", None, (2, 4)),
         ("bitmap", 64, (2, 16)),
@@ -261,10 +262,9 @@ def test_what_does_not_fit_is_refused_and_nothing_written(isa):
     ]
     refused = 0
     for sparsity, group, adapter in cases:
-        parts = parts_of(sparsity, 140, group, adapter)
-        good, x = stored_linear(12, 140, parts, scaled=True), torch.randn(2, 140)
-        assert multiply(x, good, parts, 12) is not None
-        for name, tensor in good.items():
+        layer, x = layer_of(12, 140, sparsity, group, adapter, scaled=True), torch.randn(2, 140)
+        assert multiply(x, layer) is not None
+        for name, tensor in layer.tensors.items():
             flat = tensor.flatten()
             spoiled = [
                 flat[:-1],
@@ -277,11 +277,7 @@ def test_what_does_not_fit_is_refused_and_nothing_written(isa):
             for wrong in spoiled:
                 if wrong is None and name == "in_scale":
                     continue
-                out = torch.full((2, 12), 7.0)
-                how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
-                stored = good | {name: wrong}
-                assert not native.sparse_matmul(x, stored, None, out, 2, 12, 140, *how), name
-                assert (out == 7).all()
+                assert multiply(x, changed(layer, **{name: wrong})) is None, name
                 refused += 1
     assert refused > 150
 
@@ -308,22 +304,21 @@ def test_what_does_not_fit_is_refused_and_nothing_written(isa):
     ids=str,
 )
 def test_options_that_do_not_fit_are_refused(isa, change):
-    how = dict(sparsity="2:4", kept=70, group=64, rank=2, adapter_bits=4)
-    stored = stored_linear(12, 140, Parts(**how))
-    x, out = torch.randn(1, 140), torch.full((1, 12), 7.0)
-    size = 1, 12, 140
-    assert not native.sparse_matmul(x, stored, None, out, *size, *(how | change).values())
-    assert (out == 7).all()
-    assert native.sparse_matmul(x, stored, None, out, *size, *how.values())
+    layer, x = layer_of(12, 140, "2:4", 64, (2, 4)), torch.randn(1, 140)
+    assert multiply(x, layer) is not None
+    assert multiply(x, Layer(dataclasses.replace(layer.spec, **change), layer.tensors)) is None
 
 
 # ---- unpacking
 
 
-def unpack(stored, parts, rows, cols, dtype, begin=0, end=None):
-    out = torch.full((rows, cols), 7, dtype=dtype)
-    how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
-    return out if native.sparse_unpack(stored, out, rows, cols, begin, end, *how) else None
+def unpack(layer, dtype=torch.float32, begin=0, end=None, room=None):
+    """Natively unpacked rows in front of sevens; None if that is refused."""
+    spec = layer.spec
+    out = torch.full((room or spec.rows, spec.cols), 7, dtype=dtype)
+    how = spec.sparsity, spec.kept, spec.group, spec.rank, spec.adapter_bits
+    size = spec.rows, spec.cols
+    return out if native.sparse_unpack(layer.tensors, out, *size, begin, end, *how) else None
 
 
 def bits(tensor):
@@ -337,48 +332,40 @@ def test_unpacked_weights_are_those_of_torch_to_the_bit(isa, sparsity, group, dt
     turns = itertools.cycle(itertools.product(ADAPTERS, (False, True)))
     for (rows, cols), widths in itertools.product(SHAPES, [*([b] for b in range(1, 9)), None]):
         adapter, scaled = next(turns)
-        parts = parts_of(SPARSE[sparsity], cols, group, adapter)
-        stored = stored_linear(rows, cols, parts, widths, scaled)
-        got, want = (
-            unpack(stored, parts, rows, cols, dtype),
-            ops.dequantize_stored(stored, cols, parts, dtype),
-        )
+        layer = layer_of(rows, cols, SPARSE[sparsity], group, adapter, widths, scaled)
+        got, want = unpack(layer, dtype), ops.dequantize_reference(layer, dtype)
         assert torch.equal(bits(got), bits(want)), (rows, cols, widths, adapter, scaled)
-        assert torch.equal(ops.dequantize_parts(stored, cols, parts, dtype), want)
+        assert torch.equal(ops.dequantize(layer, dtype), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_that_are_tiny_or_negative_zero_are_those_of_torch(isa, dtype):
     for sparsity, group in itertools.product(SPARSE.values(), (None, 64)):
-        parts = parts_of(sparsity, 140, group)
-        stored = stored_linear(9, 140, parts, scaled=True)
-        stored["row_scale"] = -stored["row_scale"] * 2.0**-120
-        got = unpack(stored, parts, 9, 140, dtype)
-        want = ops.dequantize_stored(stored, 140, parts, dtype)
+        layer = layer_of(9, 140, sparsity, group, scaled=True)
+        layer = changed(layer, row_scale=-layer.tensors["row_scale"] * 2.0**-120)
+        got, want = unpack(layer, dtype), ops.dequantize_reference(layer, dtype)
         assert torch.equal(bits(got), bits(want))
         assert ((want == 0) & want.signbit()).any() and ((want != 0) & (want.abs() < 1e-38)).any()
 
 
 def test_a_range_of_stored_rows_is_unpacked_on_its_own(isa):
     for sparsity, group in itertools.product(SPARSE.values(), (None, 64)):
-        parts = parts_of(sparsity, 140, group, (3, 4))
-        stored = stored_linear(40, 140, parts)
-        want = ops.dequantize_stored(stored, 140, parts)
-        order = torch.argsort(stored["widths"], stable=True)
+        layer = layer_of(40, 140, sparsity, group, (3, 4))
+        want = ops.dequantize_reference(layer)
+        order = torch.argsort(layer.tensors["widths"], stable=True)
         for begin, end in ((0, 40), (0, 1), (7, 29), (39, 40), (5, 5)):
-            got = unpack(stored, parts, 40, 140, torch.float32, begin, end)
+            got = unpack(layer, torch.float32, begin, end)
             assert torch.equal(got[: end - begin], want[order[begin:end]])
             assert (got[end - begin :] == 7).all()
         for begin, end in ((-1, 3), (4, 2), (0, 41), (2**62, 2**62 + 1), (-(2**62), 2**62)):
-            assert unpack(stored, parts, 40, 140, torch.float32, begin, end) is None
+            assert unpack(layer, torch.float32, begin, end) is None
 
 
 def test_what_does_not_fit_is_not_unpacked(isa):
     refused = 0
     for sparsity, group in (("2:4", None), ("bitmap", 64), (None, 64), ("2:4", 64)):
-        parts = parts_of(sparsity, 140, group)
-        good = stored_linear(12, 140, parts, scaled=True)
-        for name, tensor in good.items():
+        layer = layer_of(12, 140, sparsity, group, scaled=True)
+        for name, tensor in layer.tensors.items():
             flat = tensor.flatten()
             longer = torch.cat([flat, flat[:1]])
             for wrong in (
@@ -388,62 +375,34 @@ def test_what_does_not_fit_is_not_unpacked(isa):
                 tensor.double(),
                 flat.repeat_interleave(2)[::2],
             ):
-                out = torch.full((12, 140), 7.0)
-                how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
-                assert not native.sparse_unpack(good | {name: wrong}, out, 12, 140, 0, None, *how)
-                assert (out == 7).all()
+                spoiled = changed(layer, **{name: wrong})
+                assert unpack(spoiled) is None
                 with pytest.raises(ValueError, match="must|missing|belong"):
-                    ops.dequantize_parts(good | {name: wrong}, 140, parts)
+                    ops.dequantize(spoiled)
                 refused += 1
-        short = torch.empty(11, 140)
-        assert not native.sparse_unpack(good, short, 12, 140, 0, None, *how)
+        assert unpack(layer, room=11) is None
     assert refused > 80
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("adapter", [(0, 0), (5, 4), (3, 16)], ids=str)
 def test_many_tokens_are_multiplied_a_tile_of_rows_at_a_time(isa, monkeypatch, adapter, dtype):
-    monkeypatch.setattr(ops, "TILE", 64 * 140)
-    monkeypatch.setattr(ops, "FEW_SPARSE", 40)
-    parts = parts_of("2:4", 140, None, adapter)
-    stored = stored_linear(150, 140, parts, scaled=True)
+    monkeypatch.setattr(cpu, "TILE", 64 * 140)
+    monkeypatch.setattr(cpu, "FEW_SPARSE", 40)
+    layer = layer_of(150, 140, "2:4", None, adapter, scaled=True)
     x, bias = torch.randn(2, 33, 140).to(dtype), torch.randn(150).to(dtype)
-    want = ops.parts_reference(x, stored, parts, bias)
-    seen, real = [], native.sparse_unpack
-    monkeypatch.setattr(native, "sparse_unpack", lambda *a: seen.append(a[1].shape) or real(*a))
-    got = ops.linear_parts(x, stored, parts, bias)
+    want = ops.matmul_reference(x, layer, bias)
+    seen, real = [], cpu._unpack
+    monkeypatch.setattr(cpu, "_unpack", lambda out, *a: seen.append(out.shape) or real(out, *a))
+    got = ops.matmul(x, layer, bias)
     assert [shape[0] for shape in seen] == [64, 64, 22]
     error = (got - want).float().norm() / want.float().norm()
     assert error < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
-def test_the_operator_is_well_formed():
-    parts = parts_of("2:4", 140, 64, (2, 4))
-    stored = stored_linear(9, 140, parts, scaled=True)
-    tensors = [stored.get(name) for name in ops._SPARSE_NAMES]
-    how = parts.sparsity, parts.kept, parts.group, parts.rank, parts.adapter_bits
-    args = torch.randn(2, 140), *tensors, torch.randn(9), *how
-    torch.library.opcheck(torch.ops.skimlm.sparse_linear.default, args)
-
-
-def test_torch_compile_traces_a_layer_with_parts_as_one_operator():
-    parts = parts_of("2:4", 140, 64, (2, 4))
-    layer = CompressedLinear.from_quantized(with_parts(random_quantized(20, 140), parts))
-    traced = []
-
-    def backend(graph, _):
-        traced.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    compiled, x = torch.compile(layer, backend=backend, fullgraph=True), torch.randn(2, 140)
-    with torch.no_grad():
-        assert torch.equal(compiled(x), layer(x))
-    assert traced == [torch.ops.skimlm.sparse_linear]
-
-
 def test_a_layer_whose_tensors_do_not_fit_says_which():
-    parts = parts_of("2:4", 140, 64, (2, 4))
-    layer = CompressedLinear.from_quantized(with_parts(random_quantized(20, 140), parts))
+    q = with_options(random_quantized(20, 140), **options("2:4", 70, 64, 2, 4))
+    layer = CompressedLinear.from_quantized(q)
     layer.positions = layer.positions[1:]
     with pytest.raises(FormatError, match="positions"):
         layer(torch.randn(2, 140))
@@ -451,22 +410,19 @@ def test_a_layer_whose_tensors_do_not_fit_says_which():
 
 @pytest.mark.parametrize("bad", [0, 9, 255])
 def test_widths_out_of_range_are_refused(isa, bad):
-    parts = parts_of("2:4", 140)
-    stored = stored_linear(12, 140, parts)
-    stored["widths"][3] = bad
-    assert multiply(torch.randn(1, 140), stored, parts, 12) is None
+    layer = layer_of(12, 140, "2:4")
+    layer.tensors["widths"][3] = bad
+    assert multiply(torch.randn(1, 140), layer) is None
 
 
 def test_rows_longer_than_sums_of_bytes_in_32_bits():
-    parts = parts_of("2:4", 70_000, 128)
-    stored, x = stored_linear(3, 70_000, parts), torch.full((1, 70_000), 3.0)
-    want = torch.from_numpy(sparse_exactly(x[0], stored, 3, 70_000, parts))
-    assert torch.equal(multiply(x, stored, parts, 3)[0], want)
+    layer, x = layer_of(3, 70_000, "2:4", 128), torch.full((1, 70_000), 3.0)
+    want = torch.from_numpy(sparse_exactly(x[0], layer))
+    assert torch.equal(multiply(x, layer)[0], want)
 
 
 def test_rows_with_more_bits_than_codes_leave_no_buffer(isa):
     """A file with such rows is refused at load; `make fuzz` watches what native code reads."""
-    parts = parts_of("bitmap", 140)
-    stored = stored_linear(9, 140, parts)
-    stored["positions"].fill_(255)
-    assert multiply(torch.randn(1, 140), stored, parts, 9).shape == (1, 9)
+    layer = layer_of(9, 140, "bitmap")
+    layer.tensors["positions"].fill_(255)
+    assert multiply(torch.randn(1, 140), layer).shape == (1, 9)

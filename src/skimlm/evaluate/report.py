@@ -12,7 +12,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     stored = sum(entry["nbytes"] for entry in described)
     rows: Counter[int] = Counter()
     for module in layers.values():
-        rows.update(module.counts)
+        rows.update(module.spec.counts)
     return {
         "path": str(path),
         "model_type": source.config.model_type,
@@ -64,15 +63,14 @@ def _as_dict(config: Any) -> dict[str, Any]:
 
 def _describe(name: str, layer: CompressedLinear) -> dict[str, Any]:
     """Return the facts of one compressed linear."""
+    spec = layer.spec
     return {
         "name": name,
-        "rows": layer.out_features,
-        "cols": layer.in_features,
-        "bits_per_weight": 8 * layer.nbytes / (layer.out_features * layer.in_features),
+        "rows": spec.rows,
+        "cols": spec.cols,
+        "bits_per_weight": 8 * layer.nbytes / (spec.rows * spec.cols),
         "nbytes": layer.nbytes,
-        "widths": {str(width): count for width, count in layer.counts.items()},
-        "in_scale": layer.in_scale is not None,
-        **asdict(layer.parts),
+        **spec.facts(),
     }
 
 

@@ -6,7 +6,7 @@ That is the C header native/layer.h and, in FORMAT.md, the tables between the ma
 from pathlib import Path
 
 from skimlm.format.abi import header
-from skimlm.format.table import with_tables
+from skimlm.format.document import with_tables
 
 if __name__ == "__main__":
     package = Path(__file__).parents[1]

@@ -19,18 +19,14 @@ def check_stored(layer: Layer, *, name: str = "", strict: bool = False) -> None:
     for key, stored in layer.tensors.items():
         if stored.is_floating_point() and not stored.isfinite().all():
             raise FormatError("holds NaN or Inf", tensor=join(name, key))
-    groups = list(stored_groups(layer))
-    for tensor in TENSORS:
-        checks = [check for check in (tensor.check, tensor.strict if strict else None) if check]
-        if tensor.name not in layer.tensors or tensor.order == "model":
-            continue
-        values = [(0, layer.tensors[tensor.name])]
-        if tensor.order == "stored":
-            values = [(width, views[tensor.name]) for width, _, views in groups]
-        for width, rows in values:
-            for check in checks:
-                if wrong := check(rows, layer.spec, width):
-                    raise FormatError(wrong, tensor=join(name, tensor.name))
+    shared = {t.name for t in TENSORS if not t.order} & layer.tensors.keys()
+    by_width = [(width, views) for width, _, views in stored_groups(layer)]
+    for width, views in [*by_width, (0, {key: layer.tensors[key] for key in shared})]:
+        for tensor in TENSORS:
+            for check in (tensor.check, tensor.strict if strict else None):
+                if check and tensor.name in views:
+                    if wrong := check(views[tensor.name], layer.spec, width):
+                        raise FormatError(wrong, tensor=join(name, tensor.name))
 
 
 def check_sizes(layer: Layer, *, name: str = "") -> None:
@@ -45,19 +41,18 @@ def check_sizes(layer: Layer, *, name: str = "") -> None:
     spec, tensors = layer.spec, layer.tensors
     spec.check()
     expected = layout(spec)
-    for tensor in sorted(TENSORS, key=lambda tensor: tensor.order != "model"):
-        if tensor.name not in expected:
-            continue
-        if tensor.name not in tensors:
-            raise fail(tensor.name, "is missing")
+    if missing := [key for key in expected if key not in tensors]:
+        raise fail(missing[0], "is missing")
+    present = [tensor for tensor in TENSORS if tensor.name in expected]
+    for tensor in sorted(present, key=lambda tensor: tensor.order != "model"):
         dtype, shape = expected[tensor.name]
         stored = tensors[tensor.name]
         if stored.dtype != dtype or stored.shape != shape:
             raise fail(tensor.name, f"must be {spelled(dtype, shape)}, got {spelled_of(stored)}")
         if tensor.order == "model" and tensor.check and (wrong := tensor.check(stored, spec, 0)):
             raise fail(tensor.name, wrong)
-    if extra := sorted(set(tensors) - set(expected)):
-        raise fail(extra[0], "does not belong here")
+    if surplus := sorted(tensors.keys() - expected.keys()):
+        raise fail(surplus[0], "does not belong here")
 
 
 def join(name: str, tensor: str) -> str:

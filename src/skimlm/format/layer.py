@@ -216,7 +216,9 @@ def _read_counts(entry: Mapping[str, Any]) -> dict[int, int]:
     try:
         counts = {int(b): n for b, n in entry["widths"].items()}
         widths = {b for code in ROW_CODES for b in code.widths}
-        good = all(b in widths and type(n) is int and n > 0 for b, n in counts.items())
+        good = bool(counts) and all(
+            b in widths and type(n) is int and n > 0 for b, n in counts.items()
+        )
     except (ValueError, TypeError, KeyError, AttributeError):
         good = False
     if not good:
@@ -444,6 +446,11 @@ class Layer:
 
     spec: LayerSpec
     tensors: Mapping[str, Tensor]  # by their names in TENSORS, those that the layer has
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def without_adapter(self) -> Layer:
         """The same but for the adapter."""

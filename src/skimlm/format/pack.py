@@ -1,4 +1,4 @@
-"""One linear as values (`QuantizedWeight`) and as bytes (`pack`, `unpack`): FORMAT.md in code.
+"""One layer as values (`QuantizedWeight`) and as bytes (`pack`, `unpack`): FORMAT.md in code.
 
 A weight is stored per output row: row i has its own width b_i in 1..8, so codes of b_i bits, and
 
@@ -9,38 +9,39 @@ A weight is stored per output row: row i has its own width b_i in 1..8, so codes
 in float32. On disk the rows are sorted by width (stably, so `widths` alone gives the permutation
 and no file can hold an invalid one); every row is a little-endian bit stream padded to a byte.
 
-Since version 2 a linear may have `Parts` besides: codes of some columns only, the others being 0;
-a uniform grid with a scale per group of columns in place of codebooks; a low-rank adapter.
-
-Everything here is pure: tensors in, tensors out, no model, no I/O. Every malformation is a
-`FormatError` that names the tensor; the caller who knows the file adds it.
+Since version 2 a layer may have more: codes of some columns only, the others being 0; a uniform
+grid with a scale per group of columns in place of codebooks; a low-rank adapter.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from skimlm.errors import FormatError
+from skimlm.format.check import check_stored, spelled, spelled_of
+from skimlm.format.layer import (
+    ADAPTER_GROUP,
+    MAX_TABLE_WIDTH,
+    MAX_WIDTH,
+    TABLE,
+    Layer,
+    LayerSpec,
+    Shape,
+    histogram,
+    layout,
+    stored_groups,
+)
 
-MAX_WIDTH = 8
-MAX_TABLE_WIDTH = 5  # wider rows are affine
-TABLE = 2**MAX_TABLE_WIDTH  # columns of QuantizedWeight.codebook
-ADAPTER_GROUP = 128  # columns that share a scale of a 4-bit adapter
-MAX_RANK = 2**16  # keeps the sizes that a hostile config.json implies within int64
 # 2:4: which of four columns pattern k keeps; 6 and 7 are never written
 PATTERNS = torch.tensor(
     [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]]
     + 2 * [[0, 0, 1, 1]],
     dtype=torch.bool,
 )
-ONES = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
-Specs: TypeAlias = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # of tensors, by name
 
 
 @dataclass(frozen=True)
@@ -78,138 +79,15 @@ class QuantizedWeight:
         rows, cols = (self.codes if self.mask is None else self.mask).shape
         return rows, cols
 
-
-@dataclass(frozen=True)
-class Parts:
-    """What a linear has beyond version 1: the keys of its entry in config.json, absent if falsy."""
-
-    sparsity: str | None = None  # "2:4" or "bitmap"
-    kept: int = 0  # codes stored per row, if sparse
-    group: int | None = None  # columns that share a scale, if on a grid
-    rank: int = 0  # of the adapter
-    adapter_bits: int = 0  # 4 or 16, if there is an adapter
-
-    @classmethod
-    def of(cls, q: QuantizedWeight) -> Parts:
-        """The parts `q` has."""
-        kept = 0 if q.mask is None else q.codes.shape[1]
-        if q.adapter is None:
-            return cls(q.sparsity, kept, q.group)
-        bits = 16 if q.adapter.a_scale is None else 4
-        return cls(q.sparsity, kept, q.group, len(q.adapter.a), bits)
-
-    @classmethod
-    def read(cls, entry: Mapping[str, Any], cols: int) -> Parts:
-        """The parts in the config entry of a linear of `cols` columns; FormatError if invalid."""
-        given = {f.name: entry[f.name] for f in fields(cls) if f.name in entry}
-        for name, value in given.items():
-            if name != "sparsity" and (type(value) is not int or value < 1):
-                raise FormatError(f"{name} must be a positive integer, got {value!r}")
-            if name == "sparsity" and value is None:
-                raise FormatError("sparsity must be '2:4' or 'bitmap', got None")
-        parts = cls(**given)
-        parts.check(cols)
-        return parts
-
-    def entry(self) -> dict[str, Any]:
-        """The keys of the config entry; `read` inverts it."""
-        return {name: value for name, value in asdict(self).items() if value}
-
-    def check(self, cols: int) -> None:
-        """Raise FormatError unless a linear of `cols` columns can have these parts."""
-        if self.sparsity not in (None, "2:4", "bitmap"):
-            raise FormatError(f"sparsity must be '2:4' or 'bitmap', got {self.sparsity!r}")
-        if bool(self.kept) != bool(self.sparsity):
-            raise FormatError("sparsity and kept come together")
-        if self.sparsity == "2:4" and (cols % 4 or 2 * self.kept != cols):
-            raise FormatError(f"2:4 keeps half of a multiple of 4, not {self.kept} of {cols}")
-        if self.kept > cols:
-            raise FormatError(f"kept must be 1..{cols}, got {self.kept}")
-        if self.group is not None and self.group < 1:
-            raise FormatError(f"group must be positive, got {self.group}")
-        if bool(self.rank) != bool(self.adapter_bits):
-            raise FormatError("rank and adapter_bits come together")
-        if self.rank > MAX_RANK:
-            raise FormatError(f"rank must be 1..{MAX_RANK}, got {self.rank}")
-        if self.adapter_bits not in (0, 4, 16):
-            raise FormatError(f"adapter_bits must be 4 or 16, got {self.adapter_bits}")
-
-    def without_adapter(self) -> Parts:
-        """The same but for the adapter."""
-        return replace(self, rank=0, adapter_bits=0)
-
-    def codes(self, cols: int) -> int:
-        """Codes stored per row."""
-        return self.kept if self.sparsity else cols
-
-    def position_bytes(self, cols: int) -> int:
-        """Bytes that say which columns of a row have a code."""
-        if self.sparsity is None:
-            return 0
-        return row_bytes(3, cols // 4) if self.sparsity == "2:4" else row_bytes(1, cols)
-
-    def scale_shape(self, rows: int, cols: int) -> tuple[int, ...]:
-        """Shape of `row_scale`."""
-        return (rows,) if self.group is None else (rows, -(-cols // self.group))
-
-    def adapter(self, rows: int, cols: int) -> Specs:
-        """Dtype and shape of every stored tensor of the adapter."""
-        specs: Specs = {}
-        for name, n in (("lora_a", cols), ("lora_b", rows)) if self.rank else ():
-            if self.adapter_bits == 16:
-                specs[name] = torch.bfloat16, (self.rank, n)
-            else:
-                specs[name] = torch.uint8, (self.rank, -(-n // 2))
-                specs[f"{name}_scale"] = torch.bfloat16, (self.rank, -(-n // ADAPTER_GROUP))
-        return specs
-
-
-PLAIN = Parts()
-
-
-def row_bytes(width: int, cols: int) -> int:
-    """Bytes of one row's packed codes."""
-    return -(-cols * width // 8)
-
-
-def row_bits(width: int, cols: int, parts: Parts = PLAIN) -> int:
-    """Every stored bit of one row: padded codes, positions, levels, scales, width byte."""
-    levels = 8 * 2**width if width <= MAX_TABLE_WIDTH else 16
-    scales = 1 if parts.group is None else -(-cols // parts.group)
-    packed = row_bytes(width, parts.codes(cols)) + parts.position_bytes(cols)
-    return 8 * packed + (levels if parts.group is None else 0) + 16 * scales + 8
-
-
-def shared_bits(rows: int, cols: int, parts: Parts = PLAIN, in_scale: bool = False) -> int:
-    """Every stored bit of a linear that `row_bits` leaves out: its adapter and input scale."""
-    sizes = parts.adapter(rows, cols).values()
-    stored = sum(8 * dtype.itemsize * math.prod(shape) for dtype, shape in sizes)
-    return stored + (16 * cols if in_scale else 0)
-
-
-def histogram(widths: Tensor) -> dict[int, int]:
-    """Count the rows of each width that occurs: what config.json keeps of every linear."""
-    counts = torch.bincount(widths.long(), minlength=MAX_WIDTH + 1).tolist()
-    return {width: n for width, n in enumerate(counts) if n}
-
-
-def layout(counts: Mapping[int, int], cols: int, in_scale: bool, parts: Parts = PLAIN) -> Specs:
-    """Dtype and shape of every stored tensor of a linear, from its config entry alone."""
-    rows, kept = sum(counts.values()), parts.codes(cols)
-    leveled = counts if parts.group is None else {}
-    table = sum(n * 2**b for b, n in leveled.items() if b <= MAX_TABLE_WIDTH)
-    affine = sum(n for b, n in leveled.items() if b > MAX_TABLE_WIDTH)
-    tensors: Specs = {
-        "weight": (torch.uint8, (sum(n * row_bytes(b, kept) for b, n in counts.items()),)),
-        "widths": (torch.uint8, (rows,)),
-        "codebook": (torch.int8, (table,)),
-        "row_scale": (torch.bfloat16, parts.scale_shape(rows, cols)),
-        "row_zero": (torch.int16, (affine,)),
-        "in_scale": (torch.float16, (cols if in_scale else 0,)),
-        "positions": (torch.uint8, (rows * parts.position_bytes(cols),)),
-        **parts.adapter(rows, cols),
-    }
-    return {name: spec for name, spec in tensors.items() if spec[1] != (0,)}
+    @property
+    def spec(self) -> LayerSpec:
+        """What config.json says of it once it is stored."""
+        kept, scaled = 0 if self.mask is None else self.codes.shape[1], self.in_scale is not None
+        rank, bits = 0, 0
+        if self.adapter is not None:
+            rank, bits = len(self.adapter.a), 16 if self.adapter.a_scale is None else 4
+        counts = histogram(self.widths)
+        return LayerSpec(*self.shape, counts, scaled, self.sparsity, kept, self.group, rank, bits)
 
 
 def groups(widths: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -281,21 +159,40 @@ def factor_values(codes: Tensor, scale: Tensor | None) -> Tensor:
     return value if scale is None else value * spread(scale, ADAPTER_GROUP, codes.shape[1])
 
 
+def row_values(
+    spec: LayerSpec,
+    width: int,
+    codes: Tensor,
+    added: Mapping[str, Tensor],
+    mask: Tensor | None,
+    scale: Tensor,
+    in_scale: Tensor | None,
+) -> Tensor:
+    """Weights float32 [n, c] of rows of one width: codes [n, kept] to levels to values.
+
+    `added` has the tensors [n, k] of their row code, `mask` bool [n, c] where the codes are,
+    `scale` is [n, groups].
+    """
+    code = spec.code_of(width)
+    if code is None:
+        raise FormatError(f"has rows of {width} bits, which this skimlm cannot read")
+    level = code.levels(codes, width, added)
+    if mask is not None:
+        level = level.new_zeros(mask.shape).masked_scatter_(mask, level)
+    scale = scale.float() if spec.group is None else spread(scale, spec.group, spec.cols)
+    value = level * scale
+    return value if in_scale is None else value * in_scale.float()
+
+
 def dequantize(q: QuantizedWeight) -> Tensor:
     """The weight this stands for without its adapter, float32 [r, c], 0 where pruned."""
-    codes, (_, cols) = q.codes.long(), q.shape
-    if q.group is None:
-        table = q.codebook.float().gather(1, codes.clamp(max=TABLE - 1))
-        affine = codes - q.row_zero.long().unsqueeze(1)
-        level = torch.where((q.widths <= MAX_TABLE_WIDTH).unsqueeze(1), table, affine.float())
-        scale = q.row_scale.float().unsqueeze(1)
-    else:
-        level = (codes - 2 ** (q.widths.long() - 1).unsqueeze(1)).float()
-        scale = spread(q.row_scale, q.group, cols)
-    if q.mask is not None:
-        level = level.new_zeros(q.shape).masked_scatter_(q.mask, level)
-    value = level * scale
-    return value if q.in_scale is None else value * q.in_scale.float()
+    out, spec = torch.empty(q.shape, device=q.codes.device), q.spec
+    for width, index in groups(q.widths):
+        mask = None if q.mask is None else q.mask[index]
+        scale = q.row_scale[index].view(len(index), -1)
+        added = _added(q, spec, width, index)
+        out[index] = row_values(spec, width, q.codes[index], added, mask, scale, q.in_scale)
+    return out
 
 
 def effective(q: QuantizedWeight) -> Tensor:
@@ -306,73 +203,66 @@ def effective(q: QuantizedWeight) -> Tensor:
     return dequantize(q) + b.T @ a
 
 
-def pack(q: QuantizedWeight) -> dict[str, Tensor]:
-    """The stored tensors of a linear by their last name; refuses what would not come back equal."""
+def pack(q: QuantizedWeight) -> Layer:
+    """The layer as it is stored; refuses what would not come back equal."""
     check_values(q)
-    order = torch.argsort(q.widths, stable=True)
-    weight, codebook = [], []
+    spec = q.spec
+    rows: dict[str, list[Tensor]] = {}
     for width, index in groups(q.widths):
-        weight.append(pack_codes(q.codes[index], width).flatten())
-        if q.group is None and width <= MAX_TABLE_WIDTH:
-            codebook.append(q.codebook[index, : 2**width].flatten())
-    tensors = {
-        "weight": torch.cat(weight),
-        "widths": q.widths.clone(),
-        "row_scale": q.row_scale[order],
-    }
-    if codebook:
-        tensors["codebook"] = torch.cat(codebook)
-    affine = order[q.widths[order] > MAX_TABLE_WIDTH]
-    if len(affine) and q.group is None:
-        tensors["row_zero"] = q.row_zero[affine]
+        pieces = {"weight": pack_codes(q.codes[index], width), "row_scale": q.row_scale[index]}
+        pieces |= _added(q, spec, width, index)
+        if q.mask is not None and q.sparsity is not None:
+            pieces["positions"] = pack_positions(q.mask[index], q.sparsity)
+        for name, piece in pieces.items():
+            rows.setdefault(name, []).append(piece.flatten())
+    tensors = {name: torch.cat(pieces) for name, pieces in rows.items()}
+    tensors["widths"] = q.widths.clone()
     if q.in_scale is not None:
         tensors["in_scale"] = q.in_scale.clone()
-    if q.mask is not None and q.sparsity is not None:
-        tensors["positions"] = pack_positions(q.mask[order], q.sparsity).flatten()
     tensors |= pack_adapter(q.adapter)
     # which file of several a tensor goes to depends on the order: that of `layout` can be planned
-    specs = layout(histogram(q.widths), q.shape[1], q.in_scale is not None, Parts.of(q))
-    return {name: tensors[name] for name in specs}
+    return Layer(spec, {name: tensors[name].view(s) for name, (_, s) in layout(spec).items()})
 
 
-def unpack(
-    tensors: Mapping[str, Tensor], rows: int, cols: int, parts: Parts = PLAIN, *, name: str = ""
-) -> QuantizedWeight:
-    """Read a linear back, checking every size and value; `name` is the linear's, for the error."""
-    check_stored(tensors, rows, cols, parts, name=name)
-    widths, kept = tensors["widths"], parts.codes(cols)
-    codes = torch.empty(rows, kept, dtype=torch.uint8)
-    codebook = torch.zeros(rows, TABLE, dtype=torch.int8)
-    row_zero = torch.zeros(rows, dtype=torch.int16)
+def unpack(layer: Layer, *, name: str = "") -> QuantizedWeight:
+    """Read a layer back, checking every size and value; `name` is the layer's, for the error."""
+    check_stored(layer, name=name, strict=True)
+    spec, tensors = layer.spec, layer.tensors
+    rows, cols = spec.rows, spec.cols
+    codes = torch.empty(rows, spec.codes, dtype=torch.uint8)
     row_scale = torch.empty_like(tensors["row_scale"])
-    mask = None if parts.sparsity is None else torch.empty(rows, cols, dtype=torch.bool)
-    row_scale[torch.argsort(widths, stable=True)] = tensors["row_scale"]
-    for width, index, part in stored_groups(tensors, cols, parts):
-        codes[index] = unpack_codes(part["weight"], width, kept)
-        _check_padding(part["weight"], kept * width, _join(name, "weight"))
-        if "codebook" in part:
-            codebook[index, : 2**width] = part["codebook"]
-        if "row_zero" in part:
-            row_zero[index] = part["row_zero"]
-        if mask is not None and parts.sparsity is not None:
-            mask[index] = unpack_positions(part["positions"], parts.sparsity, cols)
-            if (
-                parts.sparsity == "2:4"
-                and (unpack_codes(part["positions"], 3, cols // 4) > 5).any()
-            ):
-                raise FormatError("holds a pattern above 5", tensor=_join(name, "positions"))
+    mask = None if spec.sparsity is None else torch.empty(rows, cols, dtype=torch.bool)
+    dense = {
+        "codebook": torch.zeros(rows, TABLE, dtype=torch.int8),
+        "row_zero": torch.zeros(rows, dtype=torch.int16),
+    }
+    for width, index, views in stored_groups(layer):
+        codes[index] = unpack_codes(views["weight"], width, spec.codes)
+        row_scale.view(rows, -1)[index] = views["row_scale"]
+        if mask is not None and spec.sparsity is not None:
+            mask[index] = unpack_positions(views["positions"], spec.sparsity, cols)
+        for added in dense.keys() & views.keys():
+            stored = views[added]
+            dense[added].view(rows, -1)[index, : stored.shape[1]] = stored
     return QuantizedWeight(
         codes,
-        widths,
-        codebook,
+        tensors["widths"],
+        dense["codebook"],
         row_scale,
-        row_zero,
+        dense["row_zero"],
         tensors.get("in_scale"),
         mask,
-        parts.sparsity,
-        parts.group,
-        unpack_adapter(tensors, rows, cols, parts, name),
+        spec.sparsity,
+        spec.group,
+        unpack_adapter(layer),
     )
+
+
+def _added(q: QuantizedWeight, spec: LayerSpec, width: int, index: Tensor) -> dict[str, Tensor]:
+    """What the row code of a width stores besides codes, [n, k] of rows `index`."""
+    code, n = spec.code_of(width), len(index)
+    sizes = {} if code is None else {name: size(width) for name, size in code.adds.items()}
+    return {name: getattr(q, name)[index].view(n, -1)[:, :k] for name, k in sizes.items()}
 
 
 def pack_adapter(adapter: Adapter | None) -> dict[str, Tensor]:
@@ -385,19 +275,16 @@ def pack_adapter(adapter: Adapter | None) -> dict[str, Tensor]:
     return tensors
 
 
-def unpack_adapter(
-    tensors: Mapping[str, Tensor], rows: int, cols: int, parts: Parts, name: str = ""
-) -> Adapter | None:
-    """Invert `pack_adapter`; None for a linear of other parts."""
-    if not parts.rank:
+def unpack_adapter(layer: Layer) -> Adapter | None:
+    """The adapter of a layer; None if it has none."""
+    spec, stored = layer.spec, layer.tensors
+    if not spec.rank:
         return None
-    a, b = tensors["lora_a"], tensors["lora_b"]
-    if parts.adapter_bits == 16:
+    a, b = stored["lora_a"], stored["lora_b"]
+    if spec.adapter_bits == 16:
         return Adapter(a, b)
-    for tensor, n in (("lora_a", cols), ("lora_b", rows)):
-        _check_padding(tensors[tensor], 4 * n, _join(name, tensor))
-    scales = tensors["lora_a_scale"], tensors["lora_b_scale"]
-    return Adapter(unpack_nibbles(a, cols), unpack_nibbles(b, rows), *scales)
+    codes = unpack_nibbles(a, spec.cols), unpack_nibbles(b, spec.rows)
+    return Adapter(*codes, stored["lora_a_scale"], stored["lora_b_scale"])
 
 
 def _factors(adapter: Adapter | None) -> list[tuple[str, Tensor, Tensor | None]]:
@@ -407,126 +294,18 @@ def _factors(adapter: Adapter | None) -> list[tuple[str, Tensor, Tensor | None]]
     return [("lora_a", adapter.a, adapter.a_scale), ("lora_b", adapter.b, adapter.b_scale)]
 
 
-def stored_groups(
-    tensors: Mapping[str, Tensor], cols: int, parts: Parts = PLAIN
-) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
-    """Yield (width b, original row indices [n], views of that width's part of the tensors).
-
-    The part holds `weight` uint8 [n, row_bytes], `row_scale` [n] or [n, groups], `codebook` int8
-    [n, 2**b] or `row_zero` [n] unless on a grid, and if sparse `positions` uint8 [n, bytes].
-    """
-    row = byte = entry = zero = 0
-    places = parts.position_bytes(cols)
-    for width, index in groups(tensors["widths"]):
-        n, size, levels = len(index), row_bytes(width, parts.codes(cols)), 2**width
-        part = {
-            "weight": tensors["weight"][byte : byte + n * size].view(n, size),
-            "row_scale": tensors["row_scale"][row : row + n],
-        }
-        if places:
-            positions = tensors["positions"][row * places : (row + n) * places]
-            part["positions"] = positions.view(n, places)
-        if parts.group is None and width <= MAX_TABLE_WIDTH:
-            part["codebook"] = tensors["codebook"][entry : entry + n * levels].view(n, levels)
-            entry += n * levels
-        elif parts.group is None:
-            part["row_zero"] = tensors["row_zero"][zero : zero + n]
-            zero += n
-        yield width, index, part
-        row, byte = row + n, byte + n * size
-
-
-def check_stored(
-    tensors: Mapping[str, Tensor], rows: int, cols: int, parts: Parts = PLAIN, *, name: str = ""
-) -> None:
-    """Raise FormatError unless these are the stored tensors of a [rows, cols] linear.
-
-    `weight` may live on the meta device: any bytes of the right length are valid codes.
-    """
-    check_sizes(tensors, rows, cols, parts, name=name)
-    for tensor, stored in tensors.items():
-        if stored.is_floating_point() and not stored.isfinite().all():
-            raise FormatError("holds NaN or Inf", tensor=_join(name, tensor))
-    if parts.sparsity is None:
-        return
-    where = _join(name, "positions")
-    packed = tensors["positions"].view(rows, -1)
-    _check_padding(packed, 3 * (cols // 4) if parts.sparsity == "2:4" else cols, where)
-    if parts.sparsity == "bitmap":
-        found = ONES.to(packed.device)[packed.int()].sum(1)
-        if (found != parts.kept).any():
-            got = int(found[found != parts.kept][0])
-            raise FormatError(f"every row must keep {parts.kept} columns, got {got}", tensor=where)
-
-
-def _check_padding(packed: Tensor, bits: int, tensor: str) -> None:
-    """Raise FormatError unless the bits behind the first `bits` of every row are zero."""
-    used = bits % 8  # of each row's last byte
-    if used and (packed[:, -1] >> used).any():
-        raise FormatError("padding bits are not zero", tensor=tensor)
-
-
-def check_sizes(
-    tensors: Mapping[str, Tensor], rows: int, cols: int, parts: Parts = PLAIN, *, name: str = ""
-) -> None:
-    """The part of `check_stored` that keeps native code inside its buffers: dtypes and shapes."""
-
-    def fail(tensor: str, reason: str) -> FormatError:
-        return FormatError(reason, tensor=_join(name, tensor))
-
-    parts.check(cols)
-    if "widths" not in tensors:
-        raise fail("widths", "is missing")
-    widths = tensors["widths"]
-    if widths.dtype != torch.uint8 or widths.shape != (rows,):
-        raise fail("widths", f"must be uint8 [{rows}], got {_spec(widths)}")
-    counts = histogram(widths)
-    if not set(counts) <= set(range(1, MAX_WIDTH + 1)):
-        bad = widths[(widths < 1) | (widths > MAX_WIDTH)]
-        raise fail("widths", f"row widths must be 1..{MAX_WIDTH}, got {int(bad[0])}")
-    expected = layout(counts, cols, "in_scale" in tensors, parts)
-    for tensor, (dtype, shape) in expected.items():
-        if tensor not in tensors:
-            raise fail(tensor, "is missing")
-        if tensors[tensor].dtype != dtype or tensors[tensor].shape != shape:
-            want = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-            raise fail(tensor, f"must be {want}, got {_spec(tensors[tensor])}")
-    if extra := sorted(set(tensors) - set(expected)):
-        raise fail(extra[0], "does not belong here")
-
-
 def check_values(q: QuantizedWeight) -> None:
     """Raise FormatError unless `q` is a weight that `pack` can store without loss."""
-    (rows, cols), parts = q.shape, Parts.of(q)
-    parts.check(cols)
-    shapes: dict[str, tuple[Tensor, torch.dtype, tuple[int, ...]]] = {
-        "codes": (q.codes, torch.uint8, (rows, parts.codes(cols))),
-        "widths": (q.widths, torch.uint8, (rows,)),
-        "codebook": (q.codebook, torch.int8, (rows, TABLE)),
-        "row_scale": (q.row_scale, torch.bfloat16, parts.scale_shape(rows, cols)),
-        "row_zero": (q.row_zero, torch.int16, (rows,)),
-    }
-    if q.in_scale is not None:
-        shapes["in_scale"] = (q.in_scale, torch.float16, (cols,))
-    if q.mask is not None:
-        shapes["mask"] = (q.mask, torch.bool, (rows, cols))
-    for (name, codes, scale), n in zip(_factors(q.adapter), (cols, rows), strict=False):
-        kind = torch.bfloat16 if parts.adapter_bits == 16 else torch.int8
-        shapes[name] = (codes, kind, (parts.rank, n))
-        if scale is not None:
-            size = (parts.rank, -(-n // ADAPTER_GROUP))
-            shapes[f"{name}_scale"] = (scale, torch.bfloat16, size)
-        if (scale is None) != (parts.adapter_bits == 16):
-            raise FormatError("both factors have scales, or none", tensor=f"{name}_scale")
-        if scale is not None and ((codes < -8) | (codes > 7)).any():
-            raise FormatError("codes must be -8..7", tensor=name)
-    for name, (tensor, dtype, shape) in shapes.items():
+    spec = q.spec
+    spec.check()
+    for name, tensor, dtype, shape in _fields(q, spec):
         if tensor.dtype != dtype or tensor.shape != shape:
-            want = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-            raise FormatError(f"must be {want}, got {_spec(tensor)}", tensor=name)
+            raise FormatError(
+                f"must be {spelled(dtype, shape)}, got {spelled_of(tensor)}", tensor=name
+            )
         if dtype.is_floating_point and not tensor.isfinite().all():
             raise FormatError("holds NaN or Inf", tensor=name)
-    if not ((q.widths >= 1) & (q.widths <= MAX_WIDTH)).all():
+    if not all(spec.code_of(width) for width in spec.counts):
         raise FormatError(f"row widths must be 1..{MAX_WIDTH}", tensor="widths")
     if (q.codes > (2 ** q.widths.int() - 1).unsqueeze(1)).any():
         raise FormatError("a code does not fit its row's width", tensor="codes")
@@ -535,19 +314,34 @@ def check_values(q: QuantizedWeight) -> None:
     for name, levels in (("codebook", q.codebook), ("row_zero", q.row_zero)):
         if q.group is not None and levels.any():
             raise FormatError("a grid has none, it must be 0", tensor=name)
-    if q.mask is not None and (q.mask.sum(1) != parts.kept).any():
-        raise FormatError(f"every row must keep {parts.kept} columns", tensor="mask")
-    if q.mask is not None and q.sparsity == "2:4" and (q.mask.view(rows, -1, 4).sum(2) != 2).any():
-        raise FormatError("2:4 keeps two of every four columns", tensor="mask")
+    if q.mask is not None and (q.mask.sum(1) != spec.kept).any():
+        raise FormatError(f"every row must keep {spec.kept} columns", tensor="mask")
+    if q.mask is not None and q.sparsity == "2:4":
+        if (q.mask.view(spec.rows, -1, 4).sum(2) != 2).any():
+            raise FormatError("2:4 keeps two of every four columns", tensor="mask")
+    for name, codes, scale in _factors(q.adapter):
+        if scale is not None and ((codes < -8) | (codes > 7)).any():
+            raise FormatError("codes must be -8..7", tensor=name)
 
 
-def _join(name: str, tensor: str) -> str:
-    return f"{name}.{tensor}" if name else tensor
-
-
-def _spec(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-METHOD = "skimlm"  # quant_method in config.json
-FORMAT_VERSION = 2  # the newest; a folder without any of its parts says 1
+def _fields(
+    q: QuantizedWeight, spec: LayerSpec
+) -> Iterator[tuple[str, Tensor, torch.dtype, Shape]]:
+    """Every tensor of `q` with the dtype and shape it must have."""
+    rows, cols = q.shape
+    stored = layout(spec)
+    yield "codes", q.codes, torch.uint8, (rows, spec.codes)
+    yield "widths", q.widths, *stored["widths"]
+    yield "codebook", q.codebook, torch.int8, (rows, TABLE)
+    yield "row_scale", q.row_scale, *stored["row_scale"]
+    yield "row_zero", q.row_zero, torch.int16, (rows,)
+    if q.in_scale is not None:
+        yield "in_scale", q.in_scale, *stored["in_scale"]
+    if q.mask is not None:
+        yield "mask", q.mask, torch.bool, (rows, cols)
+    for (name, codes, scale), n in zip(_factors(q.adapter), (cols, rows), strict=False):
+        if (scale is None) != (spec.adapter_bits == 16):
+            raise FormatError("both factors have scales, or none", tensor=f"{name}_scale")
+        yield name, codes, torch.bfloat16 if scale is None else torch.int8, (spec.rank, n)
+        if scale is not None:
+            yield f"{name}_scale", scale, *stored[f"{name}_scale"]

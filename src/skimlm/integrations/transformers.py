@@ -1,8 +1,8 @@
 """The transformers plug-in: with `skimlm` imported, `from_pretrained` reads compressed folders.
 
-config.json's `quantization_config` names the method and gives every linear's width histogram and
-parts, which fix the size of every buffer. So the skeleton gets its compressed layers before a byte
-is loaded, transformers loads by name as usual, and `save_pretrained` writes the same buffers back.
+config.json's `quantization_config` names the method and says how every linear is stored, which
+fixes the size of every buffer. So the skeleton gets its compressed layers before a byte is loaded,
+transformers loads by name as usual, and `save_pretrained` writes the same buffers back.
 
 The files are checked before that: a tampered folder raises a FormatError naming file and tensor.
 """
@@ -20,15 +20,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from skimlm.errors import FormatError
-from skimlm.format.pack import (
-    FORMAT_VERSION,
-    MAX_WIDTH,
-    METHOD,
-    PLAIN,
-    Parts,
-    check_stored,
-    histogram,
-)
+from skimlm.format.check import check_stored
+from skimlm.format.layer import FORMAT_VERSION, METHOD, Layer, LayerSpec
 from skimlm.models.blocks import embeddings, multiplier_of
 from skimlm.runtime.decode import fuse
 from skimlm.runtime.linear import CompressedEmbedding, CompressedHead, CompressedLinear
@@ -63,30 +56,16 @@ class SkimlmConfig(QuantizationConfigMixin):
         if embed_bits not in (4, 8, 16):
             raise FormatError(f"embed_bits must be 4, 8 or 16, got {embed_bits!r}", file=CONFIG)
 
-    def counts(self, name: str) -> dict[int, int]:
-        """The width histogram of a linear: {width: rows}."""
+    def spec(self, name: str, rows: int, cols: int) -> LayerSpec:
+        """How a linear of this shape is stored."""
         try:
-            counts = {int(b): n for b, n in self.linears[name]["widths"].items()}
-            good = all(1 <= b <= MAX_WIDTH and type(n) is int and n > 0 for b, n in counts.items())
-        except (ValueError, TypeError, KeyError, AttributeError):
-            good = False
-        if not good:
-            raise FormatError("has no valid width histogram", file=CONFIG, tensor=name)
-        return dict(sorted(counts.items()))
-
-    def scaled(self, name: str) -> bool:
-        """Whether a linear has an input scale."""
-        return bool(self.linears[name].get("in_scale"))
-
-    def parts(self, name: str, cols: int) -> Parts:
-        """What a linear of `cols` columns has beyond version 1."""
-        try:
-            parts = Parts.read(self.linears[name], cols)
-            if parts != PLAIN and self.format_version == 1:
-                raise FormatError(f"format_version 1 has no {', '.join(parts.entry())}")
+            spec = LayerSpec.read(self.linears[name], rows, cols)
+            if spec.version > self.format_version:
+                options = ", ".join(spec.options())
+                raise FormatError(f"format_version {self.format_version} has no {options}")
         except FormatError as error:
             raise FormatError(error.reason, file=CONFIG, tensor=name) from None
-        return parts
+        return spec
 
 
 @register_quantizer(METHOD)
@@ -130,25 +109,12 @@ class SkimlmQuantizer(HfQuantizer):
 def swap_in(model: Any, config: SkimlmConfig, dtype: torch.dtype) -> None:
     """Replace linears, embedding and head by empty compressed ones, on the meta device."""
     for name in config.linears:
-        own, counts = _own_name(model, name), config.counts(name)
+        own = _own_name(model, name)
         old = model.get_submodule(own)
         if type(old) is not nn.Linear:
             raise FormatError("is not a linear of this model", file=CONFIG, tensor=name)
-        if sum(counts.values()) != old.out_features:
-            raise FormatError(
-                f"widths of {sum(counts.values())} rows, the model has {old.out_features}",
-                file=CONFIG,
-                tensor=name,
-            )
-        new = CompressedLinear(
-            old.in_features,
-            counts,
-            in_scale=config.scaled(name),
-            parts=config.parts(name, old.in_features),
-            bias=old.bias is not None,
-            dtype=dtype,
-            device="meta",
-        )
+        spec = config.spec(name, old.out_features, old.in_features)
+        new = CompressedLinear(spec, bias=old.bias is not None, dtype=dtype, device="meta")
         model.set_submodule(own, new)
     if config.embed_bits == 16:
         return
@@ -211,8 +177,8 @@ def check_files(model: Any, config: SkimlmConfig, files: Sequence[Path]) -> None
         for name in config.linears:
             layer = model.get_submodule(_own_name(model, name))
             name = next((n for n in aliases(model, name) if f"{n}.widths" in where), name)
-            tensors = stored(f"{name}.", ("weight", *CompressedLinear.stored))
-            _check_linear(name, layer, tensors)
+            tensors = stored(f"{name}.", CompressedLinear.stored)
+            check_stored(Layer(layer.spec, tensors), name=name)
         for layer_name, module in model.named_modules():
             if isinstance(module, (CompressedEmbedding, CompressedHead)) and module.owns_scale:
                 names = aliases(model, layer_name)
@@ -220,16 +186,6 @@ def check_files(model: Any, config: SkimlmConfig, files: Sequence[Path]) -> None
                 _check_table(name, module, stored(f"{name}.", ("weight", "scale")))
     except FormatError as error:
         raise error.at(where[error.tensor][0] if error.tensor in where else files[0]) from None
-
-
-def _check_linear(name: str, layer: CompressedLinear, tensors: dict[str, torch.Tensor]) -> None:
-    check_stored(tensors, layer.out_features, layer.in_features, layer.parts, name=name)
-    if (counts := histogram(tensors["widths"])) != layer.counts:
-        raise FormatError(
-            f"rows by width {counts} are not config.json's {layer.counts}", tensor=f"{name}.widths"
-        )
-    if ("in_scale" in tensors) != (layer.in_scale is not None):
-        raise FormatError("config.json says otherwise of in_scale", tensor=f"{name}.in_scale")
 
 
 def _check_table(

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from skimlm.errors import FormatError, SkimError, first_line, naming, one_line
-from skimlm.format.pack import METHOD
+from skimlm.format.layer import METHOD
 from skimlm.models.architecture import check_causal, skeleton
 from skimlm.models.blocks import decoder_linears, embeddings
 from skimlm.models.gguf import check_model_finite, gguf_options, read_gguf_config

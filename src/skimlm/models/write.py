@@ -7,29 +7,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from skimlm.errors import SkimError, naming
-from skimlm.format.pack import (
-    FORMAT_VERSION,
-    METHOD,
-    PLAIN,
-    Parts,
-    QuantizedWeight,
-    histogram,
-    layout,
-    pack,
-)
-from skimlm.models.blocks import decoder_linears, embeddings, multiplier_of
+from skimlm.format.layer import METHOD, LayerSpec, layout
+from skimlm.format.pack import QuantizedWeight, pack
+from skimlm.format.table import table_layout
+from skimlm.models.blocks import embeddings, multiplier_of
 from skimlm.models.checkpoint import Checkpoint
 from skimlm.models.side_files import copy_side_files
-from skimlm.runtime.linear import quantize_table, table_layout
+from skimlm.quantize.table import quantize_table
 from skimlm.storage.folder import check_out, folder_bytes, whole_folder
 from skimlm.storage.safetensors import (
     INDEX,
@@ -90,11 +83,8 @@ def write_model(
 ) -> None:
     """The files of a compressed folder, into an empty one; see `save`."""
     tensors = _tensors(model, quantized, embed_bits)
-    entries = {
-        name: _entry(histogram(q.widths), q.in_scale is not None, Parts.of(q))
-        for name, q in quantized.items()
-    }
-    _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance, source)
+    specs = {name: q.spec for name, q in quantized.items()}
+    _write_texts(folder, model, tokenizer, specs, embed_bits, bits, provenance, source)
     write_shards(folder, split_shards(tensors, max_shard_size))
 
 
@@ -102,10 +92,9 @@ def write_packed(
     folder: Path,
     model: Any,
     tokenizer: Any,
-    counts: Mapping[str, Mapping[int, int]],
+    specs: Mapping[str, LayerSpec],
     read: Callable[[str], Tensor],
     *,
-    in_scale: bool,
     embed_bits: int,
     bits: float,
     provenance: Mapping[str, Any] | None = None,
@@ -114,29 +103,20 @@ def write_packed(
 ) -> None:
     """The same files for a model whose blocks are on the meta device.
 
-    `counts` has the width histogram of every compressed linear; what its blocks hold is had by
-    `read(name)`, a tensor at a time.
+    `specs` has every compressed linear; what its blocks hold is had by `read(name)`, a tensor at a
+    time.
     """
-    packed = _packed_plan(decoder_linears(model), counts, in_scale, {})
-    tensors = _other_tensors(model, counts, embed_bits, quantize_table) | packed
-    entries = {name: _entry(count, in_scale, PLAIN) for name, count in counts.items()}
-    _write_texts(folder, model, tokenizer, entries, embed_bits, bits, provenance, source)
+    tensors = _other_tensors(model, specs, embed_bits, quantize_table) | _packed_plan(specs)
+    _write_texts(folder, model, tokenizer, specs, embed_bits, bits, provenance, source)
     write_shards(folder, split_shards(tensors, max_shard_size), read)
 
 
-def _packed_plan(
-    layers: Mapping[str, nn.Linear],
-    counts: Mapping[str, Mapping[int, int]],
-    in_scale: bool,
-    parts: Mapping[str, Parts],
-) -> dict[str, Tensor]:
-    """The tensors that linears with these width histograms are stored in, on the meta device."""
+def _packed_plan(specs: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
+    """The tensors that linears are stored in, on the meta device."""
     return {
         f"{name}.{part}": torch.empty(shape, dtype=dtype, device="meta")
-        for name, count in counts.items()
-        for part, (dtype, shape) in layout(
-            count, layers[name].in_features, in_scale, parts.get(name, PLAIN)
-        ).items()
+        for name, spec in specs.items()
+        for part, (dtype, shape) in layout(spec).items()
     }
 
 
@@ -169,60 +149,27 @@ def rewrite(
 def plan_bytes(
     model: Any,
     tokenizer: Any,
-    embed_bits: int,
-    counts: Mapping[str, Mapping[int, int]] | None = None,
+    specs: Mapping[str, LayerSpec],
     *,
-    names: Sequence[str] | None = None,
-    in_scale: bool = True,
-    parts: Mapping[str, Parts] | None = None,
-    bits: float = 1 / 3,
+    embed_bits: int,
+    bits: float,
     provenance: Mapping[str, Any] | None = None,
     source: Path | None = None,
     max_shard_size: int | str = MAX_SHARD,
 ) -> int:
-    """Bytes OUT will have besides the tensors of the compressed linears.
+    """Bytes that `write_model` will write besides the tensors of the compressed linears, exactly.
 
-    Exact when `counts` gives every linear's width histogram and `in_scale`, `parts` (of the linears
-    that have any), `bits`, `provenance` are what `save` will get; without `counts` an upper bound,
-    at most some 300 bytes per linear too high. `names` says which linears that is for, all by
-    default.
+    `specs` are those of the linears, the rest is what it will get.
     """
-    parts = parts or {}
-    layers = decoder_linears(model)
-    bound = counts is None
-    if counts is None:
-        chosen = layers if names is None else {name: layers[name] for name in names}
-        counts = {name: {8: layer.out_features} for name, layer in chosen.items()}
-    packed = _packed_plan(layers, counts, in_scale, parts)
-    if bound:  # linears of narrow rows have a codebook too
-        packed |= {
-            f"{name}.codebook": torch.empty(
-                32 * layers[name].out_features, dtype=torch.int8, device="meta"
-            )
-            for name in counts
-        }
-    entries = {
-        name: _entry(
-            dict.fromkeys(range(1, 9), layers[name].out_features) if bound else count,
-            in_scale,
-            parts.get(name, PLAIN),
-        )
-        for name, count in counts.items()
-    }
-    tensors = _other_tensors(model, counts, embed_bits, _table_plan) | packed
+    packed = _packed_plan(specs)
+    tensors = _other_tensors(model, specs, embed_bits, _table_plan) | packed
     with tempfile.TemporaryDirectory() as folder:
-        _write_texts(Path(folder), model, tokenizer, entries, embed_bits, bits, provenance, source)
+        _write_texts(Path(folder), model, tokenizer, specs, embed_bits, bits, provenance, source)
         total = folder_bytes(folder)
     files = split_shards(tensors, max_shard_size)
     total += sum(file_bytes(file) for file in files.values())
     total += len((index_text(files) or "").encode())
     return total - sum(tensor.nbytes for tensor in packed.values())
-
-
-def _entry(counts: Mapping[int, int], in_scale: bool, parts: Parts) -> dict[str, Any]:
-    """What config.json says of a linear; read back by `SkimlmConfig`."""
-    widths = {str(b): n for b, n in counts.items()}
-    return {"widths": widths, "in_scale": in_scale, **parts.entry()}
 
 
 def _tensors(
@@ -237,7 +184,7 @@ def _tensors(
                 f"{name}: quantized as {list(q.shape)}, not {list(module.weight.shape)}"
             )
         with naming(name):
-            tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).items()}
+            tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).tensors.items()}
     return tensors
 
 
@@ -277,7 +224,7 @@ def _write_texts(
     folder: Path,
     model: Any,
     tokenizer: Any,
-    linears: Mapping[str, Mapping[str, Any]],
+    specs: Mapping[str, LayerSpec],
     embed_bits: int,
     bits: float,
     provenance: Mapping[str, Any] | None,
@@ -290,13 +237,12 @@ def _write_texts(
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    newer = any(entry.keys() - {"widths", "in_scale"} for entry in linears.values())
     config.quantization_config = {
         "quant_method": METHOD,
-        "format_version": FORMAT_VERSION if newer else 1,
+        "format_version": max((spec.version for spec in specs.values()), default=1),
         "bits": bits,
         "embed_bits": embed_bits,
-        "linears": dict(linears),
+        "linears": {name: spec.entry() for name, spec in specs.items()},
         "provenance": dict(provenance or {}),
     }
     config.save_pretrained(folder)

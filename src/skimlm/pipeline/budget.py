@@ -1,7 +1,7 @@
 """From what was asked (bits per weight, bytes on disk, one index width) to the width of every row.
 
 Everything stored counts: indices, codebooks, scales, the width byte of a row
-(format/pack.row_bits), and for a size in bytes also embeddings, norms, headers, config and
+(format/layer.row_bits), and for a size in bytes also embeddings, norms, headers, config and
 tokenizer. The answer never exceeds the target and lies within one edge of a row's hull below it.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from skimlm.errors import SkimError
-from skimlm.format.pack import MAX_TABLE_WIDTH, PLAIN, Parts, row_bits, shared_bits
+from skimlm.format.layer import MAX_TABLE_WIDTH, LayerSpec, row_bits, shared_bits
 from skimlm.quantize.allocate import allocate
 from skimlm.quantize.fit import WIDTHS
 
@@ -45,21 +45,14 @@ class Prices:
         return float(sum(chosen)) + self.fixed
 
 
-def prices(
-    linears: Mapping[str, nn.Linear], scale: bool, parts: Mapping[str, Parts] | None = None
-) -> Prices:
-    """Prices of these linears; `scale`: each stores a float16 scaling vector.
-
-    `parts`: the linears that are sparse or have adapters.
-    """
-    parts, rows, fixed = parts or {}, {}, 0
-    for name, m in linears.items():
-        r, c = m.weight.shape
-        own = parts.get(name, PLAIN)
-        possible = WIDTHS if own == PLAIN else WIDTHS[:MAX_TABLE_WIDTH]
-        rows[name] = np.array([row_bits(b, c, own) for b in possible], float)
-        fixed += shared_bits(r, c, own, scale)
-    return Prices(rows, fixed, {n: m.weight.numel() for n, m in linears.items()})
+def prices(specs: Mapping[str, LayerSpec]) -> Prices:
+    """Prices of linears that will be stored so."""
+    rows, fixed = {}, 0
+    for name, spec in specs.items():
+        possible = WIDTHS if spec.version == 1 else WIDTHS[:MAX_TABLE_WIDTH]
+        rows[name] = np.array([row_bits(spec, b) for b in possible], float)
+        fixed += shared_bits(spec)
+    return Prices(rows, fixed, {name: spec.rows * spec.cols for name, spec in specs.items()})
 
 
 def uniform(linears: Mapping[str, nn.Linear], width: int) -> Widths:

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 import skimlm
 from skimlm.errors import SkimError
-from skimlm.format.pack import MAX_WIDTH, QuantizedWeight, histogram
+from skimlm.format.layer import MAX_WIDTH, histogram
+from skimlm.format.pack import QuantizedWeight
 from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import Checkpoint, load, load_tokenizer, open_checkpoint
@@ -43,7 +44,7 @@ from skimlm.models.write import plan_bytes, write_model, write_packed
 from skimlm.pipeline import budget, resident, sensitivity, stream
 from skimlm.pipeline import plan as resources
 from skimlm.pipeline.calibrate import BATCH
-from skimlm.pipeline.config import Asked, options_of, parts_of, recipe_of
+from skimlm.pipeline.config import Asked, options_of, recipe_of, specs_of
 from skimlm.pipeline.recipes import Recipe
 from skimlm.pipeline.text import default_text, read_documents, read_text, windows
 from skimlm.pipeline.workers import Submit, here, pool
@@ -213,18 +214,16 @@ class Plan:
 
 def _prices(given: "Given", asked: Asked) -> tuple[budget.Prices, Callable[[budget.Widths], int]]:
     """What widths cost, and the bytes of OUT with them, every file counted."""
-    parts = parts_of(given.linears, asked.options)
-    price = budget.prices(given.linears, asked.plan.scale, parts)
+    specs = specs_of(given.linears, asked.options, asked.plan.scale)
+    price = budget.prices(specs)
     provenance = _provenance(asked, given)
 
     def planned_bytes(widths: budget.Widths) -> int:
         others = plan_bytes(
             given.model,
             given.tokenizer,
-            asked.embed_bits,
-            {n: histogram(w) for n, w in widths.items()},
-            in_scale=asked.plan.scale,
-            parts=parts,
+            {n: specs[n].with_widths(w) for n, w in widths.items()},
+            embed_bits=asked.embed_bits,
             bits=price.bits(widths) / price.total,
             provenance=provenance,
             source=given.path,
@@ -318,14 +317,13 @@ def _run(
         quantized, report.held_out_kl = _quantized(given, asked, tools, chosen, state)
     with tools.clock("write"), journal.model_folder(work, out) as folder:
         if given.streamed is not None:
-            counts = {n: histogram(w) for n, w in chosen.widths.items()}
+            specs = specs_of(given.linears, asked.options, asked.plan.scale)
             write_packed(
                 folder,
                 given.model,
                 given.tokenizer,
-                counts,
+                {n: specs[n].with_widths(w) for n, w in chosen.widths.items()},
                 stream.packed(given.streamed),
-                in_scale=asked.plan.scale,
                 **how,
             )
         else:

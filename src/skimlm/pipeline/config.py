@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import skimlm
 from skimlm.errors import SkimError
-from skimlm.format.pack import MAX_TABLE_WIDTH, MAX_WIDTH, Parts
+from skimlm.format.layer import MAX_TABLE_WIDTH, MAX_WIDTH, LayerSpec
 from skimlm.pipeline import budget, sensitivity
 from skimlm.pipeline.recipes import METHODS, RECIPES, Recipe
 from skimlm.quantize import slim
@@ -124,14 +124,16 @@ def options_of(
     return dataclasses.replace(options, bits=round(bits), group=0 if recipe == "paper" else None)
 
 
-def parts_of(linears: Mapping[str, nn.Linear], options: slim.Options | None) -> dict[str, Parts]:
-    """What every linear will have besides codes; SkimError where the sparsity does not fit one."""
-    if options is None:
-        return {}
-    parts = {}
+def specs_of(
+    linears: Mapping[str, nn.Linear], options: slim.Options | None, in_scale: bool
+) -> dict[str, LayerSpec]:
+    """How every linear will be stored, but for its widths; SkimError where that does not fit."""
+    specs = {}
     for name, linear in linears.items():
+        shape = linear.weight.shape
         try:
-            parts[name] = options.parts(*linear.weight.shape)
+            spec = LayerSpec(*shape) if options is None else options.spec(*shape)
         except SkimError as error:
             raise SkimError(f"{name}: {error}") from None
-    return parts
+        specs[name] = dataclasses.replace(spec, in_scale=in_scale)
+    return specs

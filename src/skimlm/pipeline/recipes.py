@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skimlm.format.pack import MAX_TABLE_WIDTH, QuantizedWeight, pack
+from skimlm.format.layer import MAX_TABLE_WIDTH
+from skimlm.format.pack import QuantizedWeight, pack
 from skimlm.pipeline.sensitivity import Analysis
 from skimlm.quantize import fit as fitting
 from skimlm.quantize.fit import Fit
@@ -71,7 +72,7 @@ def settled(w: Tensor, known: Analysis, fit: Fit, plan: Recipe) -> QuantizedWeig
 def packed_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> dict[str, Tensor]:
     """The tensors that are stored for W at its widths."""
     w = w.float()
-    return pack(settled(w, known, fit_linear(w, known, widths, plan), plan))
+    return dict(pack(settled(w, known, fit_linear(w, known, widths, plan), plan)).tensors)
 
 
 def _published_scale(w: Tensor, h: Tensor, stats: Analysis, widths: Tensor, fit: Fit) -> Fit:

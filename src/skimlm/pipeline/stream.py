@@ -303,7 +303,7 @@ def _fit_and_train(
         norms[name].copy_(weight)
     for name, linear in linears.items():
         q = settled(weights[name].float(), stored[name], fits.pop(name), plan)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).items()}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).tensors.items()}
         linear.weight.copy_(dequantize(q))
     advance(given)
     _keep(s.file("original", i + 1), original)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skimlm.format.pack import MAX_TABLE_WIDTH, MAX_WIDTH, TABLE, QuantizedWeight
+from skimlm.format.layer import MAX_TABLE_WIDTH, MAX_WIDTH, TABLE
+from skimlm.format.pack import QuantizedWeight
 from skimlm.quantize import refine
 from skimlm.quantize.kmeans import kmeans_rows, nearest
 

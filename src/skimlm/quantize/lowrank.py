@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
-from skimlm.format.pack import ADAPTER_GROUP, Adapter, factor_values
+from skimlm.format.layer import ADAPTER_GROUP
+from skimlm.format.pack import Adapter, factor_values
 
 ROUND = 16  # ranks are multiples of this
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skimlm.format.pack import TABLE, Adapter, Parts, QuantizedWeight, spread
+from skimlm.format.layer import TABLE, LayerSpec
+from skimlm.format.pack import Adapter, QuantizedWeight, spread
 from skimlm.quantize import grid, lowrank
 from skimlm.quantize.fit import round_codebook
 from skimlm.quantize.kmeans import kmeans_rows, nearest
@@ -39,15 +40,17 @@ class Options:
     shift: bool = True  # add the least positive square of the inputs to all of them
     salient: bool = False  # SLiM-Quant^O
 
-    def parts(self, r: int, c: int) -> Parts:
-        """What a linear [r, c] will have besides codes; SkimError if the sparsity does not fit."""
+    def spec(self, r: int, c: int) -> LayerSpec:
+        """How a linear [r, c] will be stored; SkimError if the sparsity does not fit."""
         rank = lowrank.rank_of(self.rank, r, c)
-        return Parts(
-            None if self.sparsity is None else "2:4" if _pairs(self) else "bitmap",
-            self.sparsity.kept(c) if self.sparsity else 0,
-            None if self.group is None else min(self.group or c, c),
-            rank,
-            self.adapter_bits if rank else 0,
+        return LayerSpec(
+            r,
+            c,
+            sparsity=None if self.sparsity is None else "2:4" if _pairs(self) else "bitmap",
+            kept=self.sparsity.kept(c) if self.sparsity else 0,
+            group=None if self.group is None else min(self.group or c, c),
+            rank=rank,
+            adapter_bits=self.adapter_bits if rank else 0,
         )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,7 +27,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skimlm import native
-from skimlm.format.pack import PLAIN
 from skimlm.runtime.linear import CompressedLinear
 
 # Bodies that do nothing but: blocks of norm, attention with rotation, norm and gated mlp, then a
@@ -328,14 +327,14 @@ def _make(model: Any) -> _Plan | None:
         return _Packed(*at, *sizes, linear.out_features, linear.in_features, *order)
 
     def sparse(linear: CompressedLinear, *order: int | None) -> native.Sparse:
-        stored, bias = linear.tensors(), bias_of(linear)
+        stored, bias, spec = linear.layer.tensors, bias_of(linear), linear.spec
         kept.extend([*stored.values(), bias])
-        shape, parts = (linear.out_features, linear.in_features), linear.parts
-        found = native.sparse(stored, bias, *shape, *astuple(parts))
+        how = spec.sparsity, spec.kept, spec.group, spec.rank, spec.adapter_bits
+        found = native.sparse(stored, bias, spec.rows, spec.cols, *how)
         if found is None:
             raise ValueError(MISFIT)
         found.order, found.counts = order
-        if parts.rank:
+        if spec.rank:
             weights.extend((linear._buffers, name) for name in ("lora_a", "lora_b"))
             adapted.append(linear)
         return found
@@ -348,7 +347,7 @@ def _make(model: Any) -> _Plan | None:
         modules.append(linear)
         order = torch.argsort(linear.widths, stable=True).int()
         places = pointer(order), pointer(torch.bincount(linear.widths.long(), minlength=9))
-        if linear.parts == PLAIN:
+        if linear.spec.version == 1:
             return _Linear(packed=ctypes.pointer(packed(linear, *places)))
         return _Linear(sparse=ctypes.pointer(sparse(linear, *places)))
 

@@ -10,13 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from skimlm.format.pack import (
-    ADAPTER_GROUP,
-    Adapter,
-    factor_values,
-    spread,
-    unpack_adapter,
-)
+from skimlm.format.layer import ADAPTER_GROUP
+from skimlm.format.pack import Adapter, factor_values, spread, unpack_adapter
 from skimlm.models.head import final_hidden
 from skimlm.models.hooks import frozen
 from skimlm.runtime.linear import CompressedLinear
@@ -40,12 +35,12 @@ Values: TypeAlias = Mapping[str, Tensor]  # a.NAME [k, c] and b.NAME [k, r] of e
 def adapted(model: nn.Module) -> dict[str, CompressedLinear]:
     """The linears that have an adapter, by name."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
-    return {name: layer for name, layer in layers.items() if layer.parts.rank}
+    return {name: layer for name, layer in layers.items() if layer.spec.rank}
 
 
 def stored_adapter(layer: CompressedLinear) -> Adapter:
     """The adapter of a linear that has one, as it is stored."""
-    adapter = unpack_adapter(layer.tensors(), layer.out_features, layer.in_features, layer.parts)
+    adapter = unpack_adapter(layer.layer)
     assert adapter is not None
     return adapter
 

@@ -1,0 +1,125 @@
+"""The operations of ops.py on the CPU, in native code, for float32 and bfloat16.
+
+One token is multiplied in integers, exactly; several in bfloat16 pieces, weights being turned into
+bfloat16 in cache; many on torch's product, a tile of de-quantized rows at a time, where the
+processor has no instructions for that or has AMX units, which torch knows how to use.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from skimlm import native
+from skimlm.format.check import check_sizes
+from skimlm.format.layer import Layer
+from skimlm.runtime.ops import add_adapter, check_devices, register
+
+FEW_TOKENS = 32  # from here on torch's product, unless `native.many`
+FEW_SPARSE = 256  # the same beyond version 1, with VBMI (4096x4096: torch takes 240 ms)
+TILE = 2**21  # weights de-quantized at a time for many tokens
+DTYPES = (torch.float32, torch.bfloat16)
+ROW_CODES = {"table", "affine", "grid"}
+PLAIN = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
+
+
+def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
+    """`ops.matmul`."""
+    spec = layer.spec
+    count = x.numel() // spec.cols
+    if x.dtype not in DTYPES or not count or not spec.row_codes() <= ROW_CODES:
+        return NotImplemented
+    plain = spec.version == 1
+    if count < FEW_TOKENS:
+        few = True
+    elif plain:
+        few = native.many(x.dtype)
+    else:
+        few = count < FEW_SPARSE and bool(native.library().skimlm_has_vbmi())
+    out = torch.empty(*x.shape[:-1], spec.rows, dtype=x.dtype)
+    if not few:
+        check_devices([x, *layer.tensors.values(), bias])
+        check_sizes(layer)
+        _tiles(x.reshape(count, spec.cols), layer, bias, out.view(count, spec.rows))
+        return add_adapter(out, x, layer)
+    if spec.in_scale != ("in_scale" in layer.tensors):
+        _refuse(layer)
+    shift = None if bias is None else bias.float()  # added before the one rounding
+    sizes = count, spec.rows, spec.cols
+    if plain:
+        args: list[Any] = [*(layer.tensors.get(name) for name in PLAIN), shift, out, *sizes, exact]
+        done = native.matmul(x.contiguous(), *args)
+    else:
+        how = spec.sparsity, spec.kept, spec.group, spec.rank, spec.adapter_bits
+        done = native.sparse_matmul(x.contiguous(), layer.tensors, shift, out, *sizes, *how)
+    if not done:
+        _refuse(layer)
+    return out
+
+
+def dequantize(layer: Layer, dtype: torch.dtype) -> Any:
+    """`ops.dequantize`."""
+    if dtype not in DTYPES or not layer.spec.row_codes() <= ROW_CODES:
+        return NotImplemented
+    check_devices(layer.tensors.values())
+    check_sizes(layer)
+    out = torch.empty(layer.spec.rows, layer.spec.cols, dtype=dtype)
+    _unpack(out, layer, 0, None)
+    return out
+
+
+def table_matmul(x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tensor | None) -> Any:
+    """`ops.table_matmul`, for few tokens."""
+    cols, rows = x.shape[-1], len(scale)
+    count = x.numel() // max(cols, 1)
+    if not 0 < count < FEW_TOKENS or x.dtype not in DTYPES:
+        return NotImplemented
+    want = (rows, cols if bits == 8 else -(-cols // 2))
+    native.require("codes", codes, torch.int8 if bits == 8 else torch.uint8, want)
+    native.require("scale", scale, torch.bfloat16, (rows,))
+    out, bf16 = torch.empty(*x.shape[:-1], rows, dtype=x.dtype), int(x.dtype == torch.bfloat16)
+    native.call("table_matmul", x.contiguous(), bf16, codes, bits, scale, out, count, rows, cols)
+    return out if bias is None else out + bias
+
+
+for _implementation in (matmul, dequantize, table_matmul):
+    register(_implementation.__name__, "cpu", _implementation)
+
+
+def _tiles(x: Tensor, layer: Layer, bias: Tensor | None, out: Tensor) -> None:
+    """out = x W^T + bias in tiles of rows, which stay in cache: no dense weight is allocated."""
+    cols, rows = x.shape[1], out.shape[1]
+    order = torch.argsort(layer.tensors["widths"], stable=True)
+    size = max(64, TILE // cols)
+    scratch = torch.empty(min(size, rows), cols, dtype=x.dtype)
+    for begin in range(0, rows, size):
+        end = min(begin + size, rows)
+        tile = scratch[: end - begin]
+        _unpack(tile, layer, begin, end)
+        place = order[begin:end]
+        out[:, place] = F.linear(x, tile, None if bias is None else bias[place])
+
+
+def _unpack(out: Tensor, layer: Layer, begin: int, end: int | None) -> None:
+    """De-quantize all rows to their places in `out`, or stored rows begin..end to its start."""
+    spec = layer.spec
+    if spec.version == 1:
+        stored = (layer.tensors.get(name) for name in PLAIN)
+        last, at_start = (spec.rows, 0) if end is None else (end, 1)
+        bf16 = int(out.dtype == torch.bfloat16)
+        native.call("unpack", *stored, out, bf16, spec.rows, spec.cols, begin, last, at_start)
+        return
+    how = spec.sparsity, spec.kept, spec.group, spec.rank, spec.adapter_bits
+    if not native.sparse_unpack(layer.tensors, out, spec.rows, spec.cols, begin, end, *how):
+        _refuse(layer)
+
+
+def _refuse(layer: Layer) -> NoReturn:
+    """Raise what is wrong with tensors that native code does not take."""
+    check_sizes(layer)
+    raise ValueError(
+        f"the tensors of a layer of {layer.spec.rows} rows must be contiguous and on the CPU"
+    )

@@ -1,0 +1,201 @@
+"""Random layers of every kind, and oracles that read FORMAT.md by the letter."""
+
+import dataclasses
+
+import torch
+
+import skimlm.format as P
+
+
+def oracle_bytes(codes: list[int], width: int) -> bytes:
+    """One row's bytes, from the row as one big integer."""
+    stream = sum(code << (j * width) for j, code in enumerate(codes))
+    return stream.to_bytes((len(codes) * width + 7) // 8, "little")
+
+
+def oracle_pack(q: P.QuantizedWeight) -> dict[str, bytes]:
+    """Every stored tensor as bytes, row by row, by the letter of FORMAT.md."""
+    order = sorted(range(len(q.widths)), key=lambda i: (int(q.widths[i]), i))
+    out = {"weight": b"", "codebook": b"", "row_scale": b"", "row_zero": b""}
+    out["widths"] = bytes(q.widths.tolist())
+    for i in order:
+        b = int(q.widths[i])
+        out["weight"] += oracle_bytes(q.codes[i].tolist(), b)
+        out["row_scale"] += raw(q.row_scale[i])
+        if b <= 5:
+            out["codebook"] += bytes(v & 255 for v in q.codebook[i, : 2**b].tolist())
+        else:
+            out["row_zero"] += int(q.row_zero[i]).to_bytes(2, "little", signed=True)
+    if q.in_scale is not None:
+        out["in_scale"] = raw(q.in_scale)
+    return {name: data for name, data in out.items() if data}
+
+
+def oracle_value(q: P.QuantizedWeight, i: int, j: int) -> float:
+    """One weight, in doubles: the three factors have few enough bits to multiply exactly."""
+    code, b = int(q.codes[i, j]), int(q.widths[i])
+    level = int(q.codebook[i, code]) if b <= 5 else code - int(q.row_zero[i])
+    return level * float(q.row_scale[i]) * (1.0 if q.in_scale is None else float(q.in_scale[j]))
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def equal(a, b) -> bool:
+    """Whether two of the dataclasses of format/pack.py hold the same numbers."""
+    if not isinstance(a, (P.QuantizedWeight, P.Adapter)):
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    names = [field.name for field in dataclasses.fields(a)]
+    return type(a) is type(b) and all(equal(getattr(a, n), getattr(b, n)) for n in names)
+
+
+def with_options(
+    q, sparsity=None, kept=0, group=None, rank=0, adapter_bits=0, seed=0
+) -> P.QuantizedWeight:
+    """A dense random weight made sparse, put on a grid and given an adapter."""
+    (rows, cols), g = q.shape, torch.Generator().manual_seed(seed)
+    codes, mask, adapter, row_scale = q.codes, None, None, q.row_scale
+    if sparsity:
+        size, keep = (4, 2) if sparsity == "2:4" else (cols, kept)
+        chosen = torch.rand(rows, cols // size, size, generator=g).topk(keep).indices
+        mask = torch.zeros(rows, cols // size, size, dtype=torch.bool).scatter_(2, chosen, True)
+        mask = mask.view(rows, cols)
+        codes = codes[mask].view(rows, -1)
+    on_grid = group is not None
+    if on_grid:
+        spread = torch.randn(rows, -(-cols // group), generator=g) / cols**0.5
+        row_scale = (spread / 2 ** q.widths.float().unsqueeze(1)).bfloat16()
+
+    def factor(n):
+        if adapter_bits == 16:
+            return (torch.randn(rank, n, generator=g) / 8).bfloat16(), None
+        codes = torch.randint(-8, 8, (rank, n), dtype=torch.int8, generator=g)
+        return codes, (torch.randn(rank, -(-n // 128), generator=g) / 64).bfloat16()
+
+    if rank:
+        (a, a_scale), (b, b_scale) = factor(cols), factor(rows)
+        adapter = P.Adapter(a, b, a_scale, b_scale)
+    return P.QuantizedWeight(
+        codes,
+        q.widths,
+        torch.zeros_like(q.codebook) if on_grid else q.codebook,
+        row_scale,
+        torch.zeros_like(q.row_zero) if on_grid else q.row_zero,
+        q.in_scale,
+        mask,
+        sparsity,
+        group,
+        adapter,
+    )
+
+
+def bits(data: bytes, start: int, count: int) -> int:
+    """`count` bits of a stream from bit `start` on, the first one lowest."""
+    return sum((data[k // 8] >> k % 8 & 1) << (k - start) for k in range(start, start + count))
+
+
+def oracle_read(stored: dict[str, torch.Tensor], rows: int, cols: int, entry: dict):
+    """W, and A and B if there are any, a number at a time by the letter of FORMAT.md."""
+    data = {name: raw(tensor) for name, tensor in stored.items()}
+
+    def number(name, i, kind, size):
+        piece = bytearray(data[name][size * i : size * i + size])
+        return float(torch.frombuffer(piece, dtype=kind)[0])
+
+    n, g, sparsity = entry.get("kept", cols), entry.get("group"), entry.get("sparsity")
+    pairs = ["01", "02", "03", "12", "13", "23"]
+    at = table = zero = places = 0
+    weight = [[0.0] * cols for _ in range(rows)]
+    widths = list(data["widths"])
+    for place, i in enumerate(sorted(range(rows), key=lambda i: (widths[i], i))):
+        b, columns = widths[i], range(cols)
+        if sparsity == "bitmap":
+            columns = [j for j in range(cols) if bits(data["positions"][places:], j, 1)]
+            places += (cols + 7) // 8
+        elif sparsity:
+            found = [bits(data["positions"][places:], 3 * q, 3) for q in range(cols // 4)]
+            columns = [4 * q + int(c) for q, code in enumerate(found) for c in pairs[code]]
+            places += (3 * (cols // 4) + 7) // 8
+        assert len(columns) == n
+        for k, j in enumerate(columns):
+            code = bits(data["weight"][at:], k * b, b)
+            if g:
+                level = code - 2 ** (b - 1)
+            elif b <= 5:
+                level = int.from_bytes(data["codebook"][table + code :][:1], "little", signed=True)
+            else:
+                level = code - number("row_zero", zero, torch.int16, 2)
+            groups = -(-cols // g) if g else 1
+            scale = number("row_scale", place * groups + (j // g if g else 0), torch.bfloat16, 2)
+            shift = number("in_scale", j, torch.float16, 2) if "in_scale" in data else 1.0
+            weight[i][j] = level * scale * shift
+        at += (n * b + 7) // 8
+        table, zero = table + (2**b if b <= 5 else 0), zero + (b > 5)
+
+    def factor(name, n):
+        if entry["adapter_bits"] == 16:
+            kind = torch.bfloat16
+            return [[number(name, k * n + j, kind, 2) for j in range(n)] for k in range(rank)]
+        row, scales = (n + 1) // 2, -(-n // 128)
+        return [
+            [
+                ((data[name][k * row + j // 2] >> 4 * (j % 2)) % 16 - 8)
+                * number(f"{name}_scale", k * scales + j // 128, torch.bfloat16, 2)
+                for j in range(n)
+            ]
+            for k in range(rank)
+        ]
+
+    rank = entry.get("rank", 0)
+    sides = (("lora_a", cols), ("lora_b", rows)) if rank else ()
+    return torch.tensor(weight), *(torch.tensor(factor(name, n)) for name, n in sides)
+
+
+def options(sparsity=None, kept=0, group=None, rank=0, adapter_bits=0) -> dict:
+    """What a layer of version 2 has, as keywords of `LayerSpec` and `with_options`."""
+    return dict(sparsity=sparsity, kept=kept, group=group, rank=rank, adapter_bits=adapter_bits)
+
+
+# of a layer of 140 columns: every combination but that of version 1
+OPTIONS = [
+    options(*sparse, group, *adapter)
+    for sparse in [(None, 0), ("2:4", 70), ("bitmap", 1), ("bitmap", 50), ("bitmap", 140)]
+    for group in (None, 33, 1000)
+    for adapter in [(0, 0), (1, 4), (3, 4), (3, 16)]
+][1:]
+
+
+def options_id(chosen: dict) -> str:
+    """A name for a test."""
+    return " ".join(f"{key} {value}" for key, value in chosen.items() if value)
+
+
+def spoil(index, value):
+    """A change of one place of a tensor."""
+
+    def change(tensor):
+        tensor[index] = value
+        return tensor
+
+    return change
+
+
+def inputs(count, cols, dtype, seed=0):
+    """Activations as they come: normal, a few channels a hundred times as large."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, cols, generator=g)
+    x[:, torch.rand(cols, generator=g) < 0.02] *= 100
+    return x.to(dtype)
+
+
+def mixed(quantized):
+    """Every third linear as it is, one 2:4 on a grid with an adapter, one a bitmap of codebooks."""
+    kinds = [None, ("2:4", 2, 32, 16, 4), ("bitmap", 3, None, 5, 16)]
+    made = {}
+    for i, (name, q) in enumerate(quantized.items()):
+        if (kind := kinds[i % 3]) is not None:
+            sparsity, share, *rest = kind
+            q = with_options(q, sparsity, q.shape[1] // share, *rest, seed=i)
+        made[name] = q
+    return made
