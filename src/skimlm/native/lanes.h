@@ -12,10 +12,15 @@
 
 constexpr int64_t CHUNK = 64;  // codes
 constexpr int PLANES = 3;      // of x as integers, a byte each (product.h)
+constexpr int64_t PAIR = 2 * CHUNK;
 // Rows follow each other in memory, but the processor's own prefetcher stops at every page.
 constexpr int64_t AHEAD = 8192;
 
 namespace {
+
+// Of 128 columns, the one in a byte of the first or second half as 16 codes of up to 4 bits come out of a
+// 64-bit lane; see matmul.cpp.
+inline int64_t column_of(int64_t half, int64_t byte) { return byte / 8 * 16 + half * 8 + byte % 8; }
 
 // Puts the rows of width b, ascending, to `order`; returns how many there are.
 inline int64_t rows_of_width(int b, const uint8_t* widths, int64_t r, int32_t* order) {

@@ -91,6 +91,16 @@ std::vector<float> to_floats(const void* x, bool bf16, const uint16_t* in_scale,
 // becomes n * lines), for tables.
 Integers to_integers(const float* x, int64_t n, int64_t c, int lines = 0);
 
+// x of n tokens rounded to int8, padded with zeros to whole pairs of chunks.
+struct Rounded {
+  int64_t n, c, pairs;
+  std::vector<int8_t> x;      // [n, pairs, 2, 64] in the order of column_of
+  std::vector<float> scales;  // [n, pairs]
+  std::vector<float> sums;    // [n]: sum of the rounded x
+};
+
+Rounded to_rounded(const float* x, int64_t n, int64_t c);
+
 // What a sum of integers is worth: less the zero point times the sum of x, in units.
 inline float to_value(int64_t total, int64_t zero, int64_t sum, float scale, double step) {
   return float(double(total - zero * sum) * (double(scale) * step));
