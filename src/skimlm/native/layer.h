@@ -11,13 +11,13 @@ constexpr int64_t SKIMLM_ADAPTER_GROUP = 128;  // columns of a scale of a 4-bit 
 struct SkimlmLayer {
   const uint8_t* weight;  // packed codes, stored order
   const uint8_t* widths;  // b of every row, model order
-  const int8_t* codebook;  // levels of every row with a table, stored order
+  const int8_t* codebook;  // levels of every table row, stored order
   const uint16_t* row_scale;  // a scale per row, or per g columns of a row, stored order
   const int16_t* row_zero;  // zero point of every affine row, stored order
   const uint16_t* in_scale;  // a factor per column
   const uint8_t* positions;  // p bytes per row: which columns have a code, stored order
-  const void* lora_a;  // A at 4 or at 16 bits
-  const void* lora_b;  // B at 4 or at 16 bits
+  const void* lora_a;  // A
+  const void* lora_b;  // B
   const uint16_t* lora_a_scale;  // scales of A at 4 bits
   const uint16_t* lora_b_scale;  // scales of B at 4 bits
   // how many elements each of them has
