@@ -60,4 +60,4 @@ fuzz: .venv/test
 	cmake -S . -B build/fuzz -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS="$(SANITIZE)"
 	cmake --build build/fuzz
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests:tests/format $(BIN)/python tests/fuzz.py build/fuzz
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=tests $(BIN)/python tests/fuzz.py build/fuzz
