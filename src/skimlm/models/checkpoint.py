@@ -23,6 +23,7 @@ from skimlm.format.layer import METHOD
 from skimlm.models.architecture import check_causal, skeleton
 from skimlm.models.blocks import decoder_linears, embeddings
 from skimlm.models.gguf import check_model_finite, gguf_options, read_gguf_config
+from skimlm.models.gguf_metadata import check_gguf_tensors, read_metadata
 from skimlm.models.side_files import CARRIED
 from skimlm.models.tensors import check_extra, left_out, untie, untie_stored
 from skimlm.storage.safetensors import (
@@ -63,10 +64,13 @@ def open_checkpoint(
     """Check a model: files whole, numbers finite, architecture known, something to compress."""
     path = _resolve(source, revision, cache_dir)
     if path.is_file():
-        config = read_gguf_config(path)
+        metadata = read_metadata(path)
+        config = read_gguf_config(path, metadata)
         check_causal(path, config)
+        model = skeleton(path, config)
         with naming(path):
-            decoder_linears(skeleton(path, config))
+            decoder_linears(model)
+        check_gguf_tensors(path, metadata, model)
         return Checkpoint(path, config, {})
     config, compressed = _read_config(path)
     entries = tensor_files(path)

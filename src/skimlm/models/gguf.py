@@ -8,19 +8,19 @@ from typing import Any
 from torch import nn
 
 from skimlm.errors import FormatError, one_line
+from skimlm.models.gguf_metadata import Metadata, apply_metadata
 from skimlm.storage.safetensors import (
     finite,
 )
 
 
-def read_gguf_config(path: Path) -> Any:
+def read_gguf_config(path: Path, metadata: Metadata) -> Any:
+    """The transformers config of a GGUF, saying all that the file says."""
     from transformers import AutoConfig
 
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise FormatError("not a GGUF file", file=path)
     with one_line(path, "not a readable GGUF"):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        apply_metadata(path, metadata, config)
     return config
 
 
