@@ -477,16 +477,19 @@ def shared_bits(spec: LayerSpec) -> int:
 
 
 def stored_groups(layer: Layer) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
-    """Yield (width, indices [n] of its rows in the model, views [n, k] of their stored tensors)."""
+    """Yield (width, indices [n] of its rows in the model, views [n, k] of their stored tensors).
+
+    k is 0 for what these rows do not have.
+    """
     spec, at = layer.spec, dict.fromkeys(NAMES, 0)
     widths = layer.tensors["widths"]
     for width, n in spec.counts.items():
         rows = replace(spec, rows=n, counts={width: n})
         views = {}
-        for tensor in TENSORS:
-            size = math.prod(tensor.shape(rows))
-            if tensor.order == "stored" and size:
-                begin, flat = at[tensor.name], layer.tensors[tensor.name].view(-1)
-                views[tensor.name] = flat[begin : begin + size].view(n, -1)
-                at[tensor.name] += size
+        for tensor in (tensor for tensor in TENSORS if tensor.order == "stored"):
+            begin, size = at[tensor.name], math.prod(tensor.shape(rows))
+            absent = widths.new_empty(0, dtype=tensor.dtype_in(spec))
+            flat = layer.tensors.get(tensor.name, absent).view(-1)
+            views[tensor.name] = flat[begin : begin + size].view(n, size // n)
+            at[tensor.name] += size
         yield width, (widths == width).nonzero().flatten(), views

@@ -33,6 +33,7 @@ from skimlm.format.layer import (
     Shape,
     histogram,
     layout,
+    row_bytes,
     stored_groups,
 )
 
@@ -102,11 +103,13 @@ def pack_codes(codes: Tensor, width: int) -> Tensor:
     bits = (codes.unsqueeze(-1) >> torch.arange(width, dtype=torch.uint8)) & 1  # [n, c, width]
     bits = torch.nn.functional.pad(bits.view(n, cols * width), (0, -cols * width % 8))
     place = 1 << torch.arange(8, dtype=torch.uint8)
-    return (bits.view(n, -1, 8) * place).sum(-1, dtype=torch.uint8)
+    return (bits.view(n, row_bytes(width, cols), 8) * place).sum(-1, dtype=torch.uint8)
 
 
 def unpack_codes(packed: Tensor, width: int, cols: int) -> Tensor:
     """Invert `pack_codes`: uint8 [n, row_bytes] to codes uint8 [n, cols]."""
+    if width == 0:
+        return packed.new_zeros(len(packed), cols)
     if width in (1, 2, 4, 8):  # no code spans two bytes
         shift = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
         return ((packed.unsqueeze(-1) >> shift) & (2**width - 1)).flatten(1)[:, :cols]

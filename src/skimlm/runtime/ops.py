@@ -38,7 +38,7 @@ def dequantize_reference(layer: Layer, dtype: torch.dtype = torch.float32) -> Te
     check_devices(layer.tensors.values())
     check_sizes(layer)
     spec, tensors = layer.spec, layer.tensors
-    out = torch.empty(spec.rows, spec.cols, dtype=dtype, device=tensors["weight"].device)
+    out = torch.empty(spec.rows, spec.cols, dtype=dtype, device=tensors["widths"].device)
     step = max(1, CHUNK // spec.cols)
     for width, index, views in stored_groups(layer):
         for at in (slice(i, i + step) for i in range(0, len(index), step)):
@@ -119,7 +119,7 @@ def dequantize(layer: Layer, dtype: torch.dtype = torch.float32) -> Tensor:
     In float32, rounded once to `dtype`. The sizes of the tensors are checked at every call, their
     values when a model is loaded. Raises FormatError.
     """
-    run = OPERATIONS["dequantize"].get(layer.tensors["weight"].device.type)
+    run = OPERATIONS["dequantize"].get(layer.tensors["widths"].device.type)
     out = NotImplemented if run is None else run(layer, dtype)
     return dequantize_reference(layer, dtype) if out is NotImplemented else out
 
@@ -208,7 +208,7 @@ def _(x, bias, exact, *layer):
 def _(dtype, *args):
     layer = _layer_of(args)
     shape = layer.spec.rows, layer.spec.cols
-    return layer.tensors["weight"].new_empty(shape, dtype=dtype)
+    return layer.tensors["widths"].new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("skimlm::table_matmul", lib=_library)
