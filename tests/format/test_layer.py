@@ -13,7 +13,8 @@ from layer_sample import OPTIONS, options, options_id
 from skimlm.format import LayerSpec, layout
 from skimlm.format.abi import LayerStruct, header
 from skimlm.format.document import with_tables
-from skimlm.format.layer import OPTIONAL, ROW_CODES, TENSORS
+from skimlm.format.layer import OPTIONAL, TENSORS
+from skimlm.format.row_codes import ROW_CODES
 
 ROOT = Path(__file__).parents[2]
 FORMAT_MD = (ROOT / "FORMAT.md").read_text(encoding="utf-8")
@@ -84,7 +85,7 @@ def test_levels_are_what_the_formula_says(code):
         stored = {n: rng.integers(-99, 99, (3, size(b))) for n, size in code.adds.items()}
         tensors = {n: torch.from_numpy(v).to(torch.int16) for n, v in stored.items()}
         levels = code.levels(torch.from_numpy(codes).to(torch.uint8), b, tensors)
-        names = {n: v if v.shape[1] > 1 else v[:, 0] for n, v in stored.items()}
+        names = {n: v if f"{n}[i][" in code.formula else v[:, 0] for n, v in stored.items()}
         for i in range(3):
             for j in range(7):
                 want = eval(code.formula.replace("^", "**"), dict(names, code=codes, i=i, j=j, b=b))

@@ -4,11 +4,8 @@ from skimlm.format.check import check_sizes, check_stored
 from skimlm.format.layer import (
     ADAPTER_GROUP,
     FORMAT_VERSION,
-    MAX_TABLE_WIDTH,
-    MAX_WIDTH,
     METHOD,
     NAMES,
-    TABLE,
     Layer,
     LayerSpec,
     histogram,
@@ -27,6 +24,7 @@ from skimlm.format.pack import (
     unpack,
     unpack_adapter,
 )
+from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH, TABLE
 from skimlm.format.table import table_layout, table_values
 
 __all__ = [

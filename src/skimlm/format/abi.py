@@ -6,7 +6,8 @@ import ctypes
 
 import torch
 
-from skimlm.format.layer import ADAPTER_GROUP, MAX_TABLE_WIDTH, MAX_WIDTH, NAMES, TENSORS
+from skimlm.format.layer import ADAPTER_GROUP, NAMES, TENSORS
+from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH
 
 SPARSITY = {None: 0, "2:4": 1, "bitmap": 2}  # what the struct says of a layer's sparsity
 NUMBERS = ("rows", "cols", "sparsity", "kept", "group", "rank", "adapter_bits")
@@ -18,7 +19,7 @@ C_TYPES = {
     torch.float16: "uint16_t",
 }
 HEADER = """\
-// Generated from src/skimlm/format/layer.py by `python -m skimlm.format`: change it there.
+// Generated from src/skimlm/format/ by `python -m skimlm.format`: change it there.
 #pragma once
 #include <cstdint>
 

@@ -6,7 +6,8 @@ import re
 
 import torch
 
-from skimlm.format.layer import ROW_CODES, TENSORS
+from skimlm.format.layer import TENSORS
+from skimlm.format.row_codes import ROW_CODES
 
 SHORT = {  # names of dtypes in safetensors
     torch.uint8: "U8",
@@ -35,7 +36,7 @@ def row_codes() -> str:
     """Every way of coding a row."""
     lines = ["| code of a row | widths b | level[i, j] | used |", "|---|---|---|---|"]
     for code in ROW_CODES:
-        widths = f"{code.widths[0]}..{code.widths[-1]}"
+        widths = "..".join(str(b) for b in dict.fromkeys((code.widths[0], code.widths[-1])))
         lines.append(f"| {code.name} | {widths} | `{code.formula}` | {code.used_text} |")
     return "\n".join(lines)
 

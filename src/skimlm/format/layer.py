@@ -1,7 +1,7 @@
 """One compressed layer: everything that is stored of it, declared once.
 
-`ROW_CODES` are the ways of coding a row, `TENSORS` what a file holds of a layer, `LayerSpec` what
-fixes the shape of all that: the layer's entry in config.json. The rest follows from these three:
+`TENSORS` is what a file holds of a layer, `LayerSpec` what fixes the shape of all that: the layer's
+entry in config.json; `ROW_CODES` (row_codes.py) are the ways of coding a row. The rest follows:
 shapes (`layout`), prices (`row_bits`, `shared_bits`), checks (check.py), packing (pack.py), the
 table in FORMAT.md and the C header (`python -m skimlm.format`), the struct of native code
 (abi.py), the buffers and the operators in runtime/.
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import FormatError
+from skimlm.format.row_codes import ROW_CODES, RowCode
 
 METHOD = "skimlm"  # quant_method in config.json
 FORMAT_VERSION = 2  # the newest; a folder in which no layer needs it says 1
@@ -29,69 +30,6 @@ MAX_RANK = 2**16  # keeps the sizes that a hostile config.json implies within in
 ONES = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 Shape: TypeAlias = tuple[int, ...]
 Specs: TypeAlias = dict[str, tuple[torch.dtype, Shape]]  # of tensors, by name
-
-
-# ---- ways of coding a row
-
-
-@dataclass(frozen=True)
-class RowCode:
-    """A way to turn the codes of a row into levels: value = level * row_scale * in_scale."""
-
-    name: str
-    widths: range  # bits of a code
-    used: Callable[[LayerSpec], bool]  # by layers that are so; the first of ROW_CODES that fits is
-    adds: Mapping[str, Callable[[int], int]]  # tensor -> its elements per row, from the width
-    # codes uint8 [n, k], their width, the tensors it adds [n, elements] -> levels float32 [n, k]
-    levels: Callable[[Tensor, int, Mapping[str, Tensor]], Tensor]
-    formula: str  # of a level, for FORMAT.md
-    used_text: str  # `used` for FORMAT.md
-
-
-def _table_levels(codes: Tensor, width: int, stored: Mapping[str, Tensor]) -> Tensor:
-    return stored["codebook"].float().gather(1, codes.long())
-
-
-def _affine_levels(codes: Tensor, width: int, stored: Mapping[str, Tensor]) -> Tensor:
-    return codes.float() - stored["row_zero"].float()
-
-
-def _grid_levels(codes: Tensor, width: int, stored: Mapping[str, Tensor]) -> Tensor:
-    return codes.float() - 2 ** (width - 1)
-
-
-ROW_CODES = (
-    RowCode(
-        "table",
-        range(1, 6),
-        lambda s: s.group is None,
-        {"codebook": lambda b: 2**b},
-        _table_levels,
-        "codebook[i][code[i, j]]",
-        'without "group"',
-    ),
-    RowCode(  # a table of more entries costs more than it gains
-        "affine",
-        range(6, 9),
-        lambda s: s.group is None,
-        {"row_zero": lambda b: 1},
-        _affine_levels,
-        "code[i, j] - row_zero[i]",
-        'without "group"',
-    ),
-    RowCode(
-        "grid",
-        range(1, 9),
-        lambda s: s.group is not None,
-        {},
-        _grid_levels,
-        "code[i, j] - 2^(b-1)",
-        'with "group"',
-    ),
-)
-MAX_WIDTH = max(code.widths[-1] for code in ROW_CODES)
-MAX_TABLE_WIDTH = ROW_CODES[0].widths[-1]
-TABLE = 2**MAX_TABLE_WIDTH  # columns of a codebook that is not packed
 
 
 # ---- what a layer is
@@ -329,13 +267,19 @@ def _patterns(packed: Tensor, spec: LayerSpec, width: int) -> str | None:
     return "holds a pattern above 5" if (bits[..., 1] & bits[..., 2]).any() else None
 
 
-def _widths(widths: Tensor, spec: LayerSpec, width: int) -> str | None:
-    good = torch.zeros(256, dtype=torch.bool, device=widths.device)
+def wrong_widths(counts: Mapping[int, int], spec: LayerSpec) -> str | None:
+    """What is wrong with rows of these widths in such a layer."""
     allowed = [b for code in ROW_CODES if code.used(spec) for b in code.widths]
-    good[allowed] = True
-    if (bad := widths[~good[widths.int()]]).numel():
-        return f"row widths must be {min(allowed)}..{max(allowed)}, got {int(bad[0])}"
-    if (found := histogram(widths)) != spec.counts:
+    if bad := [width for width in counts if width not in allowed]:
+        return f"row widths must be {min(allowed)}..{max(allowed)}, got {bad[0]}"
+    return None
+
+
+def _widths(widths: Tensor, spec: LayerSpec, width: int) -> str | None:
+    found = histogram(widths)
+    if wrong := wrong_widths(found, spec):
+        return wrong
+    if found != spec.counts:
         return f"rows by width {found} are not config.json's {dict(spec.counts)}"
     return None
 

@@ -25,9 +25,6 @@ from skimlm.errors import FormatError
 from skimlm.format.check import check_stored, spelled, spelled_of
 from skimlm.format.layer import (
     ADAPTER_GROUP,
-    MAX_TABLE_WIDTH,
-    MAX_WIDTH,
-    TABLE,
     Layer,
     LayerSpec,
     Shape,
@@ -35,7 +32,9 @@ from skimlm.format.layer import (
     layout,
     row_bytes,
     stored_groups,
+    wrong_widths,
 )
+from skimlm.format.row_codes import MAX_TABLE_WIDTH, TABLE
 
 # 2:4: which of four columns pattern k keeps; 6 and 7 are never written
 PATTERNS = torch.tensor(
@@ -308,8 +307,8 @@ def check_values(q: QuantizedWeight) -> None:
             )
         if dtype.is_floating_point and not tensor.isfinite().all():
             raise FormatError("holds NaN or Inf", tensor=name)
-    if not all(spec.code_of(width) for width in spec.counts):
-        raise FormatError(f"row widths must be 1..{MAX_WIDTH}", tensor="widths")
+    if wrong := wrong_widths(spec.counts, spec):
+        raise FormatError(wrong, tensor="widths")
     if (q.codes > (2 ** q.widths.int() - 1).unsqueeze(1)).any():
         raise FormatError("a code does not fit its row's width", tensor="codes")
     if q.row_zero[q.widths <= MAX_TABLE_WIDTH].any():

@@ -1,4 +1,4 @@
-// Generated from src/skimlm/format/layer.py by `python -m skimlm.format`: change it there.
+// Generated from src/skimlm/format/ by `python -m skimlm.format`: change it there.
 #pragma once
 #include <cstdint>
 

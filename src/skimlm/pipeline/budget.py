@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from skimlm.errors import SkimError
-from skimlm.format.layer import MAX_TABLE_WIDTH, LayerSpec, row_bits, shared_bits
+from skimlm.format.layer import LayerSpec, row_bits, shared_bits
+from skimlm.format.row_codes import MAX_TABLE_WIDTH
 from skimlm.quantize.allocate import allocate
 from skimlm.quantize.fit import WIDTHS
 

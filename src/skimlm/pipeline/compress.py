@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 import skimlm
 from skimlm.errors import SkimError
-from skimlm.format.layer import MAX_WIDTH, histogram
+from skimlm.format.layer import histogram
 from skimlm.format.pack import QuantizedWeight
+from skimlm.format.row_codes import MAX_WIDTH
 from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import Checkpoint, load, load_tokenizer, open_checkpoint

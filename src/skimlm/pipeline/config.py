@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import skimlm
 from skimlm.errors import SkimError
-from skimlm.format.layer import MAX_TABLE_WIDTH, MAX_WIDTH, LayerSpec
+from skimlm.format.layer import LayerSpec
+from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH
 from skimlm.pipeline import budget, sensitivity
 from skimlm.pipeline.recipes import METHODS, RECIPES, Recipe
 from skimlm.quantize import slim

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skimlm.format.layer import MAX_TABLE_WIDTH
 from skimlm.format.pack import QuantizedWeight, pack
+from skimlm.format.row_codes import MAX_TABLE_WIDTH
 from skimlm.pipeline.sensitivity import Analysis
 from skimlm.quantize import fit as fitting
 from skimlm.quantize.fit import Fit

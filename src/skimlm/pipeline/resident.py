@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skimlm.format.layer import MAX_TABLE_WIDTH
 from skimlm.format.pack import QuantizedWeight, effective
+from skimlm.format.row_codes import MAX_TABLE_WIDTH
 from skimlm.pipeline import blockwise, sensitivity
 from skimlm.pipeline.recipes import Recipe, fit_linear, settled
 from skimlm.progress import Clock

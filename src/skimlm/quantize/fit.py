@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skimlm.format.layer import MAX_TABLE_WIDTH, MAX_WIDTH, TABLE
 from skimlm.format.pack import QuantizedWeight
+from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH, TABLE
 from skimlm.quantize import refine
 from skimlm.quantize.kmeans import kmeans_rows, nearest
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skimlm.format.layer import TABLE, LayerSpec
+from skimlm.format.layer import LayerSpec
 from skimlm.format.pack import Adapter, QuantizedWeight, spread
+from skimlm.format.row_codes import TABLE
 from skimlm.quantize import grid, lowrank
 from skimlm.quantize.fit import round_codebook
 from skimlm.quantize.kmeans import kmeans_rows, nearest
