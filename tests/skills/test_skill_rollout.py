@@ -5,8 +5,10 @@ import warnings
 
 import pytest
 import torch
+import transformers
 
 from conftest import quantized_linears, tiny_model
+from skimlm.errors import SkimError
 from skimlm.models.checkpoint import load
 from skimlm.models.write import save
 from skimlm.skills import attention, rollout
@@ -54,6 +56,99 @@ def test_greedy_answers_are_those_of_the_whole_text(family):
     got = rollout.sample(model, prefix, QUESTIONS, 6, temperature=0)
     for answer, question in zip(got, QUESTIONS, strict=True):
         assert answer.tolist() == oracle_greedy(model, TEXT, question, 6).tolist()
+
+
+def windowed(model):
+    model.config.sliding_window = 8
+
+
+def another_attention(model):
+    def mine(module, query, key, value, mask, scaling, **kwargs):
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("mine", mine)
+    model.config._attn_implementation = "mine"
+
+
+def patched_module(model):
+    attention = model.model.layers[1].self_attn
+    before = attention.forward
+    attention.forward = lambda *args, **kwargs: before(*args, **kwargs)
+
+
+def patched_class(model):
+    class LlamaAttention(type(model.model.layers[1].self_attn)):
+        def forward(self, *args, **kwargs):
+            out, weights = super().forward(*args, **kwargs)
+            return 2 * out, weights
+
+    model.model.layers[1].self_attn.__class__ = LlamaAttention
+
+
+def patched_call(model):
+    class LlamaAttention(type(model.model.layers[1].self_attn)):
+        def __call__(self, *args, **kwargs):
+            out, weights = super().__call__(*args, **kwargs)
+            return 2 * out, weights
+
+    model.model.layers[1].self_attn.__class__ = LlamaAttention
+
+
+def dropping_out(model):
+    model.config.attention_dropout = 0.5
+    model.train()
+
+
+CHANGES = (windowed, another_attention, patched_module, patched_class, patched_call, dropping_out)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_attention_that_is_not_as_planned_takes_transformers_own_way(change):
+    model = tiny_model()
+    change(model)
+    with torch.no_grad():
+        prefix = rollout.read(model, [TEXT])
+    assert not attention.fits(model) and not rollout.shares(model, prefix)
+    model.eval()
+    got = rollout.score_all(model, prefix, QUESTIONS, ANSWERS)
+    for states, question, answer in zip(got, QUESTIONS, ANSWERS, strict=True):
+        want = oracle_states(model, TEXT, question, answer)
+        if change not in (windowed, dropping_out):
+            torch.testing.assert_close(states, want, atol=2e-5, rtol=1e-4)
+
+
+def test_keys_that_lost_the_prefix_are_refused_not_attended_without_it(monkeypatch):
+    """A function that every family calls after the cache makes new keys of them."""
+    model = tiny_model()
+    with torch.no_grad():
+        prefix = rollout.read(model, [TEXT])
+    update = attention.SharedCache.update
+
+    def copying(self, *args, **kwargs):
+        keys, values = update(self, *args, **kwargs)
+        return keys.clone(), values
+
+    monkeypatch.setattr(attention.SharedCache, "update", copying)
+    with pytest.raises(SkimError, match="LlamaAttention changes keys behind the cache"):
+        rollout.score_all(model, prefix, QUESTIONS, ANSWERS)
+
+
+@pytest.mark.parametrize("family", WAYS)
+def test_a_generation_config_changes_nothing_of_what_is_sampled_or_scored(family):
+    plain, model = tiny_model(family), tiny_model(family)
+    model.generation_config.update(
+        repetition_penalty=9.0, no_repeat_ngram_size=1, bad_words_ids=[[5]], temperature=0.1,
+        do_sample=True, top_k=1, min_new_tokens=3, suppress_tokens=list(range(90)), num_beams=2,
+    )  # fmt: skip
+    found = []
+    for one in (plain, model):
+        with torch.no_grad():
+            prefix = rollout.read(one, [TEXT])
+        said = rollout.sample(one, prefix, QUESTIONS, 8, seed=3)
+        said += rollout.sample(one, prefix, QUESTIONS, 8, temperature=0)
+        states = rollout.score_all(one, prefix, QUESTIONS * 2, said)
+        found.append((torch.cat(said), torch.cat(states)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("family", WAYS)

@@ -7,8 +7,9 @@ brought together under one softmax:
 
     out = (sum_i e^{s_i} v_i + sum_j e^{t_j} w_j) / (sum_i e^{s_i} + sum_j e^{t_j})    s, v: prefix
 
-It is for the families below without sliding windows; others take transformers' own way. Gradients
-flow through all of it, into the prefix too.
+It is for models of the families below whose attention is transformers' own, plain and unchanged
+(`fits`); all others take transformers' way, with the same numbers. Gradients flow through all of
+it, into the prefix too.
 """
 
 from __future__ import annotations
@@ -20,18 +21,42 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from skimlm.errors import SkimError
 
 NAME = "skimlm_shared_prefix"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # attention with scaling and nothing else
 
 
+PLAIN = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")  # all compute the same
+
+
 def fits(model: Any) -> bool:
-    """Whether a model's attention is nothing but what is computed here."""
+    """Whether a model's attention is nothing but what is computed here: known, not guessed."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     windowed = getattr(config, "sliding_window", None) and "full_attention" not in kinds
-    return config.model_type in FAMILIES and not windowed and kinds <= {"full_attention"}
+    if config.model_type not in FAMILIES or windowed or not kinds <= {"full_attention"}:
+        return False
+    if model.config._attn_implementation not in PLAIN:
+        return False
+    if model.training and getattr(config, "attention_dropout", 0):
+        return False
+    layers = [m for m in model.get_decoder().modules() if hasattr(m, "layer_idx") and _attends(m)]
+    home = f"transformers.models.{config.model_type}.modeling_{config.model_type}"
+    own = all(_unchanged(module, home) for module in layers)
+    return own and len(layers) == config.num_hidden_layers
+
+
+def _attends(module: Any) -> bool:
+    return any(c.__name__.endswith("Attention") for c in type(module).__mro__)
+
+
+def _unchanged(module: Any, home: str) -> bool:
+    """Whether a module runs the code of its class in the file `home`, and that is transformers'."""
+    forward = type(module).forward
+    here = type(module).__module__ == home and forward.__module__ == home
+    return here and "forward" not in vars(module)
 
 
 class SharedCache(DynamicCache):
@@ -89,9 +114,10 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of `query` [b, h, n, d] over the prefix and the rows' own keys [b, g, t, d]."""
-    if not hasattr(key, "prefix"):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+    if not hasattr(key, "prefix") or attention_mask is None or dropout:
+        raise SkimError(
+            f"{type(module).__name__} changes keys behind the cache, drops the mask or drops out:"
+            " skills cannot be measured with this model's attention"
         )
     keys, values = key.prefix  # [1, g, p, d]
     (b, h, n, d), g = query.shape, key.shape[1]
@@ -100,7 +126,6 @@ def attend(
     far_query = grouped.transpose(0, 1).reshape(g, b * r * n, d)
     far = (far_query @ keys[0].transpose(1, 2)).float()  # [g, b r n, p]
     near = (grouped.reshape(b, g, r * n, d) @ key.transpose(2, 3)).float().view(b, g, r, n, -1)
-    assert attention_mask is not None
     near = near.masked_fill(~attention_mask[:, :, None], -torch.inf)
     far_top = far.amax(-1).view(g, b, r, n).transpose(0, 1)
     top = torch.maximum(far_top, near.amax(-1)).detach()  # [b, g, r, n]
