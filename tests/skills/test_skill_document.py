@@ -5,7 +5,7 @@ import pytest
 from skill_sample import TEXT
 from skimlm.errors import SkimError
 from skimlm.skills import questions
-from skimlm.skills.document import chunks, literals, normalise, parse, read, sections, spans
+from skimlm.skills.document import chunks, find, literals, normalise, parse, read, sections, spans
 
 
 def test_front_matter_gives_name_and_description():
@@ -146,3 +146,22 @@ def test_questions_name_the_headings_and_words_of_the_text():
     found = questions.phrases(parse(TEXT).text)
     assert found[:4] == ["Tidy notes", "Sorting", "Limits", "main topic"]
     assert "`notes scan --all`" in found
+
+
+def test_a_search_finds_skills_and_not_what_lies_beside_them(tmp_path):
+    def put(name, text=TEXT):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    flat = [put("flat/a.md"), put("flat/b.md", "\ufeff" + TEXT), put("flat/deep/c.md")]
+    put("flat/README.md", "# All skills\n")
+    skills = [put("folders/a/SKILL.md"), put("folders/b/skill.md")]
+    put("folders/a/references/api.md", TEXT)
+    put("folders/README.md", "# All skills\n")
+    broken = put("flat/d.md", "---\nno end\n")
+    assert find([tmp_path / "flat"]) == sorted([*flat, broken])
+    assert find([tmp_path / "folders"]) == skills
+    assert find([skills[1], tmp_path / "folders", flat[0]]) == sorted([flat[0], *skills])
+    assert find([tmp_path / "folders/a/references/api.md"]) != []

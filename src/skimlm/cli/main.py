@@ -538,14 +538,12 @@ def skill_train(
     """
     from skimlm.evaluate.report import facts_text
     from skimlm.progress import progress_bars
-    from skimlm.skills import amortise
+    from skimlm.skills import amortise, document
     from skimlm.skills import compressor as compressing
 
     if out.exists() and not force:
         raise SkimError(f"{out}: exists, use --force to replace it")
-    paths = sorted(
-        f for place in skills for f in (place.rglob("*.md") if place.is_dir() else [place])
-    )
+    paths = document.find(skills)
     usual = amortise.Settings()
     settings = dataclasses.replace(
         usual,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +70,28 @@ def read(path: str | os.PathLike[str]) -> Document:
     except UnicodeDecodeError as error:
         raise SkimError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     return parse(text, str(path))
+
+
+def find(places: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The skills at some places: a file is one, a folder has those of all its folders.
+
+    Where a folder holds a SKILL.md, its other files are that skill's; a folder without any in it or
+    below is a collection of *.md files that begin with front matter.
+    """
+    found: set[Path] = set()
+    for place in map(Path, places):
+        if not place.is_dir():
+            found.add(place)
+        elif named := [file for file in place.rglob("*.md") if file.name.lower() == "skill.md"]:
+            found.update(named)
+        else:
+            found.update(file for file in place.rglob("*.md") if _has_front_matter(file))
+    return sorted(found)
+
+
+def _has_front_matter(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(7).removeprefix(b"\xef\xbb\xbf").startswith(b"---")
 
 
 def parse(text: str, where: str = "skill") -> Document:
