@@ -1,5 +1,6 @@
 """The file .skim: exact round trips, and every way to be wrong told in one line."""
 
+import hashlib
 import json
 import struct
 from dataclasses import replace
@@ -101,6 +102,23 @@ def test_it_is_stale_for_whatever_it_depends_on(model, tokenizer):
     assert store.stale(made, model, tokenizer) == ["tokenizer"]
 
 
+CALLS = (
+    dict(padding="max_length", max_length=9, truncation=True),
+    dict(padding=True, pad_to_multiple_of=4, return_tensors="pt"),
+    dict(truncation=True, max_length=1, stride=0),
+    dict(split_special_tokens=True),
+)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_a_fingerprint_is_that_of_the_tokenizer_whatever_was_called_before(model, call):
+    fresh, used = chat_tokenizer(), chat_tokenizer()
+    used("a text", **call)
+    assert store.fingerprints(model, used) == store.fingerprints(model, fresh)
+    known = hashlib.sha256(fresh.backend_tokenizer.to_str().encode()).hexdigest()
+    assert store.fingerprints(model, used)["tokenizer"] == known  # so older files still fit
+
+
 @pytest.mark.parametrize("what", ["model", "tokenizer", "chat_template"])
 def test_the_full_text_stands_in_where_it_is_stale_and_says_so(tmp_path, model, tokenizer, what):
     made = skill(model, tokenizer)
@@ -109,6 +127,22 @@ def test_the_full_text_stands_in_where_it_is_stale_and_says_so(tmp_path, model, 
     pieces, warning = store.served(path, model, tokenizer)
     assert [p.tolist() for p in pieces] == [splice.token_ids(tokenizer, DOCUMENT.text).tolist()]
     assert warning == f"{path}: made for another {what}: its full text is used"
+
+
+def test_a_neighbours_file_of_the_same_name_is_not_taken_for_the_source(tmp_path, model, tokenizer):
+    path = tmp_path / "a.skim"
+    store.write(path, replace(skill(model, tokenizer), source="SKILL.md"))
+    other = "---\nname: plant-trees\ndescription: For gardens.\n---\nDig.\n"
+    (tmp_path / "SKILL.md").write_text(other)
+    assert store.served(path, model, tokenizer)[1] is None
+    for edited in (
+        TEXT.replace("Read every", "Skip no"),
+        TEXT.replace("tidy-notes", "notes"),
+        TEXT.replace("Sort loose", "Put loose"),
+    ):
+        (tmp_path / "SKILL.md").write_text(edited)
+        with pytest.raises(SkimError, match="has been edited since"):
+            store.served(path, model, tokenizer)
 
 
 def test_it_is_served_at_its_resolution(tmp_path, model, tokenizer):

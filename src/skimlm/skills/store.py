@@ -74,7 +74,11 @@ def fingerprints(model: Any, tokenizer: Any) -> dict[str, Any]:
         some = some.float() if some.is_floating_point() else some
         weights.update(some.contiguous().view(torch.uint8).numpy().tobytes())
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    vocabulary = (
+        _without_settings(backend.to_str())
+        if backend
+        else json.dumps(sorted(tokenizer.get_vocab().items()))
+    )
     return {
         "model": weights.hexdigest(),
         "tokenizer": _sha256(vocabulary),
@@ -82,6 +86,15 @@ def fingerprints(model: Any, tokenizer: Any) -> dict[str, Any]:
         "model_type": str(model.config.model_type),
         "width": int(model.config.get_text_config().hidden_size),
     }
+
+
+def _without_settings(tokenizer: str) -> str:
+    """A tokenizer.json without what the last call left in it: how to cut and to fill up texts."""
+    for key in ('"truncation":', '"padding":'):
+        start = tokenizer.index(key) + len(key)
+        _, end = json.JSONDecoder().raw_decode(tokenizer, start)
+        tokenizer = f"{tokenizer[:start]}null{tokenizer[end:]}"
+    return tokenizer
 
 
 class MadeFor(Protocol):
@@ -180,13 +193,18 @@ def read(path: str | os.PathLike[str]) -> Skill:
 
 
 def check_source(path: str | os.PathLike[str], skill: Skill) -> None:
-    """Refuse a skill whose SKILL.md, lying beside it, says something else by now."""
+    """Refuse a skill whose SKILL.md, lying beside it, says something else by now.
+
+    A file of that name that shares neither name nor description is another skill's.
+    """
     from skimlm.skills.document import read as read_document
 
-    source = Path(path).parent / skill.source
+    source, made_from = Path(path).parent / skill.source, skill.document
     if not skill.source or not source.is_file():
         return
-    if read_document(source).sha256 != skill.document.sha256:
+    found = read_document(source)
+    own = found.name == made_from.name or found.description == made_from.description
+    if own and found.sha256 != made_from.sha256:
         raise SkimError(
             f"{path}: {source.name} beside it has been edited since: run"
             f" `skimlm skill compress {source} {path} --force` again"
