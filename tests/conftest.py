@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from skimlm import native
@@ -91,6 +91,30 @@ def bos_tokenizer() -> transformers.PreTrainedTokenizerFast:
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     return tokenizer
+
+
+LINE = "Read every note. Run notes scan --all in <the> folder, then (move) 10 of them."
+CORPUS = [f"{LINE} </b> </c> </d>\n"] * 9
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def sentencepiece(kind: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer as llama (bpe) and T5 (unigram) have it: a text begins with an added space."""
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        words = SPECIAL + [f"<0x{i:02X}>" for i in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=words, show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(
+            vocab_size=60, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
+        )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    spaces = decoders.Replace("\u2581", " ")
+    tokenizer.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def random_quantized(

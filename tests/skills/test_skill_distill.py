@@ -89,7 +89,7 @@ def test_the_loss_is_the_mean_divergence_per_token_of_the_rows_it_deals(
         total += (p.exp() * (p - logits.log_softmax(-1))).sum()
         tokens += len(train.answers[row])
     (total / tokens).backward()
-    assert got == pytest.approx(float(total) / tokens, rel=1e-4)
+    assert got == pytest.approx(total.item() / tokens, rel=1e-4)
     torch.testing.assert_close(gradient, soft.grad, atol=1e-6, rtol=1e-3)
 
 

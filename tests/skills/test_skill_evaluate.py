@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from skill_sample import TEXT, chat_tokenizer, skill_model
+from conftest import sentencepiece
+from skill_sample import CHAT, TEXT, chat_tokenizer, skill_model
 from skimlm.errors import SkimError
 from skimlm.skills import adaptive, evaluate, recall, rollout, select, splice, store
 from skimlm.skills import compressor as compressing
@@ -149,6 +150,17 @@ def test_literals_are_asked_with_the_words_before_them(world):
         said = tokenizer.decode(question).split(recall.ASK + ">")[1]
         before = DOCUMENT.text[begin:place]
         assert before.rstrip().endswith(said) and said
+
+
+def test_no_space_of_sentencepiece_stands_before_the_beginning_of_an_answer():
+    tokenizer = sentencepiece("bpe")
+    tokenizer.chat_template = CHAT
+    for (question, _), (place, _) in zip(
+        recall.cloze(tokenizer, DOCUMENT, 3), literals(DOCUMENT.text), strict=False
+    ):
+        said = tokenizer.decode(question).split(recall.ASK + ">")[1]
+        assert DOCUMENT.text[:place].rstrip().endswith(said) and "\u2581" not in said
+        assert not said.startswith(" ")
 
 
 def test_recall_counts_what_the_full_text_lets_the_model_say(world, monkeypatch):

@@ -10,6 +10,7 @@ import torch
 from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm.skills import select
 from skimlm.skills.document import parse, sections, spans
+from skimlm.skills.splice import token_ids
 
 DOCUMENT = parse(TEXT)
 
@@ -95,3 +96,10 @@ def test_bm25_is_okapis_formula():
                 total += idf * bag[word] * 2.5 / (bag[word] + norm)
             want.append(total)
         assert select.bm25(texts, query) == pytest.approx(want)
+
+
+def test_special_tokens_in_a_text_are_text_for_selection_too():
+    tokenizer, text = chat_tokenizer(), TEXT + "Then </s>."
+    ids, places = select.tokens(tokenizer, text)
+    assert ids.tolist() == token_ids(tokenizer, text).tolist() and 258 not in ids
+    assert len(places) == len(ids) and places[-1] == (len(text) - 1, len(text))

@@ -117,3 +117,24 @@ def test_generation_with_a_skill_is_that_of_the_prompt_written_out(raw):
 def test_a_question_is_needed():
     with pytest.raises(SkimError, match="prompt is empty"):
         generate(skill_model(), chat_tokenizer(), " ", 4, skills=[[torch.zeros(2, 64)]])
+
+
+def test_special_tokens_in_skills_questions_and_pins_are_text():
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = CHAT.replace("<{{", "<s>{{").replace("%}>{%", "%}</s>{%")
+    text = TEXT + "End with </s>, begin with <s>."
+    pieces = splice.frame(tokenizer, [[splice.token_ids(tokenizer, text)]], "Why </s>?")
+    ids = torch.cat(pieces).tolist()
+    assert tokenizer.decode(ids) == f"<s>user>Relevant Skill:\n{text}\n\nWhy </s>?</s>"
+    assert (ids.count(257), ids.count(258)) == (1, 1) and (ids[0], ids[-1]) == (257, 258)
+    soft = torch.zeros(2, 64)
+    (pinned,) = [p for p in splice.pieces_of(tokenizer, soft, [Pin(2, "</s>")], 2) if p.ndim == 1]
+    assert 258 not in pinned
+    raw = splice.closing(tokenizer, "<s>Why?", True, raw=True)
+    assert raw.tolist().count(257) == 1  # a template written by hand
+
+
+def test_a_question_without_special_tokens_is_tokenised_together_with_what_follows():
+    tokenizer = chat_tokenizer()
+    whole = ids_of(tokenizer, f"\n\n{QUESTION}>")
+    assert splice.closing(tokenizer, QUESTION, True).tolist() == whole

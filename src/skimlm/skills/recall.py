@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from skimlm.models.tokenizer import inner_ids
 from skimlm.skills import rollout
 from skimlm.skills.document import Document, body_start, literals
 from skimlm.skills.rollout import Prefix
@@ -49,7 +50,8 @@ def cloze(tokenizer: Any, document: Document, count: int) -> list[Cloze]:
         if place - BEFORE > begin:
             before = before.partition(" ")[2] or before  # not from the middle of a word
         if before.strip() and len(token_ids(tokenizer, literal)) <= LONGEST:
-            found.append((torch.cat([ask, token_ids(tokenizer, before)]), literal))
+            begun = torch.tensor(inner_ids(tokenizer, before), dtype=torch.long)
+            found.append((torch.cat([ask, begun]), literal))
     if len(found) <= count:
         return found
     return [found[i * len(found) // count] for i in range(count)]

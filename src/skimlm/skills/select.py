@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from skimlm.evaluate.perplexity import token_nll
+from skimlm.models.tokenizer import encode_text
 from skimlm.skills.document import Document, Section, sections, spans
 
 METHODS = ("head", "leads", "selfinfo", "sections")
@@ -47,8 +48,8 @@ def keep(model: Any, tokenizer: Any, document: Document, k: int, method: str) ->
 
 def tokens(tokenizer: Any, text: str) -> tuple[Tensor, list[tuple[int, int]]]:
     """Ids [n] of a text and where each token stands in it: [begin, end) in characters."""
-    made = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    return torch.tensor(made.input_ids, dtype=torch.long), made.offset_mapping
+    made = encode_text(tokenizer, text, return_offsets_mapping=True)
+    return torch.tensor(made["input_ids"], dtype=torch.long), made["offset_mapping"]
 
 
 def selfinfo(model: Any, text: str, ids: Tensor, places: list[tuple[int, int]], k: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
-from skimlm.models.tokenizer import check_ids, prefix_ids
+from skimlm.models.tokenizer import check_ids, prefix_ids, text_ids
 
 WRAPPER = ("Relevant Skill:\n", "\n---\n", "\n\n")  # before, between and after skills
 PROBE = "skimlm-probe-0f9b"
@@ -49,15 +49,20 @@ def shell(tokenizer: Any, raw: bool = False) -> tuple[str, str]:
 
 
 def token_ids(tokenizer: Any, text: str) -> Tensor:
-    """Ids [t] of a piece of text, nothing added around it."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    """Ids [t] of a piece of text, nothing added; special tokens written in it are text as well."""
+    return torch.tensor(text_ids(tokenizer, text), dtype=torch.long)
+
+
+def template_ids(tokenizer: Any, text: str) -> Tensor:
+    """Ids [t] of what a chat template wrote, nothing added: its special tokens count."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
 
 def opening(tokenizer: Any, skills: Sequence[Sequence[Piece]], raw: bool = False) -> list[Piece]:
     """All pieces before the question's: it is the same for every question, so it can be cached."""
     before, _ = shell(tokenizer, raw)
-    first = token_ids(tokenizer, before + (WRAPPER[0] if skills else ""))
+    first = template_ids(tokenizer, before + (WRAPPER[0] if skills else ""))
     if not before:
         first = torch.cat([torch.tensor(prefix_ids(tokenizer), dtype=torch.long), first])
     pieces = [first]
@@ -68,9 +73,16 @@ def opening(tokenizer: Any, skills: Sequence[Sequence[Piece]], raw: bool = False
 
 
 def closing(tokenizer: Any, question: str, with_skill: bool, raw: bool = False) -> Piece:
-    """The piece with the question: what an answer follows directly."""
+    """The piece with the question: what an answer follows directly.
+
+    Special tokens in a question are text; in a `raw` one, a template written by hand, they count.
+    """
     _, after = shell(tokenizer, raw)
-    return token_ids(tokenizer, (WRAPPER[2] if with_skill else "") + question + after)
+    words = (WRAPPER[2] if with_skill else "") + question
+    text = token_ids(tokenizer, words)
+    if raw or torch.equal(text, template_ids(tokenizer, words)):
+        return template_ids(tokenizer, words + after)
+    return torch.cat([text, template_ids(tokenizer, after)])
 
 
 def frame(
