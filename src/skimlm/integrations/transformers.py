@@ -23,7 +23,7 @@ from skimlm.errors import FormatError
 from skimlm.format.check import check_stored
 from skimlm.format.layer import FORMAT_VERSION, METHOD, Layer, LayerSpec
 from skimlm.models.blocks import embeddings, multiplier_of
-from skimlm.runtime.decode import fuse
+from skimlm.runtime.decode import fuse, unfuse
 from skimlm.runtime.linear import CompressedEmbedding, CompressedHead, CompressedLinear
 from skimlm.storage.safetensors import DTYPES, read_header
 
@@ -147,6 +147,7 @@ def swap_in(model: Any, config: SkimlmConfig, dtype: torch.dtype) -> None:
 
 def swap_out(model: Any, dtype: torch.dtype) -> Any:
     """Replace every compressed layer by the dense one it stands for."""
+    unfuse(model)
     table, head, tied = embeddings(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, (CompressedLinear, CompressedHead, CompressedEmbedding)):

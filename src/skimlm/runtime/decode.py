@@ -4,9 +4,9 @@ Decoding a small model, most of the time goes to Python and to starting torch's 
 the weights. `fuse` gives the body of such a model (what stands between embedding and head) a
 forward that, while one token of one sequence passes, runs all blocks as native code
 (`native/decode.cpp`): in float32 between input and output, rounding keys and values to the dtype of
-the cache. In all other cases (several tokens or sequences, gradients, hooks, hidden states or
-attention weights asked for, padding, another cache than transformers' DynamicCache, sliding
-windows) it is the forward transformers made.
+the cache. It does so only if that is what transformers' own code would do: the model is as planned
+(plan.py), nothing but a token and a cache is given, the cache is a plain one whose whole content
+the token sees, and no mode of torch is on. Else everything given goes to the model's own forward.
 
 The cache stays a DynamicCache anyone may use. Only, its tensors are views of longer ones, which
 double when they are full, in place of being copied for every token.
@@ -15,372 +15,254 @@ double when they are full, in place of being copied for every token.
 from __future__ import annotations
 
 import ctypes
-import functools
+import operator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from transformers.activations import SiLUActivation
+from torch import Tensor
+from torch.overrides import _len_torch_function_stack
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skimlm import native
-from skimlm.runtime.linear import CompressedLinear
+from skimlm.runtime import plan as planning
+from skimlm.runtime.plan import Plan
+from skimlm.runtime.structs import POINTER, SIZE
 
-# Bodies that do nothing but: blocks of norm, attention with rotation, norm and gated mlp, then a
-# norm. They differ in biases (qwen2), norms of heads (qwen3), q/k/v and gate/up in one (phi3).
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
-RECORDED = ("output_attentions", "output_hidden_states")
-SIZED = ("weight", "codebook", "row_zero")
 # the name that transformers gives the cache: another one since 5.24
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
+TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache"}
+TAKEN |= {"cache", "past_key_values"}
 ROOM = 256  # tokens a cache is given ahead, at least
-MISFIT = "the buffers of the compressed linears do not fit each other"
-POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Packed(ctypes.Structure):
-    """`Packed` of native/product.h."""
-
-    _fields_ = [
-        *[(n, POINTER) for n in ("codes", "widths", "levels", "row_scale", "zeros", "in_scale")],
-        ("bias", POINTER),
-        *[(n, SIZE) for n in ("codes_size", "levels_size", "zeros_size", "r", "c")],
-        ("order", POINTER),
-        ("counts", POINTER),
-    ]
-
-
-class _Linear(ctypes.Structure):
-    """`SkimlmLinear` of native/decode.cpp."""
-
-    _fields_ = [
-        ("packed", ctypes.POINTER(_Packed)),
-        ("sparse", ctypes.POINTER(native.Sparse)),
-    ]
-
-
-class _Block(ctypes.Structure):
-    """`SkimlmBlock` of native/decode.cpp."""
-
-    _fields_ = [
-        ("in_count", SIZE),
-        ("mlp_count", SIZE),
-        *[(n, POINTER) for n in ("norm", "q_norm", "k_norm", "mlp_norm")],
-        ("into", _Linear * 3),
-        ("o", _Linear),
-        ("mlp", _Linear * 2),
-        ("down", _Linear),
-    ]
-
-
-class _Body(ctypes.Structure):
-    """`SkimlmBody` of native/decode.cpp."""
-
-    _fields_ = [
-        *[(n, SIZE) for n in ("bf16", "width", "heads", "kv_heads", "head_dim", "count")],
-        ("eps", ctypes.c_double),
-        ("scale", ctypes.c_double),
-        ("norm", POINTER),
-        ("blocks", ctypes.POINTER(_Block)),
-    ]
 
 
 @dataclass
-class _Plan:
-    """A body as the native call sees it, and what it points into."""
+class _Room:
+    """One long tensor behind all keys and values of a cache."""
 
-    weights: list[tuple[dict[str, Any], str]]  # what a module calls them: they may be replaced
-    places: list[int]  # where they stood when the plan was made
-    hooks: list[Any]  # those of all modules inside: they must be empty
-    adapted: list[CompressedLinear]  # none may be in training, with an adapter of floats
-    body: _Body
-    kept: list[Any]
-
-
-@dataclass
-class _Grown:
-    """The long tensors [1, kv_heads, capacity, head_dim] behind a cache's keys and values."""
-
-    layers: list[Any]
-    keys: list[Tensor]
-    values: list[Tensor]
-    places: list[int]  # of all keys, then all values
-    pointers: Any  # the same for the native call
+    whole: Tensor  # [layers, 2, 1, kv_heads, capacity, head_dim]
+    pointers: Any  # to all keys, then all values
+    views: list[Tensor]  # what the cache got last: keys and values of the layers in turn
 
     @property
     def capacity(self) -> int:
-        return self.keys[0].shape[2]
+        return self.whole.shape[4]
 
 
-# beside the objects, not on them: pointers can be neither copied nor pickled
-_plans: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
-_grown: WeakKeyDictionary[DynamicCache, _Grown] = WeakKeyDictionary()
+# beside the caches, not on them: they may be copied
+_rooms: WeakKeyDictionary[DynamicCache, _Room] = WeakKeyDictionary()
 
 
 def fuse(model: Any) -> bool:
     """Let the body of a compressed model take single tokens natively; whether it qualifies."""
     body = model.base_model
-    if isinstance(body, _OneToken):
-        return True
-    known = {f"{family}Model" for family in FAMILIES}
-    if type(body).__name__ not in known or not type(body).__module__.startswith("transformers."):
+    file = planning.family(body)
+    if file is None or any(planning.parts(file, block) is None for block in body.layers):
         return False
-    if any(_parts(block) is None for block in body.layers):
-        return False
-    kind: Any = type(body)
-    body.__class__ = _fused(kind)
+    if "forward" not in body.__dict__:
+        body.forward = OneToken(body)
     return True
 
 
-@functools.lru_cache
-def _fused(kind: Any) -> type:
-    # under the same name: save_pretrained writes it to config.json
-    return type(kind.__name__, (_OneToken, kind), {"__module__": kind.__module__})
+def unfuse(model: Any) -> None:
+    """Take back what `fuse` did."""
+    body = model.base_model
+    if isinstance(body.__dict__.get("forward"), OneToken):
+        del body.forward
 
 
-class _OneToken:
-    """Mixed into a body: its own `forward` for one token, else that of the class behind it."""
+class OneToken:
+    """The forward of a body: native for one token where that changes nothing, else the body's own.
 
-    def forward(
+    It is an attribute of the body, and copied and pickled with it; the copy plans anew.
+    """
+
+    def __init__(self, body: Any) -> None:
+        self.body = body
+        self.plan: Plan | None = None
+        self.looked = False  # nothing but native calls since everything was looked at
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"body": self.body, "plan": None, "looked": False}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            cache = _cache(args, kwargs)
+            length = 0 if cache is None else _length(cache)
+            if cache is not None and length and _shows_all(kwargs, length + 1):
+                room = _room(cache)
+                plan = self._plan(cache, length, room is not None, kwargs.get("use_cache"))
+                if plan is not None:
+                    return self._one_token(plan, cache, room, length, kwargs)
+            self.looked = False
+        return type(self.body).forward(self.body, *args, **kwargs)
+
+    def _plan(
+        self, cache: DynamicCache, length: int, ours: bool, use_cache: bool | None
+    ) -> Plan | None:
+        """The plan, made again if it does not hold; None to run as usual.
+
+        `ours`: what is in the cache is what the last native call left there.
+        """
+        plan = self.plan
+        known = ours and self.looked
+        if plan is None or not (known and plan.may_hold(self.body)):
+            if plan is None or not plan.holds(self.body):
+                plan, known = planning.make(self.body), False
+                self.plan = plan
+            self.looked = plan is not None
+        if plan is None or length >= plan.window:
+            return None
+        if not (plan.asked["use_cache"] if use_cache is None else use_cache):
+            return None
+        return plan if known or _fits(plan, cache, length) else None
+
+    def _one_token(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache: Any = None,
-        **kwargs: Any,
+        plan: Plan,
+        cache: DynamicCache,
+        room: _Room | None,
+        length: int,
+        given: dict[str, Any],
     ) -> Any:
-        cache = past_key_values if cache is None else cache
-        given = inputs_embeds if input_ids is None else input_ids
-        compiling = torch.compiler.is_compiling()
-        length = 0 if compiling else _length(cache)
-        plan = None
-        if (
-            given is not None
-            and given.shape[:2] == (1, 1)
-            and length
-            and not any(kwargs.get(name, False) for name in RECORDED)
-            and kwargs.get("return_dict", True)
-            and _shows_all(attention_mask, length + 1)
-        ):
-            plan = _plan(self)
-        if plan is None:
-            return super().forward(  # type: ignore[misc]
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **{CACHE: cache},
-                **kwargs,
-            )
-        body: Any = self
-        x = body.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            position_ids = torch.tensor([[length]])
-        hidden = _one_token(body, plan, x, position_ids, cache, length)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+        body, ids, x = self.body, given.get("input_ids"), given.get("inputs_embeds")
+        if x is None:
+            x = body.embed_tokens(ids)
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = torch.tensor([[length]], device=x.device)
+        if _is(x, plan.dtype, (1, 1, plan.width)):
+            cos, sin = body.rotary_emb(x, positions)
+            turned = (1, 1, cos.shape[-1])
+            if _is(cos, plan.dtype, turned) and _is(sin, plan.dtype, turned):
+                if room is None or length >= room.capacity:
+                    room = _rooms[cache] = _make_room(cache, length)
+                out = _call(plan, (x, cos, sin), cache, room, length)
+                if out is not None:
+                    return BaseModelOutputWithPast(last_hidden_state=out, **{CACHE: cache})
+        self.looked = False
+        rest = {name: value for name, value in given.items() if name != "input_ids"}
+        return type(body).forward(body, **rest | {"inputs_embeds": x})
 
 
-def _length(cache: Any) -> int:
-    """Tokens in a cache that can be grown natively; 0 for any other."""
-    if type(cache) is not DynamicCache or not cache.layers:
+def _cache(args: tuple[Any, ...], given: dict[str, Any]) -> DynamicCache | None:
+    """The cache of a call that is one token of one sequence and nothing else, as torch runs it."""
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    token = embeds if ids is None else ids
+    cache, old = given.get("cache"), given.get("past_key_values")
+    cache = old if cache is None else cache
+    if args or type(token) is not Tensor or token.shape[:2] != (1, 1) or not token.is_cpu:
+        return None
+    if type(cache) is not DynamicCache or (ids is not None and embeds is not None):
+        return None
+    if token.dim() != (2 if embeds is None else 3):
+        return None
+    if any(given[name] is not None and given[name] is not False for name in given.keys() - TAKEN):
+        return None
+    return None if _mode() else cache
+
+
+def _mode() -> bool:
+    """Whether torch would not simply compute: gradients, casts, traces, transforms, own modes."""
+    return bool(
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _len_torch_function_stack()
+        or _len_torch_dispatch_stack()
+    )
+
+
+def _length(cache: DynamicCache) -> int:
+    """Tokens in a cache whose layers are transformers' plain ones; 0 for any other."""
+    plain = "update" not in cache.__dict__ and not cache.offloading and cache.layers
+    if not plain or any([type(n) is not DynamicLayer for n in cache.layers]):
         return 0
-    return cache.get_seq_length() if all(type(n) is DynamicLayer for n in cache.layers) else 0
+    return cache.layers[0].get_seq_length()
 
 
-def _shows_all(mask: Any, length: int) -> bool:
-    """Whether an attention mask hides nothing of `length` tokens."""
+def _shows_all(given: dict[str, Any], length: int) -> bool:
+    """Whether mask and positions are those of one more token behind all `length - 1` others."""
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if positions is not None and (type(positions) is not Tensor or positions.shape != (1, 1)):
+        return False
     if mask is None:
         return True
-    return isinstance(mask, Tensor) and mask.shape == (1, length) and bool(mask.all())
+    return type(mask) is Tensor and mask.shape == (1, length) and bool(mask.all())
 
 
-def _one_token(
-    model: Any, plan: _Plan, x: Tensor, position_ids: Tensor, cache: DynamicCache, length: int
-) -> Tensor:
-    cos, sin = model.rotary_emb(x, position_ids)
-    dtype = torch.bfloat16 if plan.body.bf16 else torch.float32
-    x, cos, sin = (t.to(dtype).contiguous() for t in (x, cos, sin))
-    grown = _room(cache, length)
+def _is(tensor: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether this is an ordinary tensor on the CPU of this type and shape."""
+    plain = type(tensor) is Tensor and tensor.dtype == dtype and tensor.is_cpu
+    return plain and tensor.shape == shape
+
+
+def _fits(plan: Plan, cache: DynamicCache, length: int) -> bool:
+    """Whether a cache holds what the plan says, in every layer alike."""
+    count, heads, size = plan.cached
+    shape = (1, heads, length, size)
+    return len(cache.layers) == count and all(
+        "update" not in layer.__dict__
+        and _is(layer.keys, plan.dtype, shape)
+        and _is(layer.values, plan.dtype, shape)
+        for layer in cache.layers
+    )
+
+
+def _room(cache: DynamicCache) -> _Room | None:
+    """What is behind a cache, if its tensors are the very views that it got last."""
+    room = _rooms.get(cache)
+    if room is None:
+        return None
+    now = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    same = len(now) == len(room.views) and all(map(operator.is_, now, room.views))
+    return room if same else None
+
+
+def _call(
+    plan: Plan, inputs: tuple[Tensor, ...], cache: DynamicCache, room: _Room, length: int
+) -> Tensor | None:
+    """The native call on x, cos and sin; the cache is one token longer afterwards.
+
+    None, and nothing done, if the stored tensors do not fit each other.
+    """
+    x, cos, sin = (tensor.contiguous() for tensor in inputs)
+    copies, biases = plan.biases
+    if copies:
+        torch._foreach_copy_(copies, biases)
     out = torch.empty_like(x)
     status = native.library().skimlm_decode(
-        ctypes.byref(plan.body),
+        ctypes.byref(plan.struct),
         *(POINTER(tensor.data_ptr()) for tensor in (x, cos, sin)),
         SIZE(cos.shape[-1]),
-        grown.pointers,
-        SIZE(grown.capacity),
+        room.pointers,
+        SIZE(room.capacity),
         SIZE(length),
         POINTER(out.data_ptr()),
         torch.get_num_threads(),
     )
     if status:
-        raise ValueError(MISFIT)
+        return None
+    views = list(room.whole.narrow(4, 0, length + 1).flatten(0, 1).unbind())
     layers: list[Any] = cache.layers
-    for layer, keys, values in zip(layers, grown.keys, grown.values, strict=True):
-        layer.keys = keys.narrow(2, 0, length + 1)
-        layer.values = values.narrow(2, 0, length + 1)
+    for i, layer in enumerate(layers):
+        layer.keys, layer.values = views[2 * i], views[2 * i + 1]
+    room.views = views
     return out
 
 
-def _room(cache: DynamicCache, length: int) -> _Grown:
-    """Long tensors behind the cache, the same as before if they are its own and have room."""
-    grown = _grown.get(cache)
+def _make_room(cache: DynamicCache, length: int) -> _Room:
+    """Longer tensors than the cache has, with its content."""
     layers: list[Any] = cache.layers
-    if grown is not None and len(grown.layers) == len(layers) and length < grown.capacity:
-        own = all(a is b for a, b in zip(grown.layers, layers, strict=True))
-        places = [layer.keys.data_ptr() for layer in layers]
-        places += [layer.values.data_ptr() for layer in layers]
-        if own and places == grown.places:  # else somebody else's tensors are in the cache now
-            return grown
+    _, heads, _, size = layers[0].keys.shape
     capacity = length + max(ROOM, length)
-
-    def longer(tensor: Tensor) -> Tensor:
-        out = tensor.new_empty(1, tensor.shape[1], capacity, tensor.shape[3])
-        out[:, :, :length] = tensor
-        return out
-
-    keys = [longer(layer.keys) for layer in layers]
-    values = [longer(layer.values) for layer in layers]
-    places = [tensor.data_ptr() for tensor in (*keys, *values)]
-    grown = _Grown(list(layers), keys, values, places, (POINTER * len(places))(*places))
-    _grown[cache] = grown
-    return grown
-
-
-def _parts(block: Any) -> tuple[list[Any], list[Any]] | None:
-    """(q/k/v, o, gate/up, down) and (norm, q_norm, k_norm, mlp_norm), None where there is none.
-
-    None for a block that does not qualify: a linear left dense or scaled, another activation.
-    """
-    attention, mlp = block.self_attn, block.mlp
-    if hasattr(attention, "qkv_proj"):
-        into, gate_up, act = [attention.qkv_proj], [mlp.gate_up_proj], mlp.activation_fn
-    else:
-        into = [attention.q_proj, attention.k_proj, attention.v_proj]
-        gate_up, act = [mlp.gate_proj, mlp.up_proj], mlp.act_fn
-    linears = [*into, attention.o_proj, *gate_up, mlp.down_proj]
-    if not isinstance(act, (nn.SiLU, SiLUActivation)):
-        return None
-    if not all(type(m) is CompressedLinear for m in linears):
-        return None
-    if any(m.in_scale is not None for m in linears):
-        return None
-    norms = [block.input_layernorm, getattr(attention, "q_norm", None)]
-    norms += [getattr(attention, "k_norm", None), block.post_attention_layernorm]
-    return linears, norms
-
-
-def _plan(model: Any) -> _Plan | None:
-    """The plan of a body, made again if its weights have moved; None to run as usual."""
-    if model.training or torch.is_grad_enabled():
-        return None
-    if any(getattr(model.config, name, False) for name in RECORDED):
-        return None
-    plan = _plans.get(model)
-    if plan is None or _places(plan.weights) != plan.places:
-        plan = _make(model)
-        if plan is not None:
-            _plans[model] = plan
-    if plan is None or any(plan.hooks) or any(m.adapter is not None for m in plan.adapted):
-        return None
-    return plan
-
-
-def _places(weights: list[tuple[dict[str, Any], str]]) -> list[int]:
-    return [0 if (w := owner.get(name)) is None else w.data_ptr() for owner, name in weights]
-
-
-def _make(model: Any) -> _Plan | None:
-    """Look up everything the native call needs; None where it cannot run."""
-    dtype = model.norm.weight.dtype
-    if dtype not in (torch.bfloat16, torch.float32) or model.norm.weight.device.type != "cpu":
-        return None
-    kept: list[Any] = []
-    weights: list[tuple[dict[str, Any], str]] = []
-    modules: list[nn.Module] = [model.norm, *model.layers]
-    adapted: list[CompressedLinear] = []
-
-    def pointer(tensor: Tensor | None) -> int | None:
-        if tensor is None:
-            return None
-        kept.append(tensor)
-        return tensor.data_ptr()
-
-    def norm(module: Any) -> int | None:
-        if module is None:
-            return None
-        weights.append((module._parameters, "weight"))
-        modules.append(module)
-        return pointer(module.weight.detach())
-
-    def packed(linear: CompressedLinear, *order: int | None) -> _Packed:
-        stored = linear._buffers
-        at = [pointer(stored[n]) for n in ("weight", "widths", "codebook", "row_scale")]
-        at += [pointer(stored["row_zero"]), None, pointer(bias_of(linear))]
-        sizes = [0 if (t := stored[n]) is None else t.numel() for n in SIZED]
-        return _Packed(*at, *sizes, linear.out_features, linear.in_features, *order)
-
-    def sparse(linear: CompressedLinear, *order: int | None) -> native.Sparse:
-        stored, bias, spec = linear.layer.tensors, bias_of(linear), linear.spec
-        kept.extend([*stored.values(), bias])
-        how = spec.sparsity, spec.kept, spec.group, spec.rank, spec.adapter_bits
-        found = native.sparse(stored, bias, spec.rows, spec.cols, *how)
-        if found is None:
-            raise ValueError(MISFIT)
-        found.order, found.counts = order
-        if spec.rank:
-            weights.extend((linear._buffers, name) for name in ("lora_a", "lora_b"))
-            adapted.append(linear)
-        return found
-
-    def bias_of(linear: CompressedLinear) -> Tensor | None:
-        return None if linear.bias is None else linear.bias.detach().float()
-
-    def stored(linear: CompressedLinear) -> _Linear:
-        weights.append((linear._buffers, "weight"))
-        modules.append(linear)
-        order = torch.argsort(linear.widths, stable=True).int()
-        places = pointer(order), pointer(torch.bincount(linear.widths.long(), minlength=9))
-        if linear.spec.version == 1:
-            return _Linear(packed=ctypes.pointer(packed(linear, *places)))
-        return _Linear(sparse=ctypes.pointer(sparse(linear, *places)))
-
-    blocks = (_Block * len(model.layers))()
-    for block, layer in zip(blocks, model.layers, strict=True):
-        parts = _parts(layer)
-        if parts is None or layer.training:
-            return None
-        linears, norms = parts
-        modules += [layer.self_attn, layer.mlp]
-        if any(m is not None and m.weight.dtype != dtype for m in norms):
-            return None
-        if any(not t.is_contiguous() for m in linears for t in m.buffers()):
-            return None
-        into = 1 if len(linears) == 4 else 3
-        *first, down = [stored(linear) for linear in linears]
-        block.in_count, block.mlp_count = into, len(first) - into - 1
-        block.norm, block.q_norm, block.k_norm, block.mlp_norm = map(norm, norms)
-        block.into[:into], block.o = first[:into], first[into]
-        block.mlp[: block.mlp_count], block.down = first[into + 1 :], down
-    attention, config = model.layers[0].self_attn, model.config
-    kept.append(blocks)
-    body = _Body(
-        bf16=dtype == torch.bfloat16,
-        width=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attention.head_dim,
-        count=len(blocks),
-        eps=model.norm.variance_epsilon,
-        scale=attention.scaling,
-        norm=norm(model.norm),
-        blocks=blocks,
-    )
-    hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-    return _Plan(weights, _places(weights), hooks, adapted, body, kept)
+    whole = layers[0].keys.new_empty(len(layers), 2, 1, heads, capacity, size)
+    for layer, (keys, values) in zip(layers, whole, strict=True):
+        keys[:, :, :length] = layer.keys
+        values[:, :, :length] = layer.values
+    places = [whole[i, j].data_ptr() for j in (0, 1) for i in range(len(layers))]
+    return _Room(whole, (POINTER * len(places))(*places), [])

@@ -22,6 +22,7 @@ from skimlm.format.layer import NAMES, Layer, LayerSpec, layout
 from skimlm.format.pack import QuantizedWeight, pack, unpack_adapter
 from skimlm.format.table import table_layout, table_values
 from skimlm.runtime import ops
+from skimlm.runtime.watched import Watched
 
 
 class _Stored(nn.Module):
@@ -45,7 +46,7 @@ class _Stored(nn.Module):
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-class CompressedLinear(_Stored):
+class CompressedLinear(Watched, _Stored):
     """A linear layer `[out_features, in_features]` kept in its packed form.
 
     y = x W^T + bias + (x A^T) B, the last term only with an adapter. To train it, set `adapter` to
