@@ -130,7 +130,7 @@ def test_blocks_of_version_2_decode_natively(tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
     compress_mixed(tmp_path / "out", model)
     loaded = open_folder(tmp_path / "out")
-    assert isinstance(loaded.model, decode._OneToken)
+    assert isinstance(loaded.model.forward, decode.OneToken)
     with torch.no_grad():
         cache = loaded(IDS[:1, :-1], use_cache=True).past_key_values
         step = loaded(IDS[:1, -1:], past_key_values=cache).logits
