@@ -246,6 +246,25 @@ def test_a_broken_config_is_one_line(folder):
     refuse(folder, "config.json: no such file")
 
 
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("config.json", b'{"a":' * 20_000, "config.json: not valid JSON"),
+        ("config.json", b'{"model_type": ["llama"]}', r"unknown architecture \['llama'\]"),
+        ("config.json", b'{"model_type": "llama", "quantization_config": 3}', "must be an object"),
+        ("tokenizer.json", b"[1]", "cannot be loaded: tokenizer"),
+        ("tokenizer.json", b'{"a":' * 20_000, "cannot be loaded: tokenizer"),
+        ("tokenizer_config.json", b'{"tokenizer_class": "BertTokenizer"}', "loaded: tokenizer"),
+        ("tokenizer_config.json", b'{"tokenizer_class": "Nope"', "cannot be loaded"),
+        ("generation_config.json", b"[", "generation_config.json: not valid JSON"),
+        ("model.safetensors.index.json", b'{"weight_map": 3}', "has no weight_map"),
+    ],
+)
+def test_a_damaged_side_file_is_one_line(folder, name, data, message):
+    (folder / name).write_bytes(data)
+    refuse(folder, message, call=load)
+
+
 def test_a_folder_without_tokenizer_is_refused_in_one_line(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()

@@ -33,7 +33,7 @@ from skimlm.storage.safetensors import (
 )
 
 HUB_FILES = ["*.safetensors", *CARRIED]
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+CONFIG, GENERATION, ADAPTER = "config.json", "generation_config.json", "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,9 @@ def load_tokenizer(source: Checkpoint) -> Any:
     if source.gguf:
         path, options = source.path.parent, {"gguf_file": source.path.name}
     with one_line(source.path, "cannot be loaded: tokenizer"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+        tokenizer("some of them fail at the first text only")
+    return tokenizer
 
 
 def _resolve(
@@ -179,17 +181,22 @@ def _read_config(path: Path) -> tuple[Any, bool]:
         )
     raw = read_json(file)
     kind = raw.get("model_type")
-    if kind not in CONFIG_MAPPING_NAMES:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
         raise FormatError(
             f"unknown architecture {kind!r}: transformers {__version__} has no such model_type, "
             "and code that comes with a model is never run",
             file=file,
         )
-    method = (raw.get("quantization_config") or {}).get("quant_method")
-    if raw.get("quantization_config") and method != METHOD:
+    quantized = raw.get("quantization_config") or {}
+    if not isinstance(quantized, dict):
+        raise FormatError("quantization_config must be an object", file=file)
+    method = quantized.get("quant_method")
+    if quantized and method != METHOD:
         raise FormatError(
             f"already quantized with {method!r}, give the original checkpoint", file=file
         )
+    if (path / GENERATION).exists():
+        read_json(path / GENERATION)  # transformers passes over a broken one without a word
     with one_line(file, "is not a usable config"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     check_causal(file, config)

@@ -37,7 +37,6 @@ def load_outside(
             model.generation_config = GenerationConfig.from_pretrained(source.path)
     inside = tuple(f"{prefix}." for prefix, _ in decoder_blocks(model))
     own = model.state_dict()
-    check_extra(model, source.files.keys() - own.keys(), source.files, source.path)
     names = [name for name in own if not name.startswith(inside)]
     tied = model.all_tied_weights_keys
     # of two tied tensors either may be stored; both, if stored, are equal (`untie_stored`)
@@ -45,6 +44,7 @@ def load_outside(
     if both := [pair for pair in tied.items() if absent.issuperset(pair)]:
         absent -= set(both[0])  # reported as missing
     _put(source, model, [name for name in names if name not in absent], dtype)
+    check_extra(model, source.files.keys() - own.keys(), source.files, source.path)
     for name, kept in tied.items():
         if kept in absent:
             place, slot = _slot(model, kept)

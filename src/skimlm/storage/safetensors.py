@@ -95,7 +95,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
                 count *= n
             if entry["dtype"] in BITS and count * BITS[entry["dtype"]] // 8 != end - begin:
                 raise FormatError("byte range does not fit the shape", file=file, tensor=name)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError("truncated or not safetensors: bad header", file=file) from error
@@ -107,7 +107,7 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SkimError(f"{file}: no such file") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise FormatError(f"not valid JSON: {first_line(error)}", file=file) from error
     if not isinstance(value, dict):
         raise FormatError("not a JSON object", file=file)
