@@ -13,7 +13,7 @@ from layer_sample import options, with_options
 from skimlm import native
 from skimlm.format import effective
 from skimlm.models.write import save
-from skimlm.runtime import decode
+from skimlm.runtime import decode, plan
 
 PROMPT = torch.tensor([[72, 101, 108, 108, 111, 7, 33]])
 KINDS = {  # of a linear with so many columns
@@ -300,6 +300,13 @@ def test_scaled_linears_and_other_activations(pair, calls, change):
 
 def test_sliding_windows(pair, calls):
     model, dense = pair("mistral", sliding_window=5)
+    assert close(follow(model)[0], follow(dense)[0])
+    assert not calls
+
+
+def test_rows_in_a_code_that_native_code_does_not_know(pair, calls, monkeypatch):
+    monkeypatch.setattr(plan, "ROW_CODES", {"table", "grid"})
+    model, dense = pair()
     assert close(follow(model)[0], follow(dense)[0])
     assert not calls
 
