@@ -12,7 +12,7 @@ from skill_sample import CHAT, TEXT, skill_model
 from skimlm.cli import main
 from skimlm.models.checkpoint import load
 from skimlm.models.write import save
-from skimlm.skills import adaptive, evaluate, store
+from skimlm.skills import compression, evaluate, store
 
 
 def run(*args: object):
@@ -52,8 +52,8 @@ def packed(folder, tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Settings that take a second."""
-    some = functools.partial(adaptive.Settings, dev=4, answer=6, rows=3)
-    monkeypatch.setattr(adaptive, "Settings", some)
+    some = functools.partial(compression.Settings, dev=4, answer=6, rows=3)
+    monkeypatch.setattr(compression, "Settings", some)
 
 
 def fails(result, line, code=1):

@@ -8,7 +8,7 @@ import torch
 from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm.skills import distill as distilling
 from skimlm.skills import rollout, splice
-from skimlm.skills.adaptive import rows_of, without
+from skimlm.skills.compression import rows_of, without
 from skimlm.skills.distill import Training, distill, divergences, nested, study
 from skimlm.skills.document import parse
 from skimlm.skills.splice import Pin

@@ -10,9 +10,9 @@ import torch
 from conftest import sentencepiece
 from skill_sample import CHAT, TEXT, chat_tokenizer, skill_model
 from skimlm.errors import SkimError
-from skimlm.skills import adaptive, evaluate, recall, rollout, select, splice, store
+from skimlm.skills import compression, evaluate, recall, rollout, select, splice, store
 from skimlm.skills import compressor as compressing
-from skimlm.skills.adaptive import CANDIDATES, Settings, choose, compress, rows_of
+from skimlm.skills.compression import CANDIDATES, Settings, choose, compress, rows_of
 from skimlm.skills.distill import Distilled
 from skimlm.skills.document import body_start, literals, parse
 from skimlm.skills.splice import Pin
@@ -204,9 +204,9 @@ def test_the_smallest_that_is_good_enough_is_chosen():
 
 
 def test_the_ladder_ends_at_half_of_the_text():
-    assert adaptive.rungs(811) == [40, 54, 72, 96, 128, 171, 228, 304, 405]
-    assert adaptive.rungs(40) == [20] and adaptive.rungs(1) == [1]
-    half = adaptive.rungs(811, 6)[-1]
+    assert compression.rungs(811) == [40, 54, 72, 96, 128, 171, 228, 304, 405]
+    assert compression.rungs(40) == [20] and compression.rungs(1) == [1]
+    half = compression.rungs(811, 6)[-1]
     assert (half + 6) / (811 + 6) <= 0.5 < (half + 7) / (811 + 6)
 
 
@@ -217,7 +217,7 @@ def test_adaptive_compression_is_deterministic_and_keeps_its_evidence(world, mad
     assert (tmp_path / "a.skim").read_bytes() == (tmp_path / "b.skim").read_bytes()
     rungs = made.evidence["rungs"]
     n = len(DOCUMENT.text)
-    ladder = adaptive.rungs(n, splice.wrapper_tokens(world[1]))
+    ladder = compression.rungs(n, splice.wrapper_tokens(world[1]))
     tried = {m: [r["k"] for r in rungs if r["method"] == m] for m in (*CANDIDATES, "distill")}
     assert (
         tried["head"]
@@ -238,7 +238,7 @@ def pretended(world, monkeypatch):
     Returns the ladder, what was asked for (sizes, start, how), and a place for other closures.
     """
     asked, others = [], {}
-    ladder = adaptive.rungs(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))
+    ladder = compression.rungs(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))
 
     def distill(model, tokenizer, start, pins, sizes, train, dev, training, **_):
         asked.append((sizes, start.clone(), training))
@@ -252,13 +252,13 @@ def pretended(world, monkeypatch):
         recall = 0.0 if "floor" in others and len(asked) % 5 == 0 and asked else 1.0
         return row(method, k, others.get((method, k), usual[method]), recall) | {"none": none}
 
-    monkeypatch.setattr(adaptive, "distill", distill)
-    monkeypatch.setattr(adaptive, "_measured", measured)
+    monkeypatch.setattr(compression, "distill", distill)
+    monkeypatch.setattr(compression, "_measured", measured)
     return ladder, asked, others
 
 
 def kept(world, method, k):
-    return adaptive.select.keep(*world, DOCUMENT, k, method)
+    return compression.select.keep(*world, DOCUMENT, k, method)
 
 
 def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, pretended):
@@ -266,7 +266,7 @@ def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, pr
     made = compress(*world, DOCUMENT, settings=QUICK)
     assert [sizes for sizes, *_ in asked[:-1]] == [[k] for k in ladder[:-5:-1]]
     none = made.evidence["rungs"][0]["none"]
-    goal = pytest.approx(max(0.1 * none, adaptive.ENOUGH))
+    goal = pytest.approx(max(0.1 * none, compression.ENOUGH))
     assert [(how.steps, how.goal) for *_, how in asked] == [
         (4, goal),
         *3 * [(2, goal)],
@@ -346,7 +346,7 @@ def test_pins_are_kept_whatever_plain_words_would_do(world, pretended):
     made = compress(*world, DOCUMENT, pin=True, settings=QUICK)
     assert made.method == "distill" and "`notes scan --all`" in [pin.text for pin in made.pins]
     assert {row["method"] for row in made.evidence["rungs"]} == {"distill"}
-    prose = adaptive.layout(*world, DOCUMENT, None, True)[0]  # half of it, beside the pins
+    prose = compression.layout(*world, DOCUMENT, None, True)[0]  # half of it, beside the pins
     assert made.evidence["rungs"][0]["k"] == (len(prose) + 18) // 2 - 18
 
 
@@ -359,16 +359,16 @@ def test_a_size_starts_from_its_best_words_too(world, pretended):
     assert torch.equal(start, rows_of(world[0], ids[kept(world, "sections", 150)]).float())
     assert sizes == [32, 64, 128, 150] and how.goal == 0
     compress(*world, DOCUMENT, method="distill", settings=QUICK)
-    half = adaptive.rungs(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))[-1]
+    half = compression.rungs(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))[-1]
     assert asked[1][0] == [32, 64, 128, half]
 
 
 def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch):
-    monkeypatch.setattr(adaptive, "_measured", lambda task, method, k, *_: row(method, k, 0.5))
+    monkeypatch.setattr(compression, "_measured", lambda task, method, k, *_: row(method, k, 0.5))
     made = compress(*world, DOCUMENT, settings=QUICK)
     n = len(DOCUMENT.text)
     assert made.k is None
-    assert made.ladder == (adaptive.rungs(n, splice.wrapper_tokens(world[1]))[-1],)
+    assert made.ladder == (compression.rungs(n, splice.wrapper_tokens(world[1]))[-1],)
     assert len(made.evidence["trainings"]) == 1  # the largest size was enough to know
 
 
@@ -376,7 +376,7 @@ def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch
 def test_untrained_methods_give_the_embeddings_of_kept_words(world, method):
     model, tokenizer = world
     made = compress(model, tokenizer, DOCUMENT, method=method, tokens=40)
-    kept = adaptive.select.keep(model, tokenizer, DOCUMENT, 40, method)
+    kept = compression.select.keep(model, tokenizer, DOCUMENT, 40, method)
     ids = splice.token_ids(tokenizer, DOCUMENT.text)[kept]
     assert torch.equal(made.soft, model.get_input_embeddings()(ids).detach().bfloat16())
     assert (made.k, made.ladder, made.method) == (40, (40,), method)
@@ -386,12 +386,12 @@ def test_a_size_is_kept_to_and_nested(world):
     made = compress(*world, DOCUMENT, ratio=0.25, settings=QUICK)
     k = round(0.25 * len(DOCUMENT.text))
     assert (made.k, made.method) == (k, "distill")
-    assert made.ladder == tuple(sorted({r for r in adaptive.NESTED if r < 0.9 * k} | {k}))
+    assert made.ladder == tuple(sorted({r for r in compression.NESTED if r < 0.9 * k} | {k}))
 
 
 def test_pinned_spans_stay_text_and_the_rest_is_the_start(world):
     model, tokenizer = world
-    start, pins = adaptive.layout(model, tokenizer, DOCUMENT, None, True)
+    start, pins = compression.layout(model, tokenizer, DOCUMENT, None, True)
     pieces = splice.pieces_of(tokenizer, start, pins, len(start))
     # all of it together is the text again
     table = model.get_input_embeddings().weight.detach().bfloat16().float()

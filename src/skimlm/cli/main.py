@@ -481,15 +481,15 @@ def skill_compress(
     if options["tokens"] is not None and options["ratio"] is not None:
         raise click.UsageError("give one of --ratio and --tokens")
     from skimlm.progress import progress_bars
-    from skimlm.skills import adaptive, document, store
+    from skimlm.skills import compression, document, store
 
     store.check_out(out, force)
     read = document.read(path)
     given = {"train": train, "steps": steps, "seed": seed}
-    settings = adaptive.Settings(**{k: v for k, v in given.items() if v is not None})
+    settings = compression.Settings(**{k: v for k, v in given.items() if v is not None})
     loaded, tokenizer = _load(model, device, revision)
     with progress_bars() as progress:
-        made = adaptive.compress(
+        made = compression.compress(
             loaded,
             tokenizer,
             read,
@@ -538,13 +538,13 @@ def skill_train(
     """
     from skimlm.evaluate.report import facts_text
     from skimlm.progress import progress_bars
-    from skimlm.skills import amortise, document
     from skimlm.skills import compressor as compressing
+    from skimlm.skills import document, train_compressor
 
     if out.exists() and not force:
         raise SkimError(f"{out}: exists, use --force to replace it")
     paths = document.find(skills)
-    usual = amortise.Settings()
+    usual = train_compressor.Settings()
     settings = dataclasses.replace(
         usual,
         steps=usual.steps if steps is None else steps,
@@ -554,7 +554,7 @@ def skill_train(
     loaded, tokenizer = _load(model, device, revision)
     work = out.with_name(out.name + ".partial")
     with progress_bars() as progress:
-        made = amortise.train(
+        made = train_compressor.train(
             loaded, tokenizer, paths, work, settings=settings, start=start, progress=progress
         )
     compressing.write(out, made)

@@ -26,7 +26,7 @@ from torch import Tensor
 from skimlm.errors import SkimError
 from skimlm.evaluate.report import table
 from skimlm.skills import rollout, select, store
-from skimlm.skills.adaptive import ROOM, rows_of
+from skimlm.skills.compression import ROOM, rows_of
 from skimlm.skills.distill import Study, study
 from skimlm.skills.document import Document
 from skimlm.skills.document import read as read_document

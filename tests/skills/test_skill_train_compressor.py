@@ -13,11 +13,11 @@ from skill_sample import CHAT, TEXT, chat_tokenizer, skill_model
 from skimlm.cli import main
 from skimlm.errors import FormatError, SkimError
 from skimlm.runtime.decode import CACHE
-from skimlm.skills import adaptive, amortise, compressor, rollout, select, splice, store
-from skimlm.skills.adaptive import rows_of
+from skimlm.skills import compression, compressor, rollout, select, splice, store, train_compressor
+from skimlm.skills.compression import rows_of
 from skimlm.skills.document import parse
 
-SMALL = amortise.Settings(
+SMALL = train_compressor.Settings(
     steps=12,
     rows=3,
     questions=6,
@@ -111,9 +111,9 @@ def test_a_lesson_is_trained_at_every_resolution(world):
     made = trained(model, tokenizer)
     text = parse(TEXT)
     ids = splice.token_ids(tokenizer, text.text)
-    what = amortise.Lesson(text, ids, None, None)
+    what = train_compressor.Lesson(text, ids, None, None)
     with torch.no_grad():
-        prefixes = amortise._prefixes(model, tokenizer, made, what, [4, 12])
+        prefixes = train_compressor._prefixes(model, tokenizer, made, what, [4, 12])
         assert list(prefixes) == [4, 12]
         for k, prefix in prefixes.items():
             soft = compressor.soft_tokens(made, model, tokenizer, ids, leads(tokenizer, k))
@@ -125,27 +125,27 @@ def test_a_lesson_is_trained_at_every_resolution(world):
 
 def test_steps_take_the_resolutions_in_turn(world, skills, tmp_path, monkeypatch):
     model, tokenizer, _ = world
-    trained_at, real = [], amortise.distill.backward_divergence
+    trained_at, real = [], train_compressor.distill.backward_divergence
 
     def recording(model, prefixes, *rest):
         trained_at.append(list(prefixes))
         return real(model, prefixes, *rest)
 
-    monkeypatch.setattr(amortise.distill, "backward_divergence", recording)
-    amortise.train(model, tokenizer, skills, tmp_path, settings=SMALL)
+    monkeypatch.setattr(train_compressor.distill, "backward_divergence", recording)
+    train_compressor.train(model, tokenizer, skills, tmp_path, settings=SMALL)
     assert trained_at == [[4], [12]] * (SMALL.steps // 2)
 
 
 def test_training_goes_on_from_another_compressor(world, skills, tmp_path):
     model, tokenizer, _ = world
-    first = amortise.train(model, tokenizer, skills, tmp_path, settings=SMALL)
-    more = amortise.train(model, tokenizer, skills, tmp_path, settings=SMALL, start=first)
+    first = train_compressor.train(model, tokenizer, skills, tmp_path, settings=SMALL)
+    more = train_compressor.train(model, tokenizer, skills, tmp_path, settings=SMALL, start=first)
     assert more.facts["held_out_kl"][0] == pytest.approx(min(first.facts["held_out_kl"]), rel=1e-4)
     assert min(more.facts["held_out_kl"]) <= min(first.facts["held_out_kl"])
     assert more.facts["start"] == first.facts and first.facts["start"] is None
     other = dataclasses.replace(first, made_for=first.made_for | {"model": "0" * 64})
     with pytest.raises(SkimError, match="was trained for another model"):
-        amortise.train(model, tokenizer, skills, tmp_path, settings=SMALL, start=other)
+        train_compressor.train(model, tokenizer, skills, tmp_path, settings=SMALL, start=other)
 
 
 @pytest.fixture(scope="module")
@@ -163,22 +163,22 @@ def test_training_lowers_the_divergence_on_skills_it_does_not_see(world, skills,
     model, tokenizer, _ = world
     before = copy.deepcopy(model.state_dict())
     settings = dataclasses.replace(SMALL, steps=40, lr=1e-2)
-    made = amortise.train(model, tokenizer, skills, tmp_path, settings=settings)
+    made = train_compressor.train(model, tokenizer, skills, tmp_path, settings=settings)
     losses = made.facts["held_out_kl"]
     assert len(losses) == 4 and min(losses) < 0.97 * losses[0]
     assert len(made.facts["skills"]) == 3 and len(made.facts["held_out"]) == 1
     assert not set(made.facts["skills"]) & set(made.facts["held_out"])
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     # what is kept is what measured least
-    text = amortise.texts(skills, tokenizer, 1)[1]
-    lessons = [amortise.lesson(model, tokenizer, t, settings) for t in text]
-    again = amortise._measure(model, tokenizer, made, made.values, lessons, settings)
+    text = train_compressor.texts(skills, tokenizer, 1)[1]
+    lessons = [train_compressor.lesson(model, tokenizer, t, settings) for t in text]
+    again = train_compressor._measure(model, tokenizer, made, made.values, lessons, settings)
     assert again == pytest.approx(min(losses), rel=1e-4)
 
 
 def test_a_stopped_training_goes_on_to_the_same_result(world, skills, tmp_path):
     model, tokenizer, _ = world
-    whole = amortise.train(model, tokenizer, skills, tmp_path / "a", settings=SMALL)
+    whole = train_compressor.train(model, tokenizer, skills, tmp_path / "a", settings=SMALL)
 
     class Stop(Exception):
         pass
@@ -190,34 +190,38 @@ def test_a_stopped_training_goes_on_to_the_same_result(world, skills, tmp_path):
                 raise Stop
 
         with pytest.raises(Stop):
-            amortise.train(model, tokenizer, skills, tmp_path / "b", settings=SMALL, progress=stop)
-    again = amortise.train(model, tokenizer, skills, tmp_path / "b", settings=SMALL)
+            train_compressor.train(
+                model, tokenizer, skills, tmp_path / "b", settings=SMALL, progress=stop
+            )
+    again = train_compressor.train(model, tokenizer, skills, tmp_path / "b", settings=SMALL)
     assert again.facts == whole.facts
     assert all(torch.equal(again.values[n], v) for n, v in whole.values.items())
 
 
 def test_lessons_are_made_once_for_all_trainings(world, skills, tmp_path, monkeypatch):
     model, tokenizer, _ = world
-    amortise.train(model, tokenizer, skills[1:], tmp_path, settings=SMALL)
-    asked, real = [], amortise.lesson
+    train_compressor.train(model, tokenizer, skills[1:], tmp_path, settings=SMALL)
+    asked, real = [], train_compressor.lesson
 
     def lesson(model, tokenizer, text, settings):
         asked.append(text.sha256)
         return real(model, tokenizer, text, settings)
 
-    monkeypatch.setattr(amortise, "lesson", lesson)
+    monkeypatch.setattr(train_compressor, "lesson", lesson)
     more = dataclasses.replace(SMALL, steps=1, lr=1e-2)
-    made = amortise.train(model, tokenizer, skills, tmp_path, settings=more)
-    new = amortise.texts(skills[:1], tokenizer, 0)[0]
+    made = train_compressor.train(model, tokenizer, skills, tmp_path, settings=more)
+    new = train_compressor.texts(skills[:1], tokenizer, 0)[0]
     assert asked == [text.sha256 for text in new]
-    alone = amortise.train(model, tokenizer, skills, tmp_path / "alone", settings=more)
+    alone = train_compressor.train(model, tokenizer, skills, tmp_path / "alone", settings=more)
     assert all(torch.equal(made.values[n], v) for n, v in alone.values.items())
-    amortise.train(model, tokenizer, skills, tmp_path, settings=dataclasses.replace(more, seed=1))
+    train_compressor.train(
+        model, tokenizer, skills, tmp_path, settings=dataclasses.replace(more, seed=1)
+    )
     assert len(asked) > 2 * len(new) + len(skills)
 
 
 def test_long_skills_become_chunks_and_nothing_of_them_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(amortise, "LONGEST", 200)
+    monkeypatch.setattr(train_compressor, "LONGEST", 200)
     tokenizer = chat_tokenizer()
     files = []
     for i in range(2):
@@ -225,7 +229,7 @@ def test_long_skills_become_chunks_and_nothing_of_them_is_lost(tmp_path, monkeyp
         more = "".join(f"\n## Part {j} of {i}\n\n" + "word " * 30 for j in range(5))
         more += "\n## One line\n\n" + "long " * 300
         files[-1].write_text(TEXT + more)
-    learned, held = amortise.texts(files, tokenizer, 1)
+    learned, held = train_compressor.texts(files, tokenizer, 1)
     for parts in (learned, held):
         assert len(parts) > 3
         sizes = [len(splice.token_ids(tokenizer, p.text)) for p in parts]
@@ -233,7 +237,7 @@ def test_long_skills_become_chunks_and_nothing_of_them_is_lost(tmp_path, monkeyp
         assert max(sizes) <= 400 and sum(size > 200 for size in sizes) >= 2
         assert "".join(p.text for p in parts).strip() in [f.read_text().strip() for f in files]
     with pytest.raises(SkimError, match="2 skills to train on: more than 4 are needed"):
-        amortise.texts(files, tokenizer, 4)
+        train_compressor.texts(files, tokenizer, 4)
 
 
 def test_the_file_keeps_what_it_is_given(world, tmp_path):
@@ -301,7 +305,7 @@ def test_the_command_trains_and_compress_uses_it(skills, tokenizer, tmp_path, mo
     skill_model(dtype=torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(CHAT)
-    monkeypatch.setattr(amortise, "Settings", lambda: SMALL)
+    monkeypatch.setattr(train_compressor, "Settings", lambda: SMALL)
     made = run("skill", "train", out, "--model", folder, "--skills", skills[0].parent, "--json")
     assert made.exit_code == 0, made.output
     facts = json.loads(made.stdout)
@@ -335,7 +339,7 @@ def test_one_that_comes_with_the_package_needs_no_file(world, tmp_path, monkeypa
     made = trained(model, tokenizer)
     compressor.write(tmp_path / "b.safetensors", made)
     monkeypatch.setattr(compressor, "SHIPPED", tmp_path)
-    skill = adaptive.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)
+    skill = compression.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)
     with torch.no_grad():
         made = compressor.read(tmp_path / "b.safetensors")
         ids = splice.token_ids(tokenizer, parse(TEXT).text)
@@ -343,7 +347,7 @@ def test_one_that_comes_with_the_package_needs_no_file(world, tmp_path, monkeypa
     assert torch.equal(skill.soft, want)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(SkimError, match="no compressor comes with skimlm for this model"):
-        adaptive.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)
+        compression.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)
 
 
 @pytest.mark.parametrize("file", sorted(compressor.SHIPPED.glob("*.safetensors")), ids=str)
