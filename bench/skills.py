@@ -44,7 +44,7 @@ def measure(model, tokenizer, file, args):
     return scored(model, tokenizer, read, served, (), file, args) | {
         "served": served.k,
         "cpu_seconds": evidence["cpu_seconds"],
-        "dev": evidence["rungs"],
+        "dev": evidence["candidates"],
         "trainings": evidence["trainings"],
         "settings": evidence["settings"],
     }
@@ -54,7 +54,7 @@ def compare(model, tokenizer, file, args):
     """One skill by all methods at all sizes."""
     read = document.read(file)
     ids = compression.token_ids(tokenizer, read.text)
-    half = compression.rungs(len(ids), splice.wrapper_tokens(tokenizer))[-1]
+    half = compression.resolutions(len(ids), splice.wrapper_tokens(tokenizer))[-1]
     most = min(SIZES[-1], half)
     seconds = timed(model, tokenizer, read, ids)
     others, trainings, ladder = [], [], compression.nest(most)

@@ -69,7 +69,7 @@ def test_the_default_is_adaptive_and_prints_its_evidence(folder, source, quick):
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
     assert result.stdout.count("\n") == 1
-    tried = {row["method"] for row in facts["rungs"]}
+    tried = {row["method"] for row in facts["candidates"]}
     assert tried == {"distill", "head", "leads", "sections"}
     assert facts["evidence"]["questions"] == {"train": 6, "dev": 4}
     assert facts["source"] == "SKILL.md" and "distill" in result.stderr

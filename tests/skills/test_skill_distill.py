@@ -36,7 +36,7 @@ def test_the_full_text_has_no_divergence_from_itself(world):
 
 def test_the_teachers_answers_are_scored_as_in_one_piece(world):
     model, tokenizer, ids, _, train, _ = world
-    pieces = splice.frame(tokenizer, [[ids]], train.asked[0])
+    pieces = splice.frame(tokenizer, [[ids]], train.questions[0])
     whole = torch.cat([*pieces, train.answers[0][:-1]])[None]
     with torch.no_grad():
         want = model.get_decoder()(input_ids=whole).last_hidden_state[0, -len(train.answers[0]) :]
@@ -69,7 +69,7 @@ def test_only_soft_tokens_get_gradients(world):
 
 
 @pytest.mark.parametrize("at_once", [1, 100])
-def test_the_loss_is_the_mean_divergence_per_token_of_the_rows_it_deals(
+def test_the_loss_is_the_mean_divergence_per_token_of_its_rows_at_their_resolutions(
     world, at_once, monkeypatch
 ):
     model, tokenizer, ids, _, train, _ = world
@@ -79,9 +79,9 @@ def test_the_loss_is_the_mean_divergence_per_token_of_the_rows_it_deals(
     got = distilling.backward_divergence(model, prefixes, train, [5, 1, 7], 2)
     gradient, soft.grad = soft.grad, None
     total, tokens = 0.0, 0
-    assert distilling.deal(2, 3, 2) == [1, 1, 0]
+    assert distilling.assign(2, 3, 2) == [1, 1, 0]
     for row, k in ((5, 12), (1, 12), (7, 4)):
-        pieces = splice.frame(tokenizer, [[soft[:k]]], train.asked[row])
+        pieces = splice.frame(tokenizer, [[soft[:k]]], train.questions[row])
         tail = model.get_input_embeddings()(train.answers[row][:-1])
         whole = torch.cat([splice.embed(model, pieces)[0], tail])[None]
         logits = model(inputs_embeds=whole).logits[0, -len(train.answers[row]) :]
@@ -93,10 +93,10 @@ def test_the_loss_is_the_mean_divergence_per_token_of_the_rows_it_deals(
     torch.testing.assert_close(gradient, soft.grad, atol=1e-6, rtol=1e-3)
 
 
-def test_rows_are_dealt_to_larger_rungs_more_often():
-    hands = [hand for step in range(10) for hand in distilling.deal(4, 7, step)]
-    assert [hands.count(i) for i in range(4)] == [7, 14, 21, 28]
-    assert distilling.deal(4, 7, 0) == [3, 3, 3, 3, 2, 2, 2]
+def test_rows_are_read_at_larger_resolutions_more_often():
+    numbers = [number for step in range(10) for number in distilling.assign(4, 7, step)]
+    assert [numbers.count(i) for i in range(4)] == [7, 14, 21, 28]
+    assert distilling.assign(4, 7, 0) == [3, 3, 3, 3, 2, 2, 2]
 
 
 def test_thirty_steps_reduce_the_divergence_they_train_on(world):
@@ -197,7 +197,7 @@ def test_a_stopped_training_goes_on_to_the_same_vectors(world, tmp_path):
 def test_without_a_skill_the_question_stands_alone(world):
     model, tokenizer, *_, dev = world
     total = 0.0
-    for asked, answer, teacher in zip(dev.asked, dev.answers, dev.teacher, strict=True):
+    for asked, answer, teacher in zip(dev.questions, dev.answers, dev.teacher, strict=True):
         ids = torch.cat([*splice.frame(tokenizer, [], asked), answer[:-1]])[None]
         with torch.no_grad():
             logits = model(ids).logits[0, -len(answer) :].log_softmax(-1)

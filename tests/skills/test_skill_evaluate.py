@@ -12,7 +12,7 @@ from skill_sample import CHAT, TEXT, chat_tokenizer, skill_model
 from skimlm.errors import SkimError
 from skimlm.skills import compression, evaluate, recall, rollout, select, splice, store
 from skimlm.skills import compressor as compressing
-from skimlm.skills.compression import CANDIDATES, Settings, choose, compress, rows_of
+from skimlm.skills.compression import UNTRAINED, Settings, choose, compress, rows_of
 from skimlm.skills.distill import Distilled
 from skimlm.skills.document import body_start, literals, parse
 from skimlm.skills.splice import Pin
@@ -29,7 +29,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def made(world):
-    return compress(*world, DOCUMENT, settings=QUICK, source="SKILL.md")
+    return compress(*world, dataclasses.replace(DOCUMENT, source="SKILL.md"), settings=QUICK)
 
 
 # ---- statistics
@@ -90,7 +90,7 @@ def test_the_facts_are_those_of_whole_prompts(world, made, tmp_path):
     test = evaluate.study(model, tokenizer, DOCUMENT, text, "test", 5, 6, evaluate.SEED)
     sums = {"skill": 0.0, "none": 0.0, "nll": 0.0, "agree": 0.0}
     table, count = model.get_input_embeddings(), 0
-    for asked, said in zip(test.asked, test.answers, strict=True):
+    for asked, said in zip(test.questions, test.answers, strict=True):
 
         def log_p(skills, asked=asked, said=said):
             pieces = [*splice.frame(tokenizer, skills, asked), said[:-1]]
@@ -204,21 +204,21 @@ def test_the_smallest_that_is_good_enough_is_chosen():
 
 
 def test_the_ladder_ends_at_half_of_the_text():
-    assert compression.rungs(811) == [40, 54, 72, 96, 128, 171, 228, 304, 405]
-    assert compression.rungs(40) == [20] and compression.rungs(1) == [1]
-    half = compression.rungs(811, 6)[-1]
+    assert compression.resolutions(811) == [40, 54, 72, 96, 128, 171, 228, 304, 405]
+    assert compression.resolutions(40) == [20] and compression.resolutions(1) == [1]
+    half = compression.resolutions(811, 6)[-1]
     assert (half + 6) / (811 + 6) <= 0.5 < (half + 7) / (811 + 6)
 
 
 def test_adaptive_compression_is_deterministic_and_keeps_its_evidence(world, made, tmp_path):
-    again = compress(*world, DOCUMENT, settings=QUICK, source="SKILL.md")
+    again = compress(*world, dataclasses.replace(DOCUMENT, source="SKILL.md"), settings=QUICK)
     for name, skill in (("a.skim", made), ("b.skim", again)):
         store.write(tmp_path / name, skill)
     assert (tmp_path / "a.skim").read_bytes() == (tmp_path / "b.skim").read_bytes()
-    rungs = made.evidence["rungs"]
+    rungs = made.evidence["candidates"]
     n = len(DOCUMENT.text)
-    ladder = compression.rungs(n, splice.wrapper_tokens(world[1]))
-    tried = {m: [r["k"] for r in rungs if r["method"] == m] for m in (*CANDIDATES, "distill")}
+    ladder = compression.resolutions(n, splice.wrapper_tokens(world[1]))
+    tried = {m: [r["k"] for r in rungs if r["method"] == m] for m in (*UNTRAINED, "distill")}
     assert (
         tried["head"]
         == tried["leads"]
@@ -238,7 +238,7 @@ def pretended(world, monkeypatch):
     Returns the ladder, what was asked for (sizes, start, how), and a place for other closures.
     """
     asked, others = [], {}
-    ladder = compression.rungs(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))
+    ladder = compression.resolutions(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))
 
     def distill(model, tokenizer, start, pins, sizes, train, dev, training, **_):
         asked.append((sizes, start.clone(), training))
@@ -265,7 +265,7 @@ def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, pr
     ladder, asked, _ = pretended
     made = compress(*world, DOCUMENT, settings=QUICK)
     assert [sizes for sizes, *_ in asked[:-1]] == [[k] for k in ladder[:-5:-1]]
-    none = made.evidence["rungs"][0]["none"]
+    none = made.evidence["candidates"][0]["none"]
     goal = pytest.approx(max(0.1 * none, compression.ENOUGH))
     assert [(how.steps, how.goal) for *_, how in asked] == [
         (4, goal),
@@ -281,7 +281,7 @@ def test_what_will_be_served_is_trained_on(world, pretended):
     sizes, start, _ = asked[-1]
     assert sizes == [ladder[-3]] and torch.equal(start, (asked[2][1] + 1).bfloat16().float())
     assert torch.equal(made.soft, (start + 1).bfloat16())
-    assert made.evidence["rungs"][-1]["k"] == made.k
+    assert made.evidence["candidates"][-1]["k"] == made.k
     others["floor"] = 1.0  # unless it loses literals that it had
     made = compress(*world, DOCUMENT, floor=0.5, settings=QUICK)
     assert torch.equal(made.soft, start.bfloat16()) and made.k == ladder[-3]
@@ -329,7 +329,9 @@ def test_a_compressor_is_tried_before_training_and_may_be_its_start(world, prete
     others.update({("amortised", k): 0.7 for k in ladder})
     others.update({("head", k): 0.95 for k in ladder if k > few[-1]})
     made = compress(*world, DOCUMENT, settings=QUICK, compressor=compressor)
-    assert [row["k"] for row in made.evidence["rungs"] if row["method"] == "amortised"] == [few[-1]]
+    assert [row["k"] for row in made.evidence["candidates"] if row["method"] == "amortised"] == [
+        few[-1]
+    ]
     assert torch.equal(asked[0][1].bfloat16(), want[few[-1]].soft)
     assert made.evidence["trainings"][0]["start"] == "amortised"
     asked.clear()
@@ -342,12 +344,12 @@ def test_a_compressor_is_tried_before_training_and_may_be_its_start(world, prete
 
 def test_pins_are_kept_whatever_plain_words_would_do(world, pretended):
     ladder, _, others = pretended
-    others.update({(method, k): 0.99 for method in CANDIDATES for k in range(1, 300)})
+    others.update({(method, k): 0.99 for method in UNTRAINED for k in range(1, 300)})
     made = compress(*world, DOCUMENT, pin=True, settings=QUICK)
     assert made.method == "distill" and "`notes scan --all`" in [pin.text for pin in made.pins]
-    assert {row["method"] for row in made.evidence["rungs"]} == {"distill"}
+    assert {row["method"] for row in made.evidence["candidates"]} == {"distill"}
     prose = compression.layout(*world, DOCUMENT, None, True)[0]  # half of it, beside the pins
-    assert made.evidence["rungs"][0]["k"] == (len(prose) + 18) // 2 - 18
+    assert made.evidence["candidates"][0]["k"] == (len(prose) + 18) // 2 - 18
 
 
 def test_a_size_starts_from_its_best_words_too(world, pretended):
@@ -359,7 +361,7 @@ def test_a_size_starts_from_its_best_words_too(world, pretended):
     assert torch.equal(start, rows_of(world[0], ids[kept(world, "sections", 150)]).float())
     assert sizes == [32, 64, 128, 150] and how.goal == 0
     compress(*world, DOCUMENT, method="distill", settings=QUICK)
-    half = compression.rungs(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))[-1]
+    half = compression.resolutions(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))[-1]
     assert asked[1][0] == [32, 64, 128, half]
 
 
@@ -368,7 +370,7 @@ def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch
     made = compress(*world, DOCUMENT, settings=QUICK)
     n = len(DOCUMENT.text)
     assert made.k is None
-    assert made.ladder == (compression.rungs(n, splice.wrapper_tokens(world[1]))[-1],)
+    assert made.ladder == (compression.resolutions(n, splice.wrapper_tokens(world[1]))[-1],)
     assert len(made.evidence["trainings"]) == 1  # the largest size was enough to know
 
 

@@ -42,7 +42,7 @@ def skill(model, tokenizer, **changes):
         16,
         "distill",
         store.fingerprints(model, tokenizer),
-        {"text_tokens": 410, "rungs": []},
+        {"text_tokens": 410, "candidates": []},
         "SKILL.md",
     )
     return replace(made, **changes)
@@ -263,9 +263,12 @@ def test_vectors_of_another_width_are_refused_by_the_model(tmp_path, model, toke
 
 def test_inspect_shows_what_is_inside(tmp_path, model, tokenizer):
     path = tmp_path / "a.skim"
-    rung = {"method": "head", "k": 8, "tokens": 26, "closure": 0.51, "kl": 0.2}
-    store.write(path, skill(model, tokenizer, evidence={"rungs": [rung], "kl_no_skill": 0.4}))
+    row = {"method": "head", "k": 8, "tokens": 26, "closure": 0.51, "kl": 0.2}
+    store.write(path, skill(model, tokenizer, evidence={"rungs": [row], "kl_no_skill": 0.4}))
+    older = store.inspect(path)
+    store.write(path, skill(model, tokenizer, evidence={"candidates": [row], "kl_no_skill": 0.4}))
     facts = store.inspect(path)
+    assert facts["candidates"] == older["candidates"] == [row]
     json.dumps(facts)
     assert (facts["name"], facts["k"], facts["resolutions"]) == ("tidy-notes", 16, [8, 16, 32])
     lines = store.inspect_text(facts).splitlines()

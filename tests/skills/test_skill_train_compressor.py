@@ -48,7 +48,7 @@ def trained(model, tokenizer, seed=1):
 
 def leads(tokenizer, k, most=16):
     document = parse(TEXT)
-    return select.leads(document, select.tokens(tokenizer, document.text)[1], k, most)
+    return select.section_leads(document, select.tokens(tokenizer, document.text)[1], k, most)
 
 
 def test_untrained_it_is_the_beginnings_of_all_sections(world):

@@ -494,7 +494,6 @@ def skill_compress(
             tokenizer,
             read,
             settings=settings,
-            source=Path(path).name,
             progress=progress,
             **options,
         )

@@ -34,18 +34,18 @@ from skimlm.skills.rollout import Prefix
 from skimlm.skills.splice import Pin, closing, opening, pieces_of, token_ids, wrapper_tokens
 from skimlm.skills.store import Skill, check_reach, fingerprints
 
-NESTED = (32, 64, 128, 256, 512, 1024, 2048)  # sizes below one that is asked for
+NESTED = (32, 64, 128, 256, 512, 1024, 2048)  # sizes below one that is set
 MOST, LEAST = 0.5, 32  # of the text: above it soft tokens are not worth their trouble; tokens
-RUNG = 0.75  # of the size before
+SHRINK = 0.75  # a resolution, of the one before
 ENOUGH = 0.05  # nats per token: as good as the text, however small the effect of the skill
-CANDIDATES = ("head", "leads", "sections")  # untrained
+UNTRAINED = ("head", "leads", "sections")  # methods tried before any training
 ROOM = 256  # positions kept for a question and its answer
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is asked and trained; the defaults take minutes per skill on a CPU."""
+    """How much is studied and trained; the defaults take minutes per skill on a CPU."""
 
     train: int = 96  # questions
     dev: int = 24
@@ -69,7 +69,6 @@ def compress(
     floor: float = 0.0,
     pin: bool = False,
     settings: Settings | None = None,
-    source: str = "",
     compressor: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Skill:
@@ -80,49 +79,60 @@ def compress(
     k = budget(len(ids), tokens, ratio)
     if method == "adaptive" and k is not None:
         method = "distill"
-    made_for = fingerprints(model, tokenizer)
     if method in select.METHODS:
         if k is None:
             raise SkimError(f"--method {method} needs a size: give --ratio or --tokens")
         kept = ids[select.keep(model, tokenizer, document, k, method)]
-        facts = {"text_tokens": len(ids), "skimlm": __version__}
-        return Skill(document, rows_of(model, kept), (), (k,), k, method, made_for, facts, source)
+        return _untrained_skill(model, tokenizer, document, rows_of(model, kept), method, ids)
     trained = _compressor(model, tokenizer, compressor)
     if method == "amortised":
-        return _amortised(model, tokenizer, document, ids, k, made_for, trained, source)
+        return _amortised(model, tokenizer, document, ids, k, trained)
     start, pins = layout(model, tokenizer, document, ids, pin)
-    task = _task(
+    search = _search(
         model, tokenizer, document, ids, start, pins, trained, settings, target, floor, progress
     )
-    ladder = rungs(len(start), wrapper_tokens(tokenizer))
+    ladder = resolutions(len(start), wrapper_tokens(tokenizer))
     if method == "adaptive":
-        made = _fewest(task, ladder)
-    else:
-        made = _sized(task, nest(min(k or ladder[-1], len(start))))
+        return _skill(search, _fewest(search, ladder))
+    return _skill(search, _sized(search, nest(min(k or ladder[-1], len(start)))))
+
+
+def _skill(search: _Search, made: _Result) -> Skill:
+    """The artefact, with all that was measured on the way."""
     evidence = {
-        "text_tokens": len(ids),
-        "target": target,
-        "floor": floor,
-        "kl_no_skill": task.none / task.dev.tokens,
-        "questions": {"train": len(task.train.asked), "dev": len(task.dev.asked)},
-        "answer_tokens": settings.answer,
-        "rungs": made.rows,
+        "text_tokens": len(search.ids),
+        "target": search.target,
+        "floor": search.floor,
+        "kl_no_skill": search.none / search.dev.tokens,
+        "questions": {"train": len(search.train.questions), "dev": len(search.dev.questions)},
+        "answer_tokens": search.settings.answer,
+        "candidates": made.measured,
         "trainings": made.trainings,
-        "settings": vars(settings),
+        "settings": vars(search.settings),
         "skimlm": __version__,
     }
     chosen = made.chosen
     return Skill(
-        document,
+        search.document,
         made.soft,
         made.pins,
         tuple(made.ladder),
         chosen["k"] if chosen else None,
         chosen["method"] if chosen else "distill",
-        made_for,
+        fingerprints(search.model, search.tokenizer),
         evidence,
-        source,
+        search.document.source,
     )
+
+
+def _untrained_skill(
+    model: Any, tokenizer: Any, document: Document, soft: Tensor, method: str, ids: Tensor,
+    **facts: Any,
+) -> Skill:  # fmt: skip
+    """The artefact of a method that neither trains nor measures; `ids` are the text's."""
+    k, evidence = len(soft), {"text_tokens": len(ids), "skimlm": __version__, **facts}
+    made_for = fingerprints(model, tokenizer)
+    return Skill(document, soft, (), (k,), k, method, made_for, evidence, document.source)
 
 
 def _compressor(
@@ -142,9 +152,7 @@ def _amortised(
     document: Document,
     ids: Tensor,
     k: int | None,
-    made_for: dict[str, Any],
     trained: Compressor | None,
-    source: str,
 ) -> Skill:
     """One pass of a trained compressor; by default a quarter of the text."""
     if trained is None:
@@ -152,7 +160,7 @@ def _amortised(
             "no compressor comes with skimlm for this model: "
             "train one (skimlm skill train) and give it with --compressor FILE"
         )
-    sections = compressing.leads(trained, tokenizer, document, k or max(1, len(ids) // 4))
+    sections = compressing.section_leads(trained, tokenizer, document, k or max(1, len(ids) // 4))
     made = sum(map(len, sections))
     if k is not None and made < k:
         raise SkimError(
@@ -161,12 +169,13 @@ def _amortised(
         )
     with torch.no_grad():
         soft = compressing.soft_tokens(trained, model, tokenizer, ids, sections).to(torch.bfloat16)
-    facts = {"text_tokens": len(ids), "skimlm": __version__, "compressor": dict(trained.facts)}
-    return Skill(document, soft, (), (made,), made, "amortised", made_for, facts, source)
+    return _untrained_skill(
+        model, tokenizer, document, soft, "amortised", ids, compressor=dict(trained.facts)
+    )
 
 
 def budget(text_tokens: int, tokens: int | None, ratio: float | None) -> int | None:
-    """Soft tokens asked for; None: not said."""
+    """Soft tokens to make of a text of so many tokens; None where no size is set."""
     if tokens is None and ratio is None:
         return None
     k = tokens if tokens is not None else round(ratio * text_tokens)  # type: ignore[operator]
@@ -177,17 +186,17 @@ def budget(text_tokens: int, tokens: int | None, ratio: float | None) -> int | N
     return k
 
 
-def rungs(tokens: int, wrapper: int = 0) -> list[int]:
+def resolutions(tokens: int, wrapper: int = 0) -> list[int]:
     """Half of what is not pinned, the wrapper counted on both sides, and less; ascending."""
     sizes = [max(1, int((tokens + wrapper) * MOST) - wrapper)]
-    while (k := round(RUNG * sizes[-1])) >= LEAST:
+    while (k := round(SHRINK * sizes[-1])) >= LEAST:
         sizes.append(k)
     return sizes[::-1]
 
 
 def nest(k: int) -> list[int]:
     """A fixed size with the powers of two below it."""
-    return [rung for rung in NESTED if rung < 0.9 * k] + [k]
+    return [size for size in NESTED if size < 0.9 * k] + [k]
 
 
 def rows_of(model: Any, ids: Tensor) -> Tensor:
@@ -229,8 +238,8 @@ def choose(
 
 
 @dataclass(frozen=True)
-class _Task:
-    """A skill to be distilled: what it starts from, how the model behaves with and without it."""
+class _Search:
+    """A skill to be compressed: where soft tokens start, how the model does with and without it."""
 
     model: Any
     tokenizer: Any
@@ -250,18 +259,18 @@ class _Task:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Result:
     """Soft tokens with what was measured on the way; `chosen` is one of the rows."""
 
     soft: Tensor
     pins: tuple[Pin, ...]
     ladder: list[int]
-    rows: list[dict[str, Any]]
+    measured: list[dict[str, Any]]
     trainings: list[dict[str, Any]]
     chosen: dict[str, Any] | None
 
 
-def _task(
+def _search(
     model: Any,
     tokenizer: Any,
     document: Document,
@@ -273,7 +282,7 @@ def _task(
     target: float,
     floor: float,
     progress: Progress | None,
-) -> _Task:
+) -> _Search:
     tell = progress or (lambda phase, done, total: None)
     tell("study", 0, 3)
     with torch.no_grad():
@@ -285,25 +294,25 @@ def _task(
         tell("study", i + 1, 3)
     train, dev = studies
     none = sum(without(model, tokenizer, dev))
-    asked = known(model, tokenizer, document, text)
+    literals = known(model, tokenizer, document, text)
     tell("study", 3, 3)
-    return _Task(
-        model, tokenizer, document, ids, start, pins, compressor, train, dev, none, asked,
+    return _Search(
+        model, tokenizer, document, ids, start, pins, compressor, train, dev, none, literals,
         settings, target, floor, progress,
     )  # fmt: skip
 
 
-def _sized(task: _Task, ladder: list[int]) -> _Made:
+def _sized(search: _Search, ladder: list[int]) -> _Result:
     """Distilled to the largest of `ladder`, nested: the others are good beginnings of it."""
     most = ladder[-1]
-    untrained = _candidates(task, most)
-    start = _words(task, _best(untrained), most)
-    soft, pins, trained = _trained(task, start, ladder, task.settings.steps)
-    rows = [_distilled(task, soft, pins, k) for k in ladder] + untrained
-    return _Made(soft, pins, ladder, rows, [trained], rows[len(ladder) - 1])
+    untrained = _untrained(search, most)
+    start = _words(search, _best(untrained), most)
+    soft, pins, trained = _trained(search, start, ladder, search.settings.steps)
+    rows = [_distilled(search, soft, pins, k) for k in ladder] + untrained
+    return _Result(soft, pins, ladder, rows, [trained], rows[len(ladder) - 1])
 
 
-def _fewest(task: _Task, ladder: list[int]) -> _Made:
+def _fewest(search: _Search, ladder: list[int]) -> _Result:
     """The fewest soft tokens that are good enough.
 
     From the largest size down: plain words as long as they do, then trained, each size alone and
@@ -314,50 +323,50 @@ def _fewest(task: _Task, ladder: list[int]) -> _Made:
     """
     rows, trainings, best = [], [], None
     method, last = "", None  # where training starts; the last soft tokens and their places
-    few = -(-task.settings.steps // 2)
+    few = -(-search.settings.steps // 2)
     for k in reversed(ladder):
         if last is None:
-            untrained = _candidates(task, k)
+            untrained = _untrained(search, k)
             rows += untrained
-            if choose(untrained, task.target, task.floor):
+            if choose(untrained, search.target, search.floor):
                 continue
             method = _best(untrained)
-        kept = _places(task, method, k)
-        start = last[0][torch.isin(last[1], kept)] if last else _words(task, method, k)
-        steps = few if last else task.settings.steps
-        soft, pins, trained = _trained(task, start, [k], steps, goal=True)
+        kept = _places(search, method, k)
+        start = last[0][torch.isin(last[1], kept)] if last else _words(search, method, k)
+        steps = few if last else search.settings.steps
+        soft, pins, trained = _trained(search, start, [k], steps, goal=True)
         last = soft, kept
-        rows.append(_distilled(task, soft, pins, k))
+        rows.append(_distilled(search, soft, pins, k))
         trainings.append(trained | {"start": "distill" if best else method})
-        good = choose(rows[-1:], task.target, task.floor) is not None
+        good = choose(rows[-1:], search.target, search.floor) is not None
         if good or best is None:
             best = soft, pins, [k]
         if not good:
             break
-    chosen = choose(rows, task.target, task.floor)
+    chosen = choose(rows, search.target, search.floor)
     if chosen and chosen["method"] != "distill":
-        best = _words(task, chosen["method"], chosen["k"]), (), [chosen["k"]]
+        best = _words(search, chosen["method"], chosen["k"]), (), [chosen["k"]]
     elif chosen and best:
-        soft, pins, trained = _trained(task, best[0], best[2], few)
-        rows.append(_distilled(task, soft, pins, chosen["k"]))
+        soft, pins, trained = _trained(search, best[0], best[2], few)
+        rows.append(_distilled(search, soft, pins, chosen["k"]))
         trainings.append(trained | {"start": "distill"})
-        if better := choose(rows[-1:], task.target, task.floor):
+        if better := choose(rows[-1:], search.target, search.floor):
             best, chosen = (soft, pins, best[2]), better
     assert best is not None
-    return _Made(*best, rows, trainings, chosen)
+    return _Result(*best, rows, trainings, chosen)
 
 
-def _candidates(task: _Task, k: int) -> list[dict[str, Any]]:
+def _untrained(search: _Search, k: int) -> list[dict[str, Any]]:
     """What untrained methods and a compressor do at a size; none of them keeps pins."""
-    if task.pins:
+    if search.pins:
         return []
-    methods = [*CANDIDATES, "amortised"] if len(_places(task, "amortised", k)) == k else CANDIDATES
+    methods = [*UNTRAINED, "amortised"] if len(_places(search, "amortised", k)) == k else UNTRAINED
     rows = []
     for method in methods:
-        words = _words(task, method, k)
+        words = _words(search, method, k)
         with torch.no_grad():
-            prefix = rollout.read(task.model, opening(task.tokenizer, [[words]]))
-        rows.append(_measured(task, method, k, k, prefix))
+            prefix = rollout.read(search.model, opening(search.tokenizer, [[words]]))
+        rows.append(_measured(search, method, k, k, prefix))
     return rows
 
 
@@ -366,76 +375,76 @@ def _best(rows: Sequence[dict[str, Any]]) -> str:
     return max(rows, key=lambda row: row["closure"])["method"] if rows else "head"
 
 
-def _places(task: _Task, method: str, k: int) -> Tensor:
-    """Rows of `task.start` that k soft tokens stand for; between pins, the first."""
-    if task.pins:
+def _places(search: _Search, method: str, k: int) -> Tensor:
+    """Rows of `search.start` that k soft tokens stand for; between pins, the first."""
+    if search.pins:
         return torch.arange(k)
     if method == "amortised":
-        return torch.tensor([place for places in _leads(task, k) for place in places])
-    return select.keep(task.model, task.tokenizer, task.document, k, method)
+        return torch.tensor([place for places in _section_leads(search, k) for place in places])
+    return select.keep(search.model, search.tokenizer, search.document, k, method)
 
 
-def _leads(task: _Task, k: int) -> list[list[int]]:
+def _section_leads(search: _Search, k: int) -> list[list[int]]:
     """Places that the compressor makes soft tokens for, by section; none without one."""
-    if task.compressor is None:
+    if search.compressor is None:
         return []
-    return compressing.leads(task.compressor, task.tokenizer, task.document, k)
+    return compressing.section_leads(search.compressor, search.tokenizer, search.document, k)
 
 
-def _words(task: _Task, method: str, k: int) -> Tensor:
+def _words(search: _Search, method: str, k: int) -> Tensor:
     """Vectors [k, d] in bfloat16 that an untrained method, or the compressor, would serve."""
-    if method != "amortised" or task.compressor is None:
-        return task.start[_places(task, method, k)].to(torch.bfloat16)
+    if method != "amortised" or search.compressor is None:
+        return search.start[_places(search, method, k)].to(torch.bfloat16)
     with torch.no_grad():
         soft = compressing.soft_tokens(
-            task.compressor, task.model, task.tokenizer, task.ids, _leads(task, k)
+            search.compressor, search.model, search.tokenizer, search.ids, _section_leads(search, k)
         )
     return soft.to(torch.bfloat16).cpu()
 
 
 def _trained(
-    task: _Task, start: Tensor, ladder: list[int], steps: int, goal: bool = False
+    search: _Search, start: Tensor, ladder: list[int], steps: int, goal: bool = False
 ) -> tuple[Tensor, tuple[Pin, ...], dict[str, Any]]:
     """Soft tokens [k, d] from `start` [k, d] for the sizes of `ladder`, pins, how training went.
 
     With `goal` only as far as the target asks.
     """
-    k, settings = ladder[-1], task.settings
-    none = task.none / task.dev.tokens
-    needed = max((1 - task.target) * none, ENOUGH) if goal else 0.0
-    pins = tuple(Pin(min(p.at, k), p.text) for p in task.pins)
+    k, settings = ladder[-1], search.settings
+    none = search.none / search.dev.tokens
+    needed = max((1 - search.target) * none, ENOUGH) if goal else 0.0
+    pins = tuple(Pin(min(p.at, k), p.text) for p in search.pins)
     training = Training(
         steps, settings.rows, settings.lr, settings.check, goal=needed, seed=settings.seed
     )
     found = distill(
-        task.model, task.tokenizer, start, pins, ladder, task.train, task.dev, training,
-        progress=task.progress,
+        search.model, search.tokenizer, start, pins, ladder, search.train, search.dev, training,
+        progress=search.progress,
     )  # fmt: skip
     facts = {"ladder": ladder, "step": found.step, "history": found.history}
     return found.soft.to(torch.bfloat16), pins, facts
 
 
-def _distilled(task: _Task, soft: Tensor, pins: tuple[Pin, ...], k: int) -> dict[str, Any]:
+def _distilled(search: _Search, soft: Tensor, pins: tuple[Pin, ...], k: int) -> dict[str, Any]:
     """Dev closure of soft tokens as they will be served."""
     with torch.no_grad():
-        prefix = nested(task.model, task.tokenizer, soft[:k], pins, [k])[k]
-    tokens = sum(len(piece) for piece in pieces_of(task.tokenizer, soft, pins, k))
-    return _measured(task, "distill", k, tokens, prefix)
+        prefix = nested(search.model, search.tokenizer, soft[:k], pins, [k])[k]
+    tokens = sum(len(piece) for piece in pieces_of(search.tokenizer, soft, pins, k))
+    return _measured(search, "distill", k, tokens, prefix)
 
 
-def _measured(task: _Task, method: str, k: int, tokens: int, prefix: Prefix) -> dict[str, Any]:
+def _measured(search: _Search, method: str, k: int, tokens: int, prefix: Prefix) -> dict[str, Any]:
     """A row of the evidence; literals are asked for where they decide."""
-    total = sum(divergences(task.model, prefix, task.dev))
+    total = sum(divergences(search.model, prefix, search.dev))
     row: dict[str, Any] = {
         "method": method,
         "k": k,
-        "tokens": tokens + wrapper_tokens(task.tokenizer),
-        "closure": 1 - total / task.none if task.none > 0 else 0.0,
-        "kl": total / task.dev.tokens,
+        "tokens": tokens + wrapper_tokens(search.tokenizer),
+        "closure": 1 - total / search.none if search.none > 0 else 0.0,
+        "kl": total / search.dev.tokens,
         "literal_recall": None,
     }
-    if method == "distill" or row["closure"] >= task.target or row["kl"] <= ENOUGH:
-        row["literal_recall"] = share(task.model, task.tokenizer, prefix, task.literals)
+    if method == "distill" or row["closure"] >= search.target or row["kl"] <= ENOUGH:
+        row["literal_recall"] = share(search.model, search.tokenizer, prefix, search.literals)
     return row
 
 
@@ -443,5 +452,5 @@ def without(model: Any, tokenizer: Any, study: Study) -> list[float]:
     """Sum of KL per answer of a model that has no skill at all."""
     with torch.no_grad():
         bare = rollout.read(model, opening(tokenizer, []))
-    asked = [closing(tokenizer, question, False) for question in study.asked]
-    return divergences(model, bare, Study(study.asked, asked, study.answers, study.teacher))
+    bare_ids = [closing(tokenizer, question, False) for question in study.questions]
+    return divergences(model, bare, Study(study.questions, bare_ids, study.answers, study.teacher))

@@ -10,11 +10,12 @@
     P(x) = out GELU(in x + bias) / sqrt(h)                   h: width inside; a step of Adam on
                                                              `out` moves a sum of h terms at once
 
-Slots stand for the first tokens of sections (`leads` of select.py says of how many), each behind
-the whole text and the slots of its own section before it, and behind nothing else: the first of a
-section's soft tokens are what fewer of them would have been. `out` starts at 0: what is not trained
-is leads, and training can be judged by what it gains on them. The text's keys and values are those
-the model has anyway when it reads the skill: nothing is adapted there, and no gradient needs them.
+Slots stand for the first tokens of sections (`section_leads` of select.py says how many), each
+behind the whole text and the slots of its own section before it, and behind nothing else: the first
+of a section's soft tokens are what fewer of them would have been. `out` starts at 0: what is not
+trained is the sections' leads, and training can be judged by what it gains on them. The text's keys
+and values are those the model has anyway when it reads the skill: nothing is adapted there, and no
+gradient needs them.
 After SKIM (arXiv 2606.12203), whose compressor is a second model of the size of the first.
 
     read(path) / write(path, compressor)     safetensors with a JSON text in its metadata
@@ -107,7 +108,7 @@ def soft_tokens(
 ) -> Tensor:
     """Soft tokens [k, d] float32 in place of some of a text's tokens, ids [n].
 
-    `sections` has their places, the first of every section (`leads`), at most `slots` each.
+    `sections` has their places, the first of every section (`section_leads`), at most `slots` each.
     """
     values = compressor.values
     kept = torch.tensor([place for places in sections for place in places])
@@ -134,10 +135,12 @@ def soft_tokens(
     return words + F.linear(h, values["out.weight"]) / math.sqrt(h.shape[1])
 
 
-def leads(compressor: Compressor, tokenizer: Any, document: Document, k: int) -> list[list[int]]:
+def section_leads(
+    compressor: Compressor, tokenizer: Any, document: Document, k: int
+) -> list[list[int]]:
     """Places by section that k soft tokens stand for; fewer where there are no more slots."""
     _, places = select.tokens(tokenizer, document.text)
-    return select.leads(document, places, k, compressor.slots)
+    return select.section_leads(document, places, k, compressor.slots)
 
 
 def shipped(model: Any, tokenizer: Any) -> Compressor | None:

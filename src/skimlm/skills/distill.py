@@ -10,8 +10,8 @@ least divergence on dev questions is kept, so a training that does not help leav
 Cartridges (arXiv 2506.06266) and SKIM (arXiv 2606.12203).
 
 Nested: S[:k] is the skill at resolution k, for every k of a ladder. Attention is causal, so one
-pass over S gives the keys and values of all its prefixes. Every step deals its rows of questions to
-the resolutions, larger ones more; a step reads K + rows * (q + y) positions.
+pass over S gives the keys and values of all its prefixes. Every step reads some of its rows of
+questions at each resolution, larger ones more; a step reads K + rows * (q + y) positions.
 
 The model runs in its own dtype; S and Adam are in float32.
 """
@@ -75,8 +75,8 @@ class Training:
 class Study:
     """Questions, the teacher's answers and its final states: everything about one split."""
 
-    asked: list[str]
-    questions: list[Tensor]  # ids [q] of what stands behind the skill
+    questions: list[str]
+    question_ids: list[Tensor]  # ids [q] of what stands behind the skill
     answers: list[Tensor]  # ids [y]
     teacher: list[Tensor] = field(repr=False)  # states [y, d]
 
@@ -88,7 +88,10 @@ class Study:
     def first(self, count: int) -> Study:
         """The study of the first `count` questions."""
         return Study(
-            self.asked[:count], self.questions[:count], self.answers[:count], self.teacher[:count]
+            self.questions[:count],
+            self.question_ids[:count],
+            self.answers[:count],
+            self.teacher[:count],
         )
 
 
@@ -112,10 +115,10 @@ def study(
     seed: int = 0,
 ) -> Study:
     """Let the model answer `count` questions of a split behind the full text, `text`."""
-    asked = questions(document, split, count)
-    ids = [closing(tokenizer, question, True) for question in asked]
+    texts = questions(document, split, count)
+    ids = [closing(tokenizer, question, True) for question in texts]
     answers = rollout.sample(model, text, ids, tokens, ends=ends(model, tokenizer), seed=seed)
-    return Study(asked, ids, answers, rollout.score_all(model, text, ids, answers))
+    return Study(texts, ids, answers, rollout.score_all(model, text, ids, answers))
 
 
 def ends(model: Any, tokenizer: Any) -> list[int]:
@@ -128,7 +131,7 @@ def ends(model: Any, tokenizer: Any) -> list[int]:
 
 def divergences(model: Any, prefix: Prefix, study: Study) -> list[float]:
     """Sum of KL over the tokens of every answer, nats, behind `prefix` in place of the text."""
-    states = rollout.score_all(model, prefix, study.questions, study.answers)
+    states = rollout.score_all(model, prefix, study.question_ids, study.answers)
     pairs, chunk = zip(study.teacher, states, strict=True), rollout.chunk(model)
     return [float(token_scores(model, *pair, chunk=chunk)["kl"].sum()) for pair in pairs]
 
@@ -223,17 +226,17 @@ def backward_divergence(
 ) -> float:
     """Backpropagate the mean KL per token over `rows` of the study into the soft tokens.
 
-    Rows are dealt to the resolutions, smallest first.
+    `assign` says at which resolution each row is read.
     """
     ladder = list(prefixes)
-    hands = deal(len(ladder), len(rows), step)
+    numbers = assign(len(ladder), len(rows), step)
     tokens = sum(len(train.answers[row]) for row in rows)
     total, hidden, gradients = 0.0, [], []
-    for i in sorted(set(hands)):
-        mine = [row for row, hand in zip(rows, hands, strict=True) if hand == i]
+    for i in sorted(set(numbers)):
+        mine = [row for row, number in zip(rows, numbers, strict=True) if number == i]
         answers = [train.answers[row] for row in mine]
-        asked = [train.questions[row] for row in mine]
-        hidden.append(rollout.score(model, prefixes[ladder[i]], asked, answers))
+        question_ids = [train.question_ids[row] for row in mine]
+        hidden.append(rollout.score(model, prefixes[ladder[i]], question_ids, answers))
         teacher = torch.cat([train.teacher[row] for row in mine])
         loss = kl_divergence(model, teacher, scale=1 / tokens)
         value, gradient = loss_gradient(loss, hidden[-1], rollout.chunk(model))
@@ -243,12 +246,12 @@ def backward_divergence(
     return total
 
 
-def deal(rungs: int, rows: int, step: int) -> list[int]:
-    """The rung of every row of a step: rung i comes i + 1 times as often as the smallest.
+def assign(resolutions: int, rows: int, step: int) -> list[int]:
+    """The resolution of every row of a step: number i comes i + 1 times as often as the smallest.
 
-    Rows of one rung are neighbours, so that few passes are made per step.
+    Rows of one resolution are neighbours, so that few passes are made per step.
     """
-    cycle = [i for i in reversed(range(rungs)) for _ in range(i + 1)]
+    cycle = [i for i in reversed(range(resolutions)) for _ in range(i + 1)]
     return [cycle[(step * rows + j) % len(cycle)] for j in range(rows)]
 
 

@@ -17,7 +17,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from skimlm.errors import SkimError
@@ -44,6 +44,7 @@ class Document:
     text: str
     name: str
     description: str
+    source: str = field(default="", compare=False)  # plain name of the file it was read from
 
     @property
     def sha256(self) -> str:
@@ -69,7 +70,7 @@ def read(path: str | os.PathLike[str]) -> Document:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise SkimError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
-    return parse(text, str(path))
+    return replace(parse(text, str(path)), source=path.name)
 
 
 def find(places: Iterable[str | os.PathLike[str]]) -> list[Path]:

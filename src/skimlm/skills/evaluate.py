@@ -104,7 +104,7 @@ def measure(
         text = rollout.read(model, opening(tokenizer, [[ids]]))
         bare = rollout.read(model, opening(tokenizer, []))
     test = study(model, tokenizer, document, text, "test", count, answer, SEED)
-    none = scores(model, bare, test, [closing(tokenizer, q, False) for q in test.asked])
+    none = scores(model, bare, test, [closing(tokenizer, q, False) for q in test.questions])
     full = scores(model, text, test)
     variants: list[tuple[str, int, list[Piece]]] = []
     if everything:
@@ -112,7 +112,7 @@ def measure(
     pieces = store.pieces(skill, tokenizer) if skill else [ids]
     served = skill is not None and skill.k is not None
     variants.insert(0, (skill.method if skill and served else "full text", len(ids), pieces))
-    asked = known(model, tokenizer, document, text)
+    clozes = known(model, tokenizer, document, text)
     rows = []
     for method, k, some in variants:
         with torch.no_grad():
@@ -122,7 +122,7 @@ def measure(
         rows.append(
             {"method": method, "k": k, "tokens": tokens}
             | _facts(found, none, test)
-            | {"literal_recall": share(model, tokenizer, prefix, asked), "kl_sums": found["kl"]}
+            | {"literal_recall": share(model, tokenizer, prefix, clozes), "kl_sums": found["kl"]}
         )
     first, rest = rows[0], rows[1:]
     facts = {
@@ -138,7 +138,7 @@ def measure(
         "questions": count,
         "answer_tokens": test.tokens,
         "weak": _mean(none["kl"], test) < WEAK,
-        "seconds": timing(model, tokenizer, test.questions[0], ids, pieces, clock=clock),
+        "seconds": timing(model, tokenizer, test.question_ids[0], ids, pieces, clock=clock),
     }
     return facts | ({"all": rest} if everything else {})
 
@@ -147,7 +147,7 @@ def scores(
     model: Any, prefix: Prefix, study: Study, questions: Sequence[Tensor] | None = None
 ) -> dict[str, list[float]]:
     """Per answer, summed over its tokens: kl, nll and agree."""
-    states = rollout.score_all(model, prefix, questions or study.questions, study.answers)
+    states = rollout.score_all(model, prefix, questions or study.question_ids, study.answers)
     found: dict[str, list[float]] = {"kl": [], "nll": [], "agree": []}
     chunk = rollout.chunk(model)
     for teacher, state, said in zip(study.teacher, states, study.answers, strict=True):

@@ -31,14 +31,14 @@ def known(
     model: Any, tokenizer: Any, document: Document, text: Prefix, count: int = COUNT
 ) -> list[Cloze]:
     """Of `count` literals those that are said behind the full text, with what asks for them."""
-    asked = cloze(tokenizer, document, count)
-    said = _said(model, tokenizer, text, asked)
-    return [pair for pair, right in zip(asked, said, strict=True) if right]
+    clozes = cloze(tokenizer, document, count)
+    said = _said(model, tokenizer, text, clozes)
+    return [pair for pair, right in zip(clozes, said, strict=True) if right]
 
 
-def share(model: Any, tokenizer: Any, prefix: Prefix, asked: Sequence[Cloze]) -> float | None:
-    """Share of `asked` that is said behind `prefix`; None of none."""
-    return sum(_said(model, tokenizer, prefix, asked)) / len(asked) if asked else None
+def share(model: Any, tokenizer: Any, prefix: Prefix, clozes: Sequence[Cloze]) -> float | None:
+    """Share of `clozes` that is said behind `prefix`; None of none."""
+    return sum(_said(model, tokenizer, prefix, clozes)) / len(clozes) if clozes else None
 
 
 def cloze(tokenizer: Any, document: Document, count: int) -> list[Cloze]:
@@ -57,10 +57,10 @@ def cloze(tokenizer: Any, document: Document, count: int) -> list[Cloze]:
     return [found[i * len(found) // count] for i in range(count)]
 
 
-def _said(model: Any, tokenizer: Any, prefix: Prefix, asked: Sequence[Cloze]) -> list[bool]:
-    if not asked:
+def _said(model: Any, tokenizer: Any, prefix: Prefix, clozes: Sequence[Cloze]) -> list[bool]:
+    if not clozes:
         return []
-    questions = [question for question, _ in asked]
+    questions = [question for question, _ in clozes]
     answers = rollout.sample(model, prefix, questions, LONGEST + SLACK, temperature=0)
     texts = [tokenizer.decode(answer) for answer in answers]
-    return [literal in text for text, (_, literal) in zip(texts, asked, strict=True)]
+    return [literal in text for text, (_, literal) in zip(texts, clozes, strict=True)]

@@ -120,7 +120,7 @@ def sample(
     """Answers of up to `tokens` tokens, one per question (ids [t]); 0 is greedy.
 
     An answer ends with the first of `ends`, which is part of it. The same seed gives the same
-    answers, whatever else is asked.
+    answers, whatever other questions there are.
     """
     answers: dict[int, Tensor] = {}
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
@@ -209,9 +209,9 @@ def score_all(
     found: dict[int, Tensor] = {}
     for first in range(0, len(order), batch):
         some = order[first : first + batch]
-        asked, said = [questions[i] for i in some], [answers[i] for i in some]
-        hidden = score(model, prefix, asked, said)
-        found |= zip(some, hidden.split([len(a) for a in said]), strict=True)
+        own = [answers[i] for i in some]
+        hidden = score(model, prefix, [questions[i] for i in some], own)
+        found |= zip(some, hidden.split([len(a) for a in own]), strict=True)
     return [found[i] for i in range(len(questions))]
 
 

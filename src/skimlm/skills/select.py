@@ -38,7 +38,7 @@ def keep(model: Any, tokenizer: Any, document: Document, k: int, method: str) ->
     if method == "head":
         return torch.arange(k)
     if method == "leads":
-        return torch.tensor(list(itertools.chain(*leads(document, places, k))))
+        return torch.tensor(list(itertools.chain(*section_leads(document, places, k))))
     if method == "selfinfo":
         return selfinfo(model, document.text, ids, places, k)
     if method == "sections":
@@ -69,7 +69,7 @@ def selfinfo(model: Any, text: str, ids: Tensor, places: list[tuple[int, int]], 
     return score.topk(k).indices.sort().values
 
 
-def leads(
+def section_leads(
     document: Document, places: list[tuple[int, int]], k: int, most: int | None = None
 ) -> list[list[int]]:
     """By section, the first max(k / 2, HEAD) tokens of the text, and the first t of every section.

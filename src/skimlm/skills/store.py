@@ -37,6 +37,7 @@ MAX_ROWS, MAX_WIDTH = 16_384, 65_536
 MAX_PINS = 4_096
 METHODS = ("head", "leads", "selfinfo", "sections", "distill", "amortised")
 HASHES = ("tokenizer", "chat_template", "model")
+LISTS = ("trainings", "candidates", "rungs")  # of the evidence
 
 
 @dataclass(frozen=True)
@@ -342,7 +343,8 @@ def served(
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Describe a .skim as plain values, JSON-ready; no model is needed."""
     skill = read(path)
-    rungs = [row for row in skill.evidence.get("rungs", []) if isinstance(row, dict)]
+    measured = skill.evidence.get("candidates", skill.evidence.get("rungs"))  # older files: rungs
+    rows = measured if isinstance(measured, list) else []
     return {
         "path": str(path),
         "format_version": FORMAT_VERSION,
@@ -361,8 +363,8 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         },
         "made_for": dict(skill.made_for),
         "source": skill.source,
-        "evidence": {k: v for k, v in skill.evidence.items() if k not in ("trainings", "rungs")},
-        "rungs": rungs,
+        "evidence": {k: v for k, v in skill.evidence.items() if k not in LISTS},
+        "candidates": [row for row in rows if isinstance(row, dict)],
     }
 
 
@@ -370,14 +372,16 @@ def inspect_text(facts: Mapping[str, Any]) -> str:
     """Lay out what `inspect` returns."""
     from skimlm.evaluate.report import facts_text, table
 
-    flat = {k: v for k, v in facts.items() if k not in ("rungs", "evidence", "made_for", "norms")}
+    flat = {
+        k: v for k, v in facts.items() if k not in ("candidates", "evidence", "made_for", "norms")
+    }
     if flat["k"] is None:
         flat["k"] = "none is good enough: the full text is served"
     flat |= {key: facts["evidence"].get(key, "-") for key in ("text_tokens", "kl_no_skill")}
     lines = [facts_text(flat)]
     columns = ("method", "k", "tokens", "closure", "kl", "literal_recall")
-    if facts["rungs"]:
-        rows = [[_cell(row.get(column)) for column in columns] for row in facts["rungs"]]
+    if facts["candidates"]:
+        rows = [[_cell(row.get(column)) for column in columns] for row in facts["candidates"]]
         lines += ["", "measured on dev questions:", table([list(columns), *rows])]
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@
                between the model with the full text and with k soft tokens is brought down
 
 First the text is repeated (reconstruction), then questions are answered (alignment). What is
-trained starts as plain leads (select.py). The state is kept as it goes: a run that was
+trained starts as the sections' leads (select.py). The state is kept as it goes: a run that was
 stopped goes on, to the same result. A few lessons are kept apart, whole skills: their divergence is
 measured along the way, and the best state of all is the result.
 """
@@ -125,13 +125,14 @@ def lesson(model: Any, tokenizer: Any, text: Document, settings: Settings) -> Le
 def _pieces(
     model: Any, tokenizer: Any, ids: Tensor, prefix: rollout.Prefix, count: int, seed: int
 ) -> Study:
-    """Pieces of the text from random places on, asked for by the tokens before them."""
+    """Pieces of the text from random places on, named by the tokens before them."""
     chance = random.Random(seed)
     places = [chance.randrange(max(1, len(ids) - SHOWN - 1)) for _ in range(count)]
-    asked = [f'Continue exactly: "{tokenizer.decode(ids[p : p + SHOWN])}' for p in places]
-    questions = [closing(tokenizer, question, True) for question in asked]
+    texts = [f'Continue exactly: "{tokenizer.decode(ids[p : p + SHOWN])}' for p in places]
+    question_ids = [closing(tokenizer, text, True) for text in texts]
     answers = [ids[p + SHOWN : p + SHOWN + PIECE] for p in places]
-    return Study(asked, questions, answers, rollout.score_all(model, prefix, questions, answers))
+    states = rollout.score_all(model, prefix, question_ids, answers)
+    return Study(texts, question_ids, answers, states)
 
 
 def train(
@@ -219,7 +220,7 @@ def _prefixes(
     model: Any, tokenizer: Any, compressor: Compressor, what: Lesson, ladder: Sequence[int]
 ) -> dict[int, rollout.Prefix]:
     """What stands before a question at every resolution, smallest first; slots are read once."""
-    leads = {k: compressing.leads(compressor, tokenizer, what.text, k) for k in ladder}
+    leads = {k: compressing.section_leads(compressor, tokenizer, what.text, k) for k in ladder}
     most = leads[ladder[-1]]
     soft = compressing.soft_tokens(compressor, model, tokenizer, what.ids, most)
     at = torch.tensor(sum(most, []))
@@ -241,9 +242,9 @@ def _measure(
         for what in lessons:
             made = Compressor(values, start.made_for)
             prefixes = _prefixes(model, tokenizer, made, what, _ladder(settings, len(what.ids)))
-            asked = what.answers.first(-(-settings.questions // 2))
+            some = what.answers.first(-(-settings.questions // 2))
             for prefix in prefixes.values():
-                kl = sum(divergences(model, prefix, asked)) / asked.tokens
+                kl = sum(divergences(model, prefix, some)) / some.tokens
                 total.append(kl / len(prefixes))
     return sum(total) / len(lessons)
 
@@ -276,7 +277,7 @@ def _kept(file: Path, model: Any, tokenizer: Any, text: Document, settings: Sett
         for part in ("answers", "pieces"):
             found: Study = getattr(made, part)
             for i, row in enumerate(
-                zip(found.questions, found.answers, found.teacher, strict=True)
+                zip(found.question_ids, found.answers, found.teacher, strict=True)
             ):
                 names = (f"{part}.{i:04}.{what}" for what in ("question", "answer", "teacher"))
                 tensors |= {n: t.clone().contiguous() for n, t in zip(names, row, strict=True)}

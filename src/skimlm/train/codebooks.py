@@ -92,8 +92,8 @@ def train_block(
     linears: Mapping[str, nn.Linear],
     fits: dict[str, Fit],
     norms: Mapping[str, nn.Parameter],
-    given: Tensor,
-    wanted: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
     weight: Tensor,
     *,
     steps: int,
@@ -101,28 +101,28 @@ def train_block(
     lr: float = 1e-3,
     norm_lr: float = 5e-4,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Train the codebooks of a block's linears in place, towards `wanted` [n, t, d] from `given`.
+    """Train the codebooks of a block's linears in place, towards `targets` [n, t, d] from `inputs`.
 
     `run(x)` is the block, whose parameters ask for no gradient; `weight` [d] says what each output
     counts. Returns its trained norm weights and the held-out losses, like `train`.
     """
-    held = min(HELD_OUT, len(given) // 2)
-    seen = len(given) - held
+    held = min(HELD_OUT, len(inputs) // 2)
+    seen = len(inputs) - held
 
     def loss(rows: Tensor) -> Tensor:
-        target = wanted[rows].float()
-        error = (run(given[rows]).float() - target).square() @ weight
+        target = targets[rows].float()
+        error = (run(inputs[rows]).float() - target).square() @ weight
         return (error / (target.square() @ weight).clamp(min=1e-12)).sum()
 
     def backward_windows(rows: list[int]) -> tuple[float, int]:
         value = loss(torch.tensor(rows))
         value.backward()
-        return value.item(), len(rows) * given.shape[1]
+        return value.item(), len(rows) * inputs.shape[1]
 
     def held_out_loss() -> float:
         with torch.no_grad():
-            parts = torch.arange(seen, len(given)).split(batch)
-            return sum(loss(rows).item() for rows in parts) / (held * given.shape[1])
+            parts = torch.arange(seen, len(inputs)).split(batch)
+            return sum(loss(rows).item() for rows in parts) / (held * inputs.shape[1])
 
     order = passes(seen, batch * steps, batch)
     windows = _WindowLoss(lambda _: None, backward_windows, held_out_loss)
@@ -132,7 +132,7 @@ def train_block(
 
 @dataclass(frozen=True)
 class _WindowLoss:
-    """A loss on windows, which are given by their numbers."""
+    """A loss on windows, by their numbers."""
 
     prepare: Callable[[list[int]], None]  # called while the original is in place
     backward: Callable[[list[int]], tuple[float, int]]  # the loss, summed over so many tokens
