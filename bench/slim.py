@@ -31,10 +31,13 @@ from skimlm.format import effective, pack
 from skimlm.integrations.lm_eval import accuracy, read_task
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load, open_checkpoint
+from skimlm.models.source import BlockSource
 from skimlm.models.write import save
-from skimlm.pipeline import blockwise
 from skimlm.pipeline.recipes import SLIM_RECIPES
+from skimlm.pipeline.states import StateStore
+from skimlm.pipeline.steps import fit_to_inputs
 from skimlm.pipeline.text import read_documents, windows
+from skimlm.pipeline.walk import Walk
 from skimlm.quantize import lowrank
 from skimlm.quantize.mask import Sparsity, wanda
 from skimlm.quantize.slim import Options, fit, fit_paper
@@ -108,6 +111,16 @@ class Bench:
     def windows(self, tokenizer):
         return windows(self.documents, tokenizer, self.args.samples, self.args.seq_len, 0)
 
+    def walk(self, model, tokenizer, linears, one, staged=False, matched=False):
+        """Replace every linear by what `one(name, w, inputs)` makes of it."""
+        walk = Walk(BlockSource(model), linears, self.windows(tokenizer), StateStore(None))
+
+        def fit(name, w, inputs):
+            made = one(name, w.float(), inputs)
+            return lambda: (made, {})
+
+        fit_to_inputs(walk, fit, staged=staged, matched=matched)
+
     def row(self, method, sparsity):
         """Compress by one method at one sparsity, and measure what came of it."""
         key = f"{sparsity} | {method}"
@@ -143,7 +156,7 @@ class Bench:
         started = time.perf_counter()
         best = SLIM_RECIPES["best"]
         staged = {"staged": best.staged, "matched": best.matched} if method in JOINT else {}
-        blockwise.walk(model, linears, self.windows(tokenizer), one, **staged)
+        self.walk(model, tokenizer, linears, one, **staged)
         seconds = round(time.perf_counter() - started, 1)
         bits = (
             8
@@ -175,7 +188,7 @@ class Bench:
             return kept + b.bfloat16().float().T @ a.bfloat16().float()
 
         started = time.perf_counter()
-        blockwise.walk(model, linears, self.windows(tokenizer), one)
+        self.walk(model, tokenizer, linears, one)
         made = {"seconds": round(time.perf_counter() - started, 1)}
         self.measure(key, model, tokenizer, bits=stored / weights, bytes=None, made=made)
 

@@ -28,11 +28,14 @@ from skimlm.evaluate.perplexity import perplexity, wikitext
 from skimlm.format.pack import dequantize
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load, open_checkpoint
+from skimlm.models.source import BlockSource
 from skimlm.pipeline import budget, sensitivity
 from skimlm.pipeline.config import specs_of
-from skimlm.pipeline.recipes import RECIPES
-from skimlm.pipeline.resident import quantize
+from skimlm.pipeline.recipes import RECIPES, settled
+from skimlm.pipeline.states import StateStore
+from skimlm.pipeline.steps import fit_all, train_fits
 from skimlm.pipeline.text import read_documents, windows
+from skimlm.pipeline.walk import Walk, analyse
 from skimlm.progress import Clock, peak_rss_bytes
 from skimlm.quantize import fit as fitting
 from skimlm.quantize.refine import dense
@@ -100,12 +103,14 @@ class Bench:
         key = sensitivity.key(self.source.path, ids, plan, sorted(self.linears))
         cache = sensitivity.folder(self.args.cache_dir)
         start = time.perf_counter()
-        known, kept = sensitivity.get(
-            cache, key, self.model, self.linears, ids, plan, lambda *_: None
-        )
+        known = sensitivity.stored(cache, key, self.linears)
+        kept = analyse(self.walk(ids), known, plan)
         note = "kept" if kept else f"computed in {time.perf_counter() - start:.0f} s"
         print(recipe, "analysis", note, flush=True)
         return plan, ids, known, note
+
+    def walk(self, ids):
+        return Walk(BlockSource(self.model), self.linears, ids, StateStore(None))
 
     def fixed_widths(self, method, targets):
         """One width for every row: the widest that fits each target."""
@@ -141,17 +146,15 @@ class Bench:
             clock = Clock()
             with clock("allocate"):
                 widths = budget.for_bits(errors, price, target, plan.end_loss)
-            quantized, losses = quantize(
-                self.model,
-                self.linears,
-                known,
-                widths,
-                plan,
-                ids,
-                lambda *_: None,
-                clock,
-                teacher=teacher,
-            )
+            walk, losses = self.walk(ids), []
+            with clock("fit"):
+                fits = fit_all(walk, known, widths, plan)
+            if plan.steps:
+                with clock("train"):
+                    losses = train_fits(walk, fits, plan, teacher=teacher)
+            with clock("round"):
+                weights = {n: m.weight.detach().float() for n, m in self.linears.items()}
+                quantized = {n: settled(weights[n], known[n], f, plan) for n, f in fits.items()}
             self.measure(
                 f"{method} {target}",
                 price.bits(widths) / self.weights,

@@ -13,6 +13,9 @@ from tokenizers.processors import TemplateProcessing
 from skimlm import native
 from skimlm.format.pack import QuantizedWeight
 from skimlm.models.blocks import decoder_linears
+from skimlm.models.source import BlockSource
+from skimlm.pipeline.states import StateStore
+from skimlm.pipeline.walk import Walk, statistics
 
 VOCAB = 259  # 256 bytes, <pad>, <s>, </s>
 SIZE = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -149,6 +152,18 @@ def quantized_linears(model, in_scale: bool = False, **kwargs) -> dict[str, Quan
         name: random_quantized(*module.weight.shape, seed=i, in_scale=in_scale, **kwargs)
         for i, (name, module) in enumerate(decoder_linears(model).items())
     }
+
+
+def walk_of(model, ids=None, linears=None, store=None, **options) -> Walk:
+    """The walk over a model in memory."""
+    chosen = decoder_linears(model) if linears is None else linears
+    return Walk(BlockSource(model), chosen, ids, store or StateStore(None), **options)
+
+
+def statistics_of(model, ids, linears=None, progress=lambda *_: None, **options):
+    """Statistics of the linears of a model in memory."""
+    walk = walk_of(model, ids, linears, progress=progress)
+    return statistics(walk, 0, **options)[0]
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, statistics_of, tiny_model
 from skimlm.errors import SkimError
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.head import final_hidden, head_logits
-from skimlm.pipeline.calibrate import statistics
 
 
 def tokens(n: int = 3, t: int = 20, seed: int = 0) -> torch.Tensor:
@@ -54,9 +53,8 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_are_autograds(family, batch, fisher_windows):
     ids = tokens()
-    got = statistics(
+    got = statistics_of(
         model := tiny_model(family),
-        decoder_linears(model),
         ids,
         layerwise=True,
         batch=batch,
@@ -75,8 +73,8 @@ def test_statistics_are_autograds(family, batch, fisher_windows):
 
 def test_bfloat16_statistics_are_near_the_float32_ones():
     ids, model, rough = tokens(), tiny_model(), tiny_model(dtype=torch.bfloat16)
-    want = statistics(model, decoder_linears(model), ids)
-    got = statistics(rough, decoder_linears(rough), ids)
+    want = statistics_of(model, ids)
+    got = statistics_of(rough, ids)
     for name, s in got.items():
         assert s.end_hessian.dtype == s.fisher.dtype == torch.float32
         difference = (s.end_hessian - want[name].end_hessian).norm()
@@ -86,9 +84,9 @@ def test_bfloat16_statistics_are_near_the_float32_ones():
 def test_only_the_named_linears_are_observed_and_progress_is_told():
     model, seen = tiny_model(), []
     chosen = {n: m for n, m in decoder_linears(model).items() if n.endswith("up_proj")}
-    got = statistics(model, chosen, tokens(), batch=2, progress=lambda *a: seen.append(a))
-    assert list(got) == list(chosen) and seen == [(2, 3), (3, 3)]
-    whole = statistics(model, decoder_linears(model), tokens(), batch=2)
+    got = statistics_of(model, tokens(), chosen, batch=2, progress=lambda *a: seen.append(a))
+    assert list(got) == list(chosen) and seen == [("calibrate", 2, 3), ("calibrate", 3, 3)]
+    whole = statistics_of(model, tokens(), batch=2)
     for name, s in got.items():
         assert torch.equal(s.end_hessian, whole[name].end_hessian)
         assert s.hessian is None
@@ -116,14 +114,14 @@ def test_the_model_is_left_as_it_was(broken):
     before, numbers = state(model), {n: p.clone() for n, p in model.named_parameters()}
     assert True in before["flags"] and False in before["flags"]
 
-    def stop(done, total):
+    def stop(phase, done, total):
         raise KeyboardInterrupt
 
     if broken:
         with pytest.raises(KeyboardInterrupt):
-            statistics(model, decoder_linears(model), tokens(), progress=stop)
+            statistics_of(model, tokens(), progress=stop)
     else:
-        statistics(model, decoder_linears(model), tokens())
+        statistics_of(model, tokens())
     assert state(model) == before
     assert all(torch.equal(p, numbers[n]) for n, p in model.named_parameters())
 
@@ -152,4 +150,4 @@ def test_overflow_is_an_error_that_names_the_linear():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(1e38)
     with pytest.raises(SkimError, match=r"layers\.\d.*: calibration overflowed"):
-        statistics(model, decoder_linears(model), tokens())
+        statistics_of(model, tokens())

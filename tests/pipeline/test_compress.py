@@ -12,16 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import FAMILIES, byte_tokenizer, tiny_model
+from conftest import FAMILIES, byte_tokenizer, tiny_model, walk_of
 from skimlm.errors import SkimError
 from skimlm.format.pack import dequantize
 from skimlm.models.blocks import decoder_linears
-from skimlm.pipeline import budget, sensitivity
+from skimlm.pipeline import budget, sensitivity, walk
 from skimlm.pipeline.compress import compress
 from skimlm.pipeline.config import specs_of
-from skimlm.pipeline.recipes import RECIPES
-from skimlm.pipeline.resident import fit_all, quantize
-from skimlm.progress import Clock
+from skimlm.pipeline.recipes import RECIPES, settled
+from skimlm.pipeline.steps import fit_all, train_fits
 from skimlm.quantize.fit import finish
 from skimlm.quantize.kmeans import kmeans_rows
 from skimlm.quantize.refine import damped
@@ -251,7 +250,7 @@ def test_a_second_width_needs_no_calibration(run, monkeypatch, tmp_path):
     def fail(*_, **__):
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr(sensitivity, "statistics", fail)
+    monkeypatch.setattr(walk, "statistics", fail)
     report = run(name="b", bits=5, cache_dir=own)
     assert report.analysis_kept and 4.9 < report.bits_per_weight <= 5
     for change in ({"samples": 7}, {"seed": 1}, {"recipe": "paper"}, {"include": ["*.up_proj"]}):
@@ -448,22 +447,26 @@ def test_shards_hold_what_the_report_counts(run, folders, tmp_path):
 # ---- the steps between the analysis and the folder
 
 
-def silent(*_):
-    pass
-
-
 def analysed(recipe: str, path, bits: float = 4.0, **changes):
-    """A float32 model, its analysis under a recipe, and widths for so many bits."""
+    """The walk of a float32 model, its analysis under a recipe, and widths for so many bits."""
     plan = dataclasses.replace(RECIPES[recipe], **changes)
     model, ids = (
         tiny_model(),
         torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(0)),
     )
     chosen = decoder_linears(model)
-    known = sensitivity.get(path, recipe, model, chosen, ids, plan, silent)[0]
+    steps = walk_of(model, ids)
+    known = sensitivity.stored(path, recipe, chosen)
+    walk.analyse(steps, known, plan)
     errors = {n: a.errors for n, a in known.items()}
     price = budget.prices(specs_of(chosen, None, plan.scale))
-    return model, ids, plan, known, budget.for_bits(errors, price, bits, plan.end_loss)
+    return steps, plan, known, budget.for_bits(errors, price, bits, plan.end_loss)
+
+
+def rounded(steps, known, fits, plan):
+    """The fits as they are stored."""
+    weights = {n: m.weight.detach().float() for n, m in steps.linears.items()}
+    return {n: settled(weights[n], known[n], fit, plan) for n, fit in fits.items()}
 
 
 def full_error(w, w_hat, known) -> torch.Tensor:
@@ -473,10 +476,10 @@ def full_error(w, w_hat, known) -> torch.Tensor:
 
 
 def test_the_papers_scale_is_kept_where_the_full_error_falls(tmp_path):
-    model, _, plan, known, widths = analysed("paper", tmp_path)
-    chosen = decoder_linears(model)
-    scaled = fit_all(chosen, known, widths, plan, silent)
-    plain = fit_all(chosen, known, widths, dataclasses.replace(plan, scale=False), silent)
+    steps, plan, known, widths = analysed("paper", tmp_path)
+    chosen = steps.linears
+    scaled = fit_all(steps, known, widths, plan)
+    plain = fit_all(steps, known, widths, dataclasses.replace(plan, scale=False))
     moved = 0
     for name, fit in scaled.items():
         w, s = chosen[name].weight.detach(), fit.in_scale
@@ -498,28 +501,27 @@ def test_the_papers_scale_is_kept_where_the_full_error_falls(tmp_path):
 
 
 def test_codes_settle_on_the_stored_codebooks(tmp_path):
-    model, ids, plan, known, widths = analysed("fast", tmp_path)
-    chosen = decoder_linears(model)
-    quantized, losses = quantize(model, chosen, known, widths, plan, ids, silent, Clock())
-    assert not losses
-    fits = fit_all(chosen, known, widths, plan, silent)
+    steps, plan, known, widths = analysed("fast", tmp_path)
+    chosen = steps.linears
+    quantized = rounded(steps, known, fit_all(steps, known, widths, plan), plan)
+    fits = fit_all(steps, known, widths, plan)
     gained = 0
     for name, q in quantized.items():
         w = chosen[name].weight.detach()
         loose = full_error(w, dequantize(finish(w, None, fits[name])), known[name])
-        settled = full_error(w, dequantize(q), known[name])
-        assert settled <= loose * (1 + 1e-6)
-        gained += settled < loose * (1 - 1e-6)
+        tight = full_error(w, dequantize(q), known[name])
+        assert tight <= loose * (1 + 1e-6)
+        gained += tight < loose * (1 - 1e-6)
     assert gained > len(quantized) // 2
 
 
 def test_what_is_trained_is_what_is_written(tmp_path):
     """Codebooks and norms together have the held-out loss that the training reports."""
-    model, ids, plan, known, widths = analysed("best", tmp_path, bits=3.0, steps=12)
-    original, unseen = tiny_model(), ids[-6:]
-    quantized, losses = quantize(
-        model, decoder_linears(model), known, widths, plan, ids, silent, Clock()
-    )
+    steps, plan, known, widths = analysed("best", tmp_path, bits=3.0, steps=12)
+    model, original, unseen = steps.source.model, tiny_model(), steps.ids[-6:]
+    fits = fit_all(steps, known, widths, plan)
+    losses = train_fits(steps, fits, plan)
+    quantized = rounded(steps, known, fits, plan)
     norms = {n: p for n, p in model.named_parameters() if p.dim() == 1}
     assert any(not torch.equal(p, original.get_parameter(n)) for n, p in norms.items())
 
@@ -532,8 +534,8 @@ def test_what_is_trained_is_what_is_written(tmp_path):
         assert torch.equal(model.get_submodule(name).weight, original.get_submodule(name).weight)
         model.get_submodule(name).weight.data.copy_(dequantize(q))
     assert min(losses) < losses[0]
-    rounded = abs(loss() - min(losses))
-    assert rounded < 0.02 * min(losses)
+    off = abs(loss() - min(losses))
+    assert off < 0.02 * min(losses)
     for name, p in norms.items():
         p.data.copy_(original.get_parameter(name))
     assert abs(loss() - min(losses)) > 1e-6

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_stream import OPTIONS, same
+from test_walk import OPTIONS, same
 
 from conftest import byte_tokenizer, tiny_model
 from skimlm.errors import SkimError

@@ -5,11 +5,9 @@ import copy
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import statistics_of, tiny_model
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.hooks import frozen
-from skimlm.pipeline import blockwise
-from skimlm.pipeline.calibrate import statistics
 from skimlm.quantize.fit import Fit, start
 from skimlm.quantize.kmeans import kmeans_rows
 from skimlm.train import codebooks as T
@@ -71,7 +69,7 @@ def tokens(n: int = 12, t: int = 24) -> torch.Tensor:
 def coarse(model, ids, widths=(2, 3)) -> dict[str, Fit]:
     """A k-means fit of every linear, rows of the given widths in turn."""
     fits = {}
-    for name, s in statistics(model, decoder_linears(model), ids).items():
+    for name, s in statistics_of(model, ids).items():
         w = decoder_linears(model)[name].weight.detach().float()
         width = torch.tensor(widths)[torch.arange(len(w)) % len(widths)].to(torch.uint8)
         fits[name] = start(w, s.fisher, width, kmeans_rows(w, s.fisher, 5)[0])
@@ -128,14 +126,26 @@ def test_training_lowers_the_loss_on_windows_it_does_not_see(family, widths, rat
         )
 
 
+def arguments_of(model, ids):
+    """What the first block of llama is called with, besides hidden states."""
+    seen = []
+    hook = model.model.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    model(ids[:1], use_cache=False)  # a window: positions are the same for all
+    hook.remove()
+    return seen[0]
+
+
 def test_a_block_moves_down_the_gradient_of_its_own_error(case):
     """Adam's first step is the rate times the sign of the gradient, here that of dense weights."""
     model, ids, start_fits = case
     block = model.model.layers[0]
     with torch.no_grad(), frozen(model):
-        states, options, _ = blockwise.entry(model, ids, len(ids))
-        given = states[0] + 0.05 * torch.randn(states[0].shape, generator=torch.manual_seed(1))
-        wanted = blockwise.run(block, options[0], states[0])
+        states = model.get_input_embeddings()(ids)
+        given = states + 0.05 * torch.randn(states.shape, generator=torch.manual_seed(1))
+        options = arguments_of(model, ids)
+        wanted = block(states, **options)
     inside = {n: m for n, m in decoder_linears(model).items() if n.startswith("model.layers.0.")}
     fits = {n: copy.deepcopy(start_fits[n]) for n in inside}
     first = {n: f.codebook[:, : int(f.sizes.max())].clone() for n, f in fits.items()}
@@ -150,7 +160,7 @@ def test_a_block_moves_down_the_gradient_of_its_own_error(case):
         own = {
             f"{n.removeprefix('model.layers.0.')}.weight": b.gather(1, codes[n]) for n, b in books
         }
-        out = torch.func.functional_call(block, own | weights, (given[rows],), options[0])
+        out = torch.func.functional_call(block, own | weights, (given[rows],), options)
         out = out[0] if isinstance(out, tuple) else out
         off = ((out - wanted[rows]).square() * each).sum(-1)
         return (off / (wanted[rows].square() * each).sum(-1)).mean()
@@ -163,11 +173,10 @@ def test_a_block_moves_down_the_gradient_of_its_own_error(case):
     rate = 1e-3
     with frozen(model):
         trained, losses = T.train_block(
-            lambda x: blockwise.run(block, options[0], x),
+            lambda rows: block(given[rows], **options),
             inside,
             fits,
             norms,
-            given,
             wanted,
             each,
             steps=1,

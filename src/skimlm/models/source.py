@@ -1,33 +1,210 @@
-"""A model read a decoder block at a time: the rest in memory, each block while it is used."""
+"""The decoder blocks of a model, with their numbers only while they are used.
+
+    source = open_source(checkpoint, streamed)
+    with source.loaded(blocks):                    numbers of these blocks are there
+        out, final = source.run(blocks, ids, hidden)
+
+A model in memory has its numbers always; of one that is streamed, from safetensors or a GGUF, only
+what stands outside its blocks is loaded, and each block is read when its turn comes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from skimlm.errors import FormatError, one_line
 from skimlm.models.blocks import decoder_blocks
-from skimlm.models.checkpoint import Checkpoint, load_tokenizer
+from skimlm.models.checkpoint import Checkpoint, load
+from skimlm.models.gguf_tensors import GgufTensors
+from skimlm.models.hooks import forwards_replaced
 from skimlm.models.tensors import check_extra
 
+Span = range  # numbers of blocks that follow each other
 
-def load_outside(
-    source: Checkpoint, dtype: torch.dtype = torch.bfloat16, *, tokenizer: Any = None
-) -> tuple[Any, Any]:
-    """A model whose decoder blocks are on the meta device, all else loaded, and its tokenizer.
 
-    Raises SkimError for a checkpoint whose tensors are not named as the model names them.
+class Tensors(Protocol):
+    """The tensors of a checkpoint, by their names in the model."""
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    @property
+    def path(self) -> Path: ...
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, Path]]:
+        """These tensors, each with its file, floats in the dtype of the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockSource:
+    """A model of which blocks are loaded when their turn comes, or that is in memory as a whole."""
+
+    model: Any
+    tensors: Tensors | None = None  # None: the model is in memory
+
+    @property
+    def streamed(self) -> bool:
+        """Whether blocks are loaded one at a time."""
+        return self.tensors is not None
+
+    @cached_property
+    def blocks(self) -> list[str]:
+        """Names of the blocks, in order."""
+        return [name for name, _ in decoder_blocks(self.model)]
+
+    @property
+    def spans(self) -> list[Span]:
+        """The blocks that are in memory together: all of them, or each alone."""
+        count = len(self.blocks)
+        return [range(i, i + 1) for i in range(count)] if self.streamed else [range(count)]
+
+    def module(self, i: int) -> Any:
+        """Block `i`."""
+        return self.model.get_submodule(self.blocks[i])
+
+    @contextmanager
+    def loaded(self, span: Span) -> Iterator[None]:
+        """Within the block these decoder blocks have their numbers."""
+        if len(span) < len(self.blocks):
+            _ = self.tupled  # found before the caller watches what runs
+        with self._filled(span):
+            yield
+
+    @contextmanager
+    def _filled(self, span: Span) -> Iterator[None]:
+        if self.tensors is None:
+            yield
+            return
+        names = [f"{self.blocks[i]}.{name}" for i in span for name in self.module(i).state_dict()]
+        slots = [_slot(self.model, name) for name in names]
+        empty = [place[own] for place, own in slots]
+        try:
+            _put(self.model, names, self.tensors)
+            yield
+        finally:
+            for (place, own), tensor in zip(slots, empty, strict=True):
+                place[own] = tensor
+
+    def run(self, span: Span, ids: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What blocks make of `hidden` [n, t, d], and what the body returns after the last of all.
+
+        The model's own forward pass on `ids` [n, t] gives each block its masks and positions; other
+        blocks pass on what they get. Without `hidden` the first block gets the embeddings.
+        """
+        count, ends = len(self.blocks), []
+        names = {self.blocks[i]: i for i in range(count) if i not in span}
+        names |= {self.blocks[i]: i for i in (span[0], span[-1])}
+        tupled = self.tupled if len(span) < count else False
+
+        def make(name: str, block: Any) -> Callable[..., Any]:
+            usual, i = block.forward, names[name]
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if i not in span:
+                    given = args[0] if args else kwargs["hidden_states"]
+                    return (given,) if tupled else given
+                if i == span[0] and hidden is not None:
+                    args, kwargs = _replaced(hidden, args, kwargs)
+                out = usual(*args, **kwargs)
+                if i == span[-1]:
+                    ends.append(out[0] if isinstance(out, tuple) else out)
+                return out
+
+            return forward
+
+        with ExitStack() as stack:
+            inside = {n: self.model.get_submodule(n) for n in names}
+            stack.enter_context(forwards_replaced(inside, make))
+            if hidden is None and torch.is_grad_enabled():  # so that the blocks have gradients
+                hook = self.model.get_input_embeddings().register_forward_hook(_asks_gradient)
+                stack.callback(hook.remove)
+            final = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        return ends[-1], final
+
+    @cached_property
+    def tupled(self) -> bool:
+        """Whether blocks return tuples: the first one is run to see."""
+        found: list[bool] = []
+
+        def make(name: str, block: Any) -> Callable[..., Any]:
+            usual = block.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if not found:
+                    out = usual(*args, **kwargs)
+                    found.append(isinstance(out, tuple))
+                    return out
+                given = args[0] if args else kwargs["hidden_states"]
+                return (given,) if found[0] else given
+
+            return forward
+
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        with torch.no_grad(), self._filled(range(1)):
+            with forwards_replaced({n: self.model.get_submodule(n) for n in self.blocks}, make):
+                self.model.get_decoder()(input_ids=ids, use_cache=False)
+        return found[0]
+
+
+def _asks_gradient(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+    return out.requires_grad_()
+
+
+def _replaced(hidden: Tensor, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def open_source(
+    source: Checkpoint, streamed: bool, tokenizer: Any = None, dtype: torch.dtype = torch.bfloat16
+) -> BlockSource:
+    """The blocks of a model; `streamed`: they are on the meta device until they are used.
+
+    Raises SkimError for a checkpoint to stream whose tensors are not named as the model names them.
     """
+    if not streamed:
+        return BlockSource(load(source, dtype, tokenizer=tokenizer)[0])
+    model = _skeleton(source, dtype)
+    tensors: Tensors = FolderTensors(source.path, source.files, dtype)
+    if source.gguf:
+        tensors = GgufTensors.open(source.path, model, dtype)
+    _put_outside(model, tensors)
+    if not source.gguf:
+        check_extra(model, source.files.keys() - model.state_dict(), source.files, source.path)
+    return BlockSource(model.eval(), tensors)
+
+
+def _put_outside(model: Any, tensors: Tensors) -> None:
+    """Read everything that stands outside the blocks; tied tensors are one."""
+    inside = tuple(f"{prefix}." for prefix, _ in decoder_blocks(model))
+    names = [name for name in model.state_dict() if not name.startswith(inside)]
+    tied = model.all_tied_weights_keys
+    # of two tied tensors either may be stored; both, if stored, are equal (`untie_stored`)
+    absent = {n for pair in tied.items() for n in pair if n not in tensors.names}
+    if both := [pair for pair in tied.items() if absent.issuperset(pair)]:
+        absent -= set(both[0])  # reported as missing
+    _put(model, [name for name in names if name not in absent], tensors)
+    for name, kept in tied.items():
+        if kept in absent:
+            place, slot = _slot(model, kept)
+            place[slot] = model.get_parameter(name)
+    model.tie_weights()
+
+
+def _skeleton(source: Checkpoint, dtype: torch.dtype) -> Any:
+    """A model whose parameters are on the meta device."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    tokenizer = tokenizer or load_tokenizer(source)
     with one_line(source.path, "cannot be loaded"):
         with init_empty_weights(include_buffers=False):  # buffers are made, not stored
             model: Any = AutoModelForCausalLM.from_config(
@@ -35,66 +212,57 @@ def load_outside(
             )
         if (source.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(source.path)
-    inside = tuple(f"{prefix}." for prefix, _ in decoder_blocks(model))
-    own = model.state_dict()
-    names = [name for name in own if not name.startswith(inside)]
-    tied = model.all_tied_weights_keys
-    # of two tied tensors either may be stored; both, if stored, are equal (`untie_stored`)
-    absent = {n for pair in tied.items() for n in pair if n not in source.files}
-    if both := [pair for pair in tied.items() if absent.issuperset(pair)]:
-        absent -= set(both[0])  # reported as missing
-    _put(source, model, [name for name in names if name not in absent], dtype)
-    check_extra(model, source.files.keys() - own.keys(), source.files, source.path)
-    for name, kept in tied.items():
-        if kept in absent:
-            place, slot = _slot(model, kept)
-            place[slot] = model.get_parameter(name)
-    model.tie_weights()
-    return model.eval(), tokenizer
+    return model
 
 
-@contextmanager
-def loaded_block(source: Checkpoint, model: nn.Module, prefix: str) -> Iterator[nn.Module]:
-    """A decoder block with its numbers, which are on the meta device before and after."""
-    block = model.get_submodule(prefix)
-    names = [f"{prefix}.{name}" for name in block.state_dict()]
-    slots = [_slot(model, name) for name in names]
-    empty = [place[own] for place, own in slots]
-    try:
-        _put(source, model, names, next(block.parameters()).dtype)
-        yield block
-    finally:
-        for (place, own), tensor in zip(slots, empty, strict=True):
-            place[own] = tensor
+@dataclass(frozen=True)
+class FolderTensors:
+    """The tensors of a folder of safetensors."""
+
+    path: Path
+    files: Mapping[str, Path]
+    dtype: torch.dtype
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all tensors."""
+        return self.files.keys()
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, Path]]:
+        """These tensors, each with its file."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.files[name], []).append(name)
+        for file, here in by_file.items():
+            with safe_open(file, framework="pt") as stream:
+                for name in here:
+                    tensor = stream.get_tensor(name)
+                    # a copy: views of a file are not aligned, and stay in memory while they are
+                    # used
+                    floats = tensor.is_floating_point()
+                    yield name, tensor.to(self.dtype, copy=True) if floats else tensor, file
 
 
-def _put(source: Checkpoint, model: nn.Module, names: Sequence[str], dtype: torch.dtype) -> None:
-    """Read tensors of a checkpoint into the model, floats as `dtype`."""
-    files: dict[Path, list[str]] = {}
+def _put(model: nn.Module, names: Sequence[str], tensors: Tensors) -> None:
+    """Read tensors of a checkpoint into the model."""
     for name in names:
-        if name not in source.files:
+        if name not in tensors.names:
             raise FormatError(
                 "is not in the checkpoint under this name: such a model must fit in memory to be "
                 "compressed",
-                file=source.path,
+                file=tensors.path,
                 tensor=name,
             )
-        files.setdefault(source.files[name], []).append(name)
-    for file, here in files.items():
-        with safe_open(file, framework="pt") as stream:
-            for name in here:
-                tensor = stream.get_tensor(name)
-                # a copy: views of a file are not aligned, and stay in memory while they are used
-                tensor = tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor
-                place, own = _slot(model, name)
-                if tensor.shape != place[own].shape:
-                    raise FormatError(
-                        f"shape {list(tensor.shape)}, the model has {list(place[own].shape)}",
-                        file=file,
-                        tensor=name,
-                    )
-                parameter = isinstance(place[own], nn.Parameter)
-                place[own] = nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+    for name, tensor, file in tensors.read(names):
+        place, own = _slot(model, name)
+        if tensor.shape != place[own].shape:
+            raise FormatError(
+                f"shape {list(tensor.shape)}, the model has {list(place[own].shape)}",
+                file=file,
+                tensor=name,
+            )
+        parameter = isinstance(place[own], nn.Parameter)
+        place[own] = nn.Parameter(tensor, requires_grad=False) if parameter else tensor
 
 
 def _slot(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:

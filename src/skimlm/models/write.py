@@ -101,7 +101,7 @@ def write_packed(
     source: Path | None = None,
     max_shard_size: int | str = MAX_SHARD,
 ) -> None:
-    """The same files for a model whose blocks are on the meta device.
+    """The same files where what the blocks hold is had by `read(name)`, a tensor at a time.
 
     `specs` has every compressed linear; what its blocks hold is had by `read(name)`, a tensor at a
     time.

@@ -16,16 +16,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from skimlm.errors import SkimError
-from skimlm.models.head import final_hidden
-from skimlm.models.hooks import forwards_replaced, frozen
+from skimlm.models.hooks import forwards_replaced
 from skimlm.storage.safetensors import finite
-from skimlm.train.losses import backward, cross_entropy, next_tokens
 
 BATCH = 2  # windows that go through the model together
 Observe = Callable[[str, Tensor, Tensor], None]
@@ -125,36 +122,3 @@ class Sums:
                         f"not fit {dtype}; use other text"
                     )
         return self.of
-
-
-def statistics(
-    model: Any,
-    linears: dict[str, nn.Linear],
-    ids: Tensor,
-    *,
-    layerwise: bool = False,
-    fisher_windows: int = 64,
-    batch: int = BATCH,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Statistics]:
-    """Statistics of every linear over the token windows `ids` [n, t], `batch` windows at a time.
-
-    A linear that saw no token (an expert never routed to) keeps zero sums. `layerwise` also
-    collects H.
-    """
-    device = next(model.parameters()).device
-    sums = Sums(linears, layerwise, fisher_windows)
-    table = model.get_input_embeddings()
-    entry = table.register_forward_hook(lambda *a: a[2].requires_grad_())
-    try:
-        with frozen(model), observed(linears, sums.observe):
-            for i in range(0, len(ids), batch):
-                part = ids[i : i + batch].to(device)
-                sums.begin(i, len(part))
-                hidden = final_hidden(model, part)
-                backward(cross_entropy(model, next_tokens(part)), hidden)
-                if progress:
-                    progress(min(i + batch, len(ids)), len(ids))
-    finally:
-        entry.remove()
-    return sums.finished(next(model.parameters()).dtype)

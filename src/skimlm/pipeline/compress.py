@@ -34,20 +34,21 @@ from torch import Tensor, nn
 import skimlm
 from skimlm.errors import SkimError
 from skimlm.format.layer import histogram
-from skimlm.format.pack import QuantizedWeight
 from skimlm.format.row_codes import MAX_WIDTH
 from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import decoder_linears
-from skimlm.models.checkpoint import Checkpoint, load, load_tokenizer, open_checkpoint
-from skimlm.models.source import load_outside
+from skimlm.models.checkpoint import load_tokenizer, open_checkpoint
+from skimlm.models.source import BlockSource, open_source
 from skimlm.models.tokenizer import check_ids
-from skimlm.models.write import plan_bytes, write_model, write_packed
-from skimlm.pipeline import budget, resident, sensitivity, stream
+from skimlm.models.write import plan_bytes, write_packed
+from skimlm.pipeline import budget, sensitivity, steps
 from skimlm.pipeline import plan as resources
 from skimlm.pipeline.calibrate import BATCH
 from skimlm.pipeline.config import Asked, options_of, recipe_of, specs_of
-from skimlm.pipeline.recipes import Recipe
+from skimlm.pipeline.recipes import packed_linear
+from skimlm.pipeline.states import StateStore
 from skimlm.pipeline.text import default_text, read_documents, read_text, windows
+from skimlm.pipeline.walk import Walk, analyse, each, packed
 from skimlm.pipeline.workers import Submit, here, pool
 from skimlm.progress import Clock, peak_rss_bytes
 from skimlm.quantize.fit import WIDTHS
@@ -140,7 +141,7 @@ def compress(
     )
     tools = Tools(clock, progress or (lambda *_: None), notice or (lambda _: None), cache_dir)
 
-    def given(work: Path | None) -> Given:
+    def given() -> Given:
         with clock("load"):
             return _load(
                 source,
@@ -152,15 +153,15 @@ def compress(
                 text_key,
                 max_memory,
                 None if workers is None and ray is None else workers or 1,
-                work,
             )
 
     if dry_run:
         check_out(out, force)
-        found = given(None)
+        found = given()
         _check_disk(found, asked, tools, out)
-        alike = found.streamed is not None  # an analysis would take as long as the run itself
-        chosen = _as_if_alike(found, asked) if alike else _allocate(found, asked, tools, here)
+        alike = found.source.streamed  # an analysis would take as long as the run itself
+        walk = found.walk(None, tools.progress, here)
+        chosen = _as_if_alike(found, asked) if alike else _allocate(found, asked, tools, walk)
         return _report(found, asked, tools, out, chosen)
     if resume and not force and out.exists() and not journal.place(out).exists():
         raise SkimError(f"{out}: is there, with no unfinished run beside it; --force replaces it")
@@ -179,7 +180,7 @@ def compress(
 
             with pool(workers, ray) as submit:
                 kept = dataclasses.replace(tools, progress=tell)
-                report = _run(given(work), asked, kept, out, work, submit)
+                report = _run(given(), asked, kept, out, work, submit)
         shutil.rmtree(work)
     report.peak_rss_bytes = peak_rss_bytes(workers or 1)
     return report
@@ -210,7 +211,6 @@ class Plan:
     key: str  # of the analysis, empty for slim
     kept: bool  # the analysis was there
     stored: Mapping[str, sensitivity.Analysis]
-    first: dict[str, QuantizedWeight]  # sparse and low-rank fits to begin with
 
 
 def _prices(given: "Given", asked: Asked) -> tuple[budget.Prices, Callable[[budget.Widths], int]]:
@@ -234,7 +234,7 @@ def _prices(given: "Given", asked: Asked) -> tuple[budget.Prices, Callable[[budg
     return price, planned_bytes
 
 
-def _allocate(given: "Given", asked: Asked, tools: Tools, submit: Submit) -> Plan:
+def _allocate(given: "Given", asked: Asked, tools: Tools, walk: Walk) -> Plan:
     """Analyse the model and choose the widths; slim has one width for all."""
     linears, plan, target = given.linears, asked.plan, asked.target
     price, planned_bytes = _prices(given, asked)
@@ -243,24 +243,18 @@ def _allocate(given: "Given", asked: Asked, tools: Tools, submit: Submit) -> Pla
         return Plan(widths, price.bits(widths) / price.total, planned_bytes(widths), *known)
 
     if asked.method == "slim":
-        return made(budget.uniform(linears, round(target.bits)), "", False, {}, {})
+        return made(budget.uniform(linears, round(target.bits)), "", False, {})
     budget.check(target, linears, price, planned_bytes)
     with tools.clock("analyse"):
         key = sensitivity.key(given.path, given.ids, plan, sorted(linears))
-        if given.streamed is None:
-            stored, kept = sensitivity.get(
-                tools.cache, key, given.model, linears, given.ids, plan, tools.progress
-            )
-        else:
-            stored = sensitivity.stored(tools.cache, key, linears)
-            kept = stream.analyse(given.streamed, stored, given.ids, plan, submit, tools.progress)
+        stored = sensitivity.stored(tools.cache, key, linears)
+        kept = analyse(walk, stored, plan)
         errors = {n: stored.errors(n) for n in linears}
-        first: dict[str, QuantizedWeight] = {}
         if asked.options is not None:
-            first, errors = resident.decompose(linears, stored, asked.options, tools.progress)
+            errors = steps.decompose(walk, stored, asked.options)
     with tools.clock("allocate"):
         widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
-    return made(widths, key, kept, stored, first)
+    return made(widths, key, kept, stored)
 
 
 def _as_if_alike(given: "Given", asked: Asked) -> Plan:
@@ -272,7 +266,7 @@ def _as_if_alike(given: "Given", asked: Asked) -> Plan:
     budget.check(asked.target, linears, price, planned_bytes)
     widths = budget.choose(asked.target, errors, linears, price, True, planned_bytes)
     bits = price.bits(widths) / price.total
-    return Plan(widths, bits, planned_bytes(widths), "", False, {}, {})
+    return Plan(widths, bits, planned_bytes(widths), "", False, {})
 
 
 def _report(given: "Given", asked: Asked, tools: Tools, out: Path, chosen: Plan) -> "Report":
@@ -289,7 +283,7 @@ def _report(given: "Given", asked: Asked, tools: Tools, out: Path, chosen: Plan)
         calibration=given.calibration,
         analysis_kept=chosen.kept,
         analysis_bytes=sensitivity.nbytes(tools.cache, chosen.key) if chosen.key else 0,
-        streamed=given.streamed is not None,
+        streamed=given.source.streamed,
         planned=dataclasses.asdict(given.needs),
         seconds=tools.clock.seconds,
         peak_rss_bytes=peak_rss_bytes(),
@@ -301,81 +295,53 @@ def _run(
 ) -> "Report":
     """Allocate, fit and write OUT by way of `work`."""
     journal.begin(work, asked.facts(given.path, given.ids, given.linears))
-    tools.notice(resources.describe(given.needs, given.streamed is not None))
+    tools.notice(resources.describe(given.needs, given.source.streamed))
     if given.left_out:
         tools.notice(f"left out, as transformers does: {', '.join(given.left_out)}")
     _check_disk(given, asked, tools, out)
-    chosen = _allocate(given, asked, tools, submit)
+    walk = given.walk(work, tools.progress, submit)
+    chosen = _allocate(given, asked, tools, walk)
     report = _report(given, asked, tools, out, chosen)
-    how: dict[str, Any] = {"embed_bits": asked.embed_bits, "bits": chosen.bits}
-    how |= {"provenance": _provenance(asked, given), "source": given.path}
     # A run that was interrupted during the training finds its state here and goes on.
     state = tools.cache / f"{chosen.key}-{_digest(chosen.widths)}.state"
-    if given.streamed is not None:
-        with tools.clock("fit"):
-            _fit_streamed(given.streamed, given.ids, asked.plan, tools, chosen, submit)
-    else:
-        quantized, report.held_out_kl = _quantized(given, asked, tools, chosen, state)
+    report.held_out_kl = _fit(walk, asked, tools, chosen, state)
     with tools.clock("write"), journal.model_folder(work, out) as folder:
-        if given.streamed is not None:
-            specs = specs_of(given.linears, asked.options, asked.plan.scale)
-            write_packed(
-                folder,
-                given.model,
-                given.tokenizer,
-                {n: specs[n].with_widths(w) for n, w in chosen.widths.items()},
-                stream.packed(given.streamed),
-                **how,
-            )
-        else:
-            write_model(folder, given.model, given.tokenizer, quantized, **how)
+        specs = specs_of(given.linears, asked.options, asked.plan.scale)
+        write_packed(
+            folder,
+            given.model,
+            given.tokenizer,
+            {n: specs[n].with_widths(w) for n, w in chosen.widths.items()},
+            packed(walk),
+            embed_bits=asked.embed_bits,
+            bits=chosen.bits,
+            provenance=_provenance(asked, given),
+            source=given.path,
+        )
         report.bytes = folder_bytes(folder)
         journal.write_report(work, report.to_json())
     state.unlink(missing_ok=True)
     return report
 
 
-def _fit_streamed(
-    streamed: stream.Streamed,
-    ids: Tensor,
-    plan: Recipe,
-    tools: Tools,
-    chosen: Plan,
-    submit: Submit,
-) -> None:
-    """Fit, and train where the plan says so, block by block."""
-    known, widths = chosen.stored, chosen.widths
-    if plan.steps:
-        stream.fit_trained(streamed, known, widths, ids, plan, submit, tools.progress)
-    else:
-        stream.fit(streamed, known, widths, plan, submit, tools.progress)
-
-
-def _quantized(
-    given: "Given", asked: Asked, tools: Tools, chosen: Plan, state: Path
-) -> tuple[dict[str, QuantizedWeight], list[float]]:
-    """All linears of a model in memory, and the held-out losses of a training."""
-    model, linears, plan = given.model, given.linears, asked.plan
-    if asked.options is None:
-        return resident.quantize(
-            model,
-            linears,
-            chosen.stored,
-            chosen.widths,
-            plan,
-            given.ids,
-            tools.progress,
-            tools.clock,
-            state,
-        )
+def _fit(walk: Walk, asked: Asked, tools: Tools, chosen: Plan, state: Path) -> list[float]:
+    """Keep what OUT holds of every block; the held-out losses of a training."""
+    known, widths, plan, options = chosen.stored, chosen.widths, asked.plan, asked.options
+    if options is None and plan.steps and not walk.source.streamed:
+        return steps.fit_trained_model(walk, known, widths, plan, tools.clock, state)
     with tools.clock("fit"):
         if asked.method == "slim":
-            return resident.fit_blocks(
-                model, linears, given.ids, asked.recipe, plan, asked.options, tools.progress
-            ), []
-        return resident.compose(
-            linears, chosen.stored, chosen.widths, asked.options, chosen.first, tools.progress
-        ), []
+            assert options is not None
+            steps.fit_slim(walk, plan, options, published=asked.recipe == "paper")
+        elif options is not None:
+            steps.compose(walk, known, widths, options)
+        elif plan.steps:
+            steps.fit_trained(walk, known, widths, plan)
+        else:
+            each(
+                walk, "fit", "packed", packed_linear, lambda name: (known[name], widths[name], plan)
+            )
+    return []
 
 
 @dataclass(frozen=True)
@@ -383,14 +349,23 @@ class Given:
     """What there is to work on: the model, its linears, the calibration windows."""
 
     path: Path
-    model: Any
+    source: BlockSource
     tokenizer: Any
     linears: dict[str, nn.Linear]
     ids: Tensor  # [windows, tokens]
     calibration: dict[str, Any]  # how the windows came about, for the provenance
     needs: resources.Needs
-    streamed: stream.Streamed | None  # None: the model is in memory
     left_out: Sequence[str] = ()  # tensors of the checkpoint that the model has no place for
+
+    @property
+    def model(self) -> Any:
+        """The model; its blocks may be on the meta device."""
+        return self.source.model
+
+    def walk(self, work: Path | None, progress: Progress, submit: Submit) -> Walk:
+        """The walk over the blocks; what a streamed one keeps lies in `work`."""
+        store = StateStore(work if self.source.streamed else None)
+        return Walk(self.source, self.linears, self.ids, store, submit, progress)
 
 
 def _load(
@@ -403,7 +378,6 @@ def _load(
     text_key: str | None,
     max_memory: int | None,
     workers: int | None,
-    work: Path | None,
 ) -> Given:
     """Read text and model, or what stands outside its blocks where the whole does not fit.
 
@@ -417,19 +391,17 @@ def _load(
         raise SkimError(f"{source}: is compressed already; give the original model")
     shape = skeleton(opened.path, opened.config)
     wanted = decoder_linears(shape, include, exclude)
-    sizes, why_not = resources.sizes(shape, wanted), _resident(asked, opened)
-    if workers is not None and why_not:
-        raise SkimError(f"--workers and --ray share the work on a streamed model: {why_not}")
+    sizes = resources.sizes(shape, wanted)
     target = asked.target
     bits = target.bits if target.size is None and target.index_bits is None else MAX_WIDTH
     whole, part = resources.needs(sizes, plan, plan.samples, BATCH, workers or 0, bits)
-    streamed = resources.streams(whole, part, max_memory, why_not, plan.samples, bool(workers))
+    streamed = resources.streams(whole, part, max_memory, plan.samples, bool(workers))
     tokenizer = load_tokenizer(opened)
     origin = "the built-in text" if text is None else str(text)
     documents = default_text() if text is None else read_documents(text, text_key, tokenizer)
     ids = windows(documents, tokenizer, plan.samples, plan.seq_len, asked.seed, origin)
     check_ids(shape, ids, tokenizer)
-    model, _ = (load_outside if streamed else load)(opened, tokenizer=tokenizer)
+    model_source = open_source(opened, streamed, tokenizer)
     if plan.steps and len(ids) < 2:
         raise SkimError(f"{origin}: one window is too little to train on; give more text")
     calibration = {
@@ -438,32 +410,22 @@ def _load(
         "seq_len": ids.shape[1],
         "seed": asked.seed,
     }
-    linears = decoder_linears(model, include, exclude)
-    by_block = stream.Streamed(opened, model, linears, work or Path.cwd()) if streamed else None
+    linears = decoder_linears(model_source.model, include, exclude)
     needs = part if streamed else whole
     return Given(
-        opened.path, model, tokenizer, linears, ids, calibration, needs, by_block, opened.left_out
+        opened.path, model_source, tokenizer, linears, ids, calibration, needs, opened.left_out
     )
 
 
 def _check_disk(given: Given, asked: Asked, tools: Tools, out: Path) -> None:
     """Refuse a streamed run whose scratch does not fit; what an earlier run left counts."""
-    if given.streamed is None:
+    if not given.source.streamed:
         return
     key = sensitivity.key(given.path, given.ids, asked.plan, sorted(given.linears))
     left = sum(f.stat().st_size for f in journal.place(out).rglob("*") if f.is_file())
     have = left + sensitivity.nbytes(tools.cache, key)
     place = next(folder for folder in out.resolve().parents if folder.exists())
     resources.check_disk(place, given.needs.scratch - have)
-
-
-def _resident(asked: Asked, opened: Checkpoint) -> str | None:
-    """Why a model must be in memory as a whole, None where it need not."""
-    if opened.gguf:
-        return "a .gguf file is loaded whole; give a folder of safetensors"
-    if asked.method == "slim" or asked.options is not None:
-        return "with sparsity or adapters a model must fit; --method skim without them need not"
-    return None
 
 
 def _provenance(asked: Asked, given: Given) -> dict[str, Any]:
@@ -478,7 +440,7 @@ def _provenance(asked: Asked, given: Given) -> dict[str, Any]:
         facts |= {"sparsity": str(options.sparsity or "none"), "rank": options.rank}
         facts |= {"adapter_bits": options.adapter_bits} if options.rank else {}
     if asked.plan.steps:
-        facts["trained"] = "the model" if given.streamed is None else "block by block"
+        facts["trained"] = "block by block" if given.source.streamed else "the model"
     return facts | {"calibration": given.calibration}
 
 

@@ -127,23 +127,17 @@ def streams(
     whole: Needs,
     part: Needs,
     limit: int | None,
-    why_not: str | None,
     samples: int,
     shared: bool = False,
 ) -> bool:
     """Whether the model is streamed; SkimError for what does not fit in memory either way.
 
-    `limit` in bytes; None: nine tenths of what is free. `why_not` says why it cannot be streamed;
-    `shared` work is always streamed.
+    `limit` in bytes; None: nine tenths of what is free. `shared` work is always streamed.
     """
     most = limit or int(0.9 * psutil.virtual_memory().available)
     what = "--max-memory allows" if limit else "are free"
     if whole.memory <= most and not shared:
         return False
-    if why_not is not None:
-        raise SkimError(
-            f"about {_gb(whole.memory)} of memory are needed, {what} {_gb(most)}: {why_not}"
-        )
     if part.memory > most:
         raise SkimError(
             f"about {_gb(part.memory)} of memory are needed block by block, {what} {_gb(most)}: "

@@ -2,6 +2,7 @@
 
 Recipe, RECIPES          how much of everything
 fit_linear, settled      W, what is known of it, widths -> codebooks and codes -> what is stored
+first_fit, composed_linear      the same with sparsity or adapters: those first, then codebooks
 """
 
 from dataclasses import dataclass
@@ -9,14 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skimlm.format.pack import QuantizedWeight, pack
+from skimlm.format.pack import Adapter, QuantizedWeight, pack
 from skimlm.format.row_codes import MAX_TABLE_WIDTH
 from skimlm.pipeline.sensitivity import Analysis
 from skimlm.quantize import fit as fitting
+from skimlm.quantize import slim
 from skimlm.quantize.fit import Fit
 from skimlm.quantize.kmeans import kmeans_rows
 from skimlm.quantize.refine import damped
 from skimlm.quantize.scale import normalise, scale_step, scaled_error
+
+SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of as many tokens
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,39 @@ def packed_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> d
     """The tensors that are stored for W at its widths."""
     w = w.float()
     return dict(pack(settled(w, known, fit_linear(w, known, widths, plan), plan)).tensors)
+
+
+def first_fit(w: Tensor, known: Analysis, options: slim.Options) -> dict[str, Tensor]:
+    """An adapter of a first sparse and low-rank fit, and what the rows then lose by width [r, 5].
+
+    The error is that of k-means under the Fisher diagonal over the weights that stay; what mask and
+    adapter lose is the same at every width.
+    """
+    w = w.float()
+    q = slim.fit(w, known.hessian, options, shrink=SHRINK, row_weight=known.row_weight)
+    left = slim.rest(w, q.adapter)
+    fisher = known.fisher.float()
+    weight = fisher if q.mask is None else fisher * q.mask
+    costs = kmeans_rows(left.contiguous(), weight.contiguous(), MAX_TABLE_WIDTH)[1]
+    factors = {} if q.adapter is None else vars(q.adapter)
+    return {"errors": costs} | {name: t for name, t in factors.items() if t is not None}
+
+
+def composed_linear(
+    w: Tensor, known: Analysis, widths: Tensor, options: slim.Options, first: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is stored for W: codebooks of its widths over a mask, with an adapter, under H~."""
+    factors = {name: tensor for name, tensor in first.items() if name != "errors"}
+    q = slim.fit(
+        w.float(),
+        known.hessian,
+        options,
+        widths=widths,
+        adapter=Adapter(**factors) if factors else None,
+        shrink=SHRINK,
+        row_weight=known.row_weight,
+    )
+    return dict(pack(q).tensors)
 
 
 def _published_scale(w: Tensor, h: Tensor, stats: Analysis, widths: Tensor, fit: Fit) -> Fit:

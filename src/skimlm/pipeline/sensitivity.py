@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import skimlm
 from skimlm.errors import SkimError, first_line
-from skimlm.pipeline.calibrate import Statistics, statistics
+from skimlm.pipeline.calibrate import Statistics
 from skimlm.quantize.fit import analyse
 from skimlm.quantize.refine import damped
 from skimlm.storage.safetensors import write_file
@@ -150,34 +150,6 @@ def stored(cache: Path, name: str, linears: Mapping[str, nn.Linear]) -> Stored:
     if place.exists():
         os.utime(place)
     return Stored(place, linears)
-
-
-def get(
-    cache: Path,
-    name: str,
-    model: nn.Module,
-    linears: dict[str, nn.Linear],
-    ids: Tensor,
-    plan: Plan,
-    progress: Callable[[str, int, int], None],
-) -> tuple[Stored, bool]:
-    """The analysis called `name` and whether it was kept already; else computed and kept."""
-    result = stored(cache, name, linears)
-    if not result.missing():
-        return result, True
-    collected = statistics(
-        model,
-        linears,
-        ids,
-        layerwise=not plan.end_loss,
-        fisher_windows=plan.fisher_windows,
-        progress=lambda done, total: progress("calibrate", done, total),
-    )
-    for done, linear in enumerate(linears, 1):
-        weight = linears[linear].weight.detach().cpu()
-        result.keep(linear, of(weight, collected.pop(linear), plan.end_loss))
-        progress("analyse", done, len(linears))
-    return result, False
 
 
 def of(weight: Tensor, s: Statistics, end_loss: bool) -> Analysis:

@@ -92,7 +92,6 @@ def train_block(
     linears: Mapping[str, nn.Linear],
     fits: dict[str, Fit],
     norms: Mapping[str, nn.Parameter],
-    inputs: Tensor,
     targets: Tensor,
     weight: Tensor,
     *,
@@ -101,28 +100,29 @@ def train_block(
     lr: float = 1e-3,
     norm_lr: float = 5e-4,
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Train the codebooks of a block's linears in place, towards `targets` [n, t, d] from `inputs`.
+    """Train the codebooks of a block's linears in place, towards its outputs `targets` [n, t, d].
 
-    `run(x)` is the block, whose parameters ask for no gradient; `weight` [d] says what each output
+    `run(rows)` is what the block, whose parameters ask for no gradient, makes of the windows of
+    these numbers as the compressed blocks before give them; `weight` [d] says what each output
     counts. Returns its trained norm weights and the held-out losses, like `train`.
     """
-    held = min(HELD_OUT, len(inputs) // 2)
-    seen = len(inputs) - held
+    held = min(HELD_OUT, len(targets) // 2)
+    seen = len(targets) - held
 
     def loss(rows: Tensor) -> Tensor:
         target = targets[rows].float()
-        error = (run(inputs[rows]).float() - target).square() @ weight
+        error = (run(rows).float() - target).square() @ weight
         return (error / (target.square() @ weight).clamp(min=1e-12)).sum()
 
     def backward_windows(rows: list[int]) -> tuple[float, int]:
         value = loss(torch.tensor(rows))
         value.backward()
-        return value.item(), len(rows) * inputs.shape[1]
+        return value.item(), len(rows) * targets.shape[1]
 
     def held_out_loss() -> float:
         with torch.no_grad():
-            parts = torch.arange(seen, len(inputs)).split(batch)
-            return sum(loss(rows).item() for rows in parts) / (held * inputs.shape[1])
+            parts = torch.arange(seen, len(targets)).split(batch)
+            return sum(loss(rows).item() for rows in parts) / (held * targets.shape[1])
 
     order = passes(seen, batch * steps, batch)
     windows = _WindowLoss(lambda _: None, backward_windows, held_out_loss)

@@ -17,7 +17,7 @@ from conftest import FAMILIES, byte_tokenizer, tiny_model
 from skimlm.errors import SkimError
 from skimlm.models.blocks import decoder_blocks
 from skimlm.models.checkpoint import load
-from skimlm.pipeline import blockwise, compress, sensitivity, stream
+from skimlm.pipeline import compress, sensitivity
 from skimlm.pipeline import plan as resources
 from skimlm.pipeline.recipes import RECIPES
 from skimlm.pipeline.workers import pool

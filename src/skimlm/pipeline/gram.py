@@ -1,0 +1,145 @@
+"""What the linears of a block are given: Gram matrices of their inputs, shared where inputs are.
+
+With X the inputs in the model as it was and X^ those that the compressed blocks before give:
+    h        X^^T X^
+    cross    X^T X^, for a target that moves towards the original model's output: min over W^ of
+             ||X W^T - X^ W^^T|| is W C H^-1 (GPTAQ 2504.02692). Half of the way is best
+             (docs/log.md): the whole of it also fits what is noise in the tokens
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from skimlm.errors import SkimError
+from skimlm.models.hooks import forwards_replaced
+from skimlm.pipeline.walk import Walk, batches
+from skimlm.storage.safetensors import finite
+
+
+@dataclass
+class Gram:
+    """Sums over tokens of a linear's inputs, which are in columns."""
+
+    h: Tensor  # X^^T X^ [c, c] float32
+    cross: Tensor | None  # X^T X^: of the original's inputs with those at hand
+    tokens: int
+
+    @property
+    def rms(self) -> Tensor:
+        """Root mean square of each input [c]."""
+        return (self.h.diagonal() / max(self.tokens, 1)).clamp(min=0).sqrt()
+
+    def target(self, w: Tensor, damp: float = 0.01, share: float = 0.5) -> Tensor:
+        """W moved by `share` to what on the inputs at hand comes nearest to the original output."""
+        if self.cross is None:
+            return w
+        h = self.h.double()
+        h.diagonal().add_(damp * h.diagonal().mean())
+        moved = torch.linalg.solve(h, (self.cross - self.h).double().T)
+        return w + share * (w.double() @ moved.T).float()
+
+
+def grams(
+    walk: Walk,
+    i: int,
+    linears: Mapping[str, nn.Linear],
+    hidden: Tensor | None,
+    batch: int,
+    crossed: bool,
+) -> dict[str, Gram]:
+    """Gram matrices of some linears of block `i`, which gets `hidden`; one for each input.
+
+    `crossed`: also with the original's inputs, which `advance_original` has kept.
+    """
+    found: dict[str, Gram] = {}
+    shared: dict[str, str] = {}  # linear -> the one whose matrix it shares
+    latest: dict[str, Tensor] = {}
+    before: dict[str, Tensor] = {}
+    number = 0
+
+    def see(name: str, x: Tensor) -> None:
+        if number == 0:
+            shared[name] = next((n for n, old in latest.items() if old is x), name)
+            latest[name] = x
+        if shared[name] != name:
+            return
+        # float32: rounded to bfloat16, as in calibrate, the sums are not positive definite
+        flat = x.reshape(-1, x.shape[-1]).float()
+        gram = found.setdefault(name, _empty(linears[name], crossed))
+        gram.h += flat.T @ flat
+        gram.tokens += len(flat)
+        if gram.cross is not None:
+            gram.cross += before[name].reshape(flat.shape).float().T @ flat
+
+    with watched(linears, see):
+        for number, rows in enumerate(batches(len(walk.ids), batch)):
+            before = walk.store.read(INPUTS, number) if crossed else {}
+            walk.run(range(i, i + 1), rows, hidden)
+            latest.clear()
+    for name, gram in found.items():
+        if not finite(gram.h):
+            raise SkimError(f"{name}: calibration overflowed (not finite); use other text")
+    return {n: found.get(shared.get(n, n)) or _empty(m, crossed) for n, m in linears.items()}
+
+
+INPUTS = "linear-inputs"  # of the original's linears, while their block is fitted
+
+
+def advance_original(walk: Walk, i: int, hidden: Tensor | None, batch: int) -> Tensor:
+    """Hidden states behind block `i` as it was; what its linears read is kept, batch by batch."""
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        if not any(x is old for old in seen.values()):  # one that is shared is kept once
+            seen[name] = x
+
+    def keep(number: int) -> None:
+        walk.store.keep(INPUTS, number, seen)
+        seen.clear()
+
+    with watched(walk.inside(range(i, i + 1)), see):
+        return walk.advance(range(i, i + 1), hidden, batch, after=keep)
+
+
+def stages(
+    walk: Walk, i: int, linears: Mapping[str, nn.Linear], hidden: Tensor | None
+) -> list[list[str]]:
+    """Linears of block `i` in the order they run, those that read the same input together."""
+    found: list[list[str]] = []
+    inputs: list[Tensor] = []  # kept, so that no address is used twice
+
+    def see(name: str, x: Tensor) -> None:
+        if inputs and any(x is old for old in inputs):
+            found[next(i for i, old in enumerate(inputs) if x is old)].append(name)
+        else:
+            inputs.append(x)
+            found.append([name])
+
+    with watched(linears, see):
+        walk.run(range(i, i + 1), slice(0, 1), hidden)
+    missing = [n for n in linears if not any(n in stage for stage in found)]
+    return found + ([missing] if missing else [])
+
+
+@contextmanager
+def watched(linears: Mapping[str, nn.Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Within the block `see(name, x)` is called with what a linear is given."""
+
+    def watch(name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            see(name, x)
+            return nn.functional.linear(x, linear.weight, linear.bias)
+
+        return forward
+
+    with forwards_replaced(linears, watch):
+        yield
+
+
+def _empty(linear: nn.Linear, crossed: bool) -> Gram:
+    c = linear.in_features
+    return Gram(torch.zeros(c, c), torch.zeros(c, c) if crossed else None, 0)

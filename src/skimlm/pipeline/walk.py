@@ -1,0 +1,288 @@
+"""One walk over the blocks of a model, in memory or not, every step of it to be resumed.
+
+    source   gives block after block with its numbers (models/source.py): in memory, folder, GGUF
+    store    keeps what is between blocks (states.py): in memory, or files of the unfinished run
+
+    analyse  forward     hidden states before every span of blocks
+             backward    last span first: run again with gradients, its linears analysed
+    each     a function of one linear and its analysis, for every linear: fit, decompose, compose
+    follow   block after block fitted to what the compressed ones before it give: slim, training
+    packed   what OUT holds of the blocks, to be written
+
+A span is what is in memory together: all blocks, or one. The numbers do not depend on it: the same
+windows go through in the same batches. In the store lie, each whole:
+    inputs-K                  hidden states before span K [n, t, d]; gone once it is analysed
+    gradient-K                d loss / d inputs-K: the analysis of span K and all after it is kept
+    first-I                   adapters and errors of block I to begin with (sparsity, adapters)
+    original-I, compressed-I  hidden states before block I, in the model and in what becomes of it
+    packed-I                  what OUT holds of block I
+Before the first block hidden states are the embeddings, which are not kept.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skimlm.models.hooks import frozen
+from skimlm.models.source import BlockSource, Span
+from skimlm.pipeline import sensitivity
+from skimlm.pipeline.calibrate import BATCH, Statistics, Sums, observed
+from skimlm.pipeline.recipes import Recipe
+from skimlm.pipeline.states import StateStore
+from skimlm.pipeline.workers import Submit, here
+from skimlm.train.losses import backward, cross_entropy, next_tokens
+
+Progress = Callable[[str, int, int], None]
+FitBlock = Callable[[int, Tensor | None, Tensor | None], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What the steps of a walk share."""
+
+    source: BlockSource
+    linears: Mapping[str, nn.Linear]  # those to compress
+    ids: Tensor  # calibration windows [n, t]
+    store: StateStore
+    submit: Submit = here
+    progress: Progress = lambda *_: None
+
+    def inside(self, span: Span) -> dict[str, nn.Linear]:
+        """The linears of these blocks that are to be compressed."""
+        prefixes = tuple(f"{self.source.blocks[i]}." for i in span)
+        return {n: m for n, m in self.linears.items() if n.startswith(prefixes)}
+
+    def hidden(self, kind: str, i: int) -> Tensor | None:
+        """Hidden states that are kept; None before the first block."""
+        return self.store.read_one(kind, i, "x") if i else None
+
+    def run(self, span: Span, rows: slice | Tensor, hidden: Tensor | None) -> Tensor:
+        """What these blocks make of the windows `rows` of `hidden` [n, t, d]."""
+        # a copy: views of a file are not aligned, and stay in memory while they are used
+        part = None if hidden is None else hidden[rows].clone()
+        return self.source.run(span, self.ids[rows], part)[0]
+
+    def advance(
+        self,
+        span: Span,
+        hidden: Tensor | None,
+        batch: int,
+        after: Callable[[int], None] = lambda _: None,
+    ) -> Tensor:
+        """Hidden states behind these blocks; `after(number)` is called after each batch."""
+        out: Tensor | None = None
+        for number, rows in enumerate(batches(len(self.ids), batch)):
+            part = self.run(span, rows, hidden)
+            out = part.new_empty(len(self.ids), *part.shape[1:]) if out is None else out
+            out[rows] = part
+            after(number)
+        assert out is not None
+        return out
+
+
+def batches(count: int, batch: int) -> list[slice]:
+    """Windows that go through together."""
+    return [slice(i, min(i + batch, count)) for i in range(0, count, batch)]
+
+
+# ---- analysis
+
+
+def analyse(walk: Walk, stored: sensitivity.Stored, plan: Recipe) -> bool:
+    """Fill `stored`; whether it was all there already."""
+    missing = set(stored.missing())
+    if not missing:
+        return True
+    store, spans = walk.store, walk.source.spans
+    done = next((k for k in range(len(spans)) if store.has("gradient", k)), len(spans))
+    if any(name in missing for span in spans[done:] for name in walk.inside(span)):
+        for k in range(len(spans)):  # the cache was deleted since: begin anew
+            store.drop("gradient", k)
+        done = len(spans)
+    with torch.no_grad(), frozen(walk.source.model):
+        _forward(walk, done - 1)
+        _backward(walk, stored, plan, done)
+    return False
+
+
+def _forward(walk: Walk, last: int) -> None:
+    """Keep the inputs of all spans up to `last`; those that are there already stay."""
+    store, spans = walk.store, walk.source.spans
+    begin = next((k for k in range(1, last + 1) if not store.has("inputs", k)), last + 1)
+    for k in range(begin, last + 1):
+        with walk.source.loaded(spans[k - 1]):
+            hidden = walk.advance(spans[k - 1], walk.hidden("inputs", k - 1), BATCH)
+        store.keep("inputs", k, {"x": hidden})
+        walk.progress("forward", k, last)
+
+
+def _backward(walk: Walk, stored: sensitivity.Stored, plan: Recipe, done: int) -> None:
+    """Spans `done` - 1 to 0: statistics, then the analysis of each linear while the next is run."""
+    store, spans = walk.store, walk.source.spans
+    gradient = None if done == len(spans) else store.read_one("gradient", done, "x")
+    left, total = len(stored.missing()), len(stored)
+    pending: dict[str, Callable[[], sensitivity.Analysis]] = {}
+
+    def keep_pending() -> None:
+        nonlocal left
+        for name in list(pending):
+            stored.keep(name, pending.pop(name)())
+            left -= 1
+            walk.progress("analyse", total - left, total)
+
+    def finish(k: int, gradient: Tensor | None) -> None:
+        """Span `k` and all after it are analysed once this has returned."""
+        keep_pending()
+        if gradient is not None:
+            store.keep("gradient", k, {"x": gradient})
+        for kind, number in (("gradient", k + 1), ("inputs", k + 1), ("inputs", k)):
+            store.drop(kind, number)
+
+    for k in reversed(range(done)):
+        with walk.source.loaded(spans[k]):
+            collected, passed = statistics(
+                walk,
+                k,
+                gradient,
+                layerwise=not plan.end_loss,
+                fisher_windows=plan.fisher_windows,
+            )
+            if pending:
+                finish(k + 1, gradient)
+            gradient = passed
+            for name, linear in walk.inside(spans[k]).items():
+                weight, known = linear.weight.detach(), collected.pop(name)
+                pending[name] = walk.submit(sensitivity.of, weight, known, plan.end_loss)
+                del known
+                if walk.submit is here:
+                    keep_pending()
+        if walk.submit is here:
+            finish(k, gradient)
+    if pending:
+        finish(0, gradient)
+
+
+def statistics(
+    walk: Walk,
+    k: int,
+    gradient: Tensor | None = None,
+    *,
+    layerwise: bool = False,
+    fisher_windows: int = 64,
+    batch: int = BATCH,
+) -> tuple[dict[str, Statistics], Tensor | None]:
+    """Statistics of the linears of span `k`, run with gradients, and d loss / d its inputs.
+
+    `gradient` is that of its outputs, None behind the last block: the loss follows. A linear that
+    saw no token (an expert never routed to) keeps zero sums. `layerwise` also collects H.
+    """
+    source, inputs, passed = walk.source, walk.hidden("inputs", k), []
+    spans, count = source.spans, len(walk.ids)
+    linears = walk.inside(spans[k])
+    sums = Sums(linears, layerwise, fisher_windows)
+    with observed(linears, sums.observe), frozen(source.model), torch.enable_grad():
+        for rows in batches(count, batch):
+            ids = walk.ids[rows]
+            x = None if inputs is None else inputs[rows].clone().requires_grad_()
+            sums.begin(rows.start, len(ids))
+            out, final = source.run(spans[k], ids, x)
+            if gradient is None:
+                backward(cross_entropy(source.model, next_tokens(ids)), final)
+            else:
+                out.backward(gradient[rows])
+            if x is not None and x.grad is not None:
+                passed.append(x.grad)
+            done = (len(spans) - 1 - k) * count + rows.stop
+            walk.progress("calibrate", done, len(spans) * count)
+    return sums.finished(source.model.dtype), torch.cat(passed) if passed else None
+
+
+# ---- fit
+
+
+def each(
+    walk: Walk,
+    phase: str,
+    kind: str,
+    function: Callable[..., dict[str, Tensor]],
+    values: Callable[[str], tuple[Any, ...]],
+) -> None:
+    """Keep under `kind` what `function(weight, *values(name))` gives for the linears of each block.
+
+    With what is packed go the other tensors of the block. What is there already stays.
+    """
+    pending: list[tuple[int, dict[str, Tensor], dict[str, Callable[[], dict[str, Tensor]]]]] = []
+
+    def finish() -> None:
+        i, tensors, results = pending.pop()
+        for name, result in results.items():
+            tensors |= {f"{name}.{part}": tensor for part, tensor in result().items()}
+        walk.store.keep(kind, i, tensors)
+        walk.progress(phase, i + 1, len(walk.source.blocks))
+
+    for i in range(len(walk.source.blocks)):
+        if walk.store.has(kind, i):
+            continue
+        with walk.source.loaded(range(i, i + 1)):
+            weights, others = apart(walk, i)
+            results = {
+                name: walk.submit(function, weight, *values(name))
+                for name, weight in weights.items()
+            }
+        if pending:
+            finish()
+        pending.append((i, others if kind == "packed" else {}, results))
+        if walk.submit is here:
+            finish()
+    if pending:
+        finish()
+
+
+def follow(
+    walk: Walk,
+    fit_block: FitBlock,
+    batch: int,
+    advance_original: Callable[[int, Tensor | None], Tensor] | None = None,
+) -> None:
+    """Keep what `fit_block(i, compressed, after)` makes of each block, which it leaves compressed.
+
+    `compressed` are the hidden states that the compressed blocks before give block `i`. With
+    `advance_original` those of the model as it was go along: `after` is what it gives behind `i`.
+    """
+    last = len(walk.source.blocks) - 1
+    with torch.no_grad(), frozen(walk.source.model):
+        for i in range(last + 1):
+            span = range(i, i + 1)
+            if not walk.store.has("packed", i):
+                with walk.source.loaded(span):
+                    before, after = walk.hidden("compressed", i), None
+                    if advance_original:
+                        after = advance_original(i, walk.hidden("original", i))
+                    tensors = fit_block(i, before, after)
+                    if i < last:
+                        compressed = walk.advance(span, before, batch)
+                        walk.store.keep("compressed", i + 1, {"x": compressed})
+                if after is not None and i < last:
+                    walk.store.keep("original", i + 1, {"x": after})
+                walk.store.keep("packed", i, tensors)  # the last: a block without it is done again
+            for kind in ("original", "compressed"):
+                walk.store.drop(kind, i)
+            walk.progress("fit", i + 1, last + 1)
+
+
+def apart(walk: Walk, i: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of a block that are compressed, and all its other tensors, by their names."""
+    prefix = walk.source.blocks[i]
+    state = walk.source.module(i).state_dict()
+    others = {f"{prefix}.{name}": tensor.detach() for name, tensor in state.items()}
+    return {n: others.pop(f"{n}.weight") for n in walk.inside(range(i, i + 1))}, others
+
+
+def packed(walk: Walk) -> Callable[[str], Tensor]:
+    """A function that reads what OUT holds of the blocks, by the tensor's name."""
+    store, count = walk.store, len(walk.source.blocks)
+    where = {name: i for i in range(count) for name in store.names("packed", i)}
+    return lambda name: store.read_one("packed", where[name], name)
