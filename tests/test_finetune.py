@@ -1,5 +1,6 @@
 """Fine-tuning: only adapters move, through their rounding, on an exact budget, not for worse."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -45,6 +46,14 @@ KINDS = [  # of linears, in turn
 RUN = dict(tokens=1000, seq_len=32, batch=4, lr=0.1)
 
 
+def bundled(options):
+    """Settings together, as `finetune` takes them."""
+    names = {field.name for field in dataclasses.fields(finetune.Settings)}
+    settings = {name: value for name, value in options.items() if name in names}
+    rest = {name: value for name, value in options.items() if name not in names}
+    return rest | {"settings": finetune.Settings(**settings)}
+
+
 def decompose(model):
     """Sparse, grid and adapted linears of a model, one kind after the other."""
     layers = decoder_linears(model)
@@ -75,7 +84,7 @@ def run(folder, tmp_path, text):
 
     def go(out="out", **options):
         options = RUN | dict(text=text, cache_dir=tmp_path / "cache") | options
-        return finetune.finetune(folder, tmp_path / out, **options)
+        return finetune.finetune(folder, tmp_path / out, **bundled(options))
 
     return go
 
@@ -352,7 +361,7 @@ def test_what_a_user_can_get_wrong_is_one_line(run, folder, llama_folder, tmp_pa
 
     def refused(path, out, words, **options):
         with pytest.raises(SkimError, match=words) as caught:
-            finetune.finetune(path, tmp_path / out, **(RUN | dict(text=text) | options))
+            finetune.finetune(path, tmp_path / out, **bundled(RUN | dict(text=text) | options))
         assert "\n" not in str(caught.value)
 
     refused(plain, "out", "plain: has no adapters to train")

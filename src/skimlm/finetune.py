@@ -75,68 +75,79 @@ class Report:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How much is trained: at most `tokens` tokens, in windows of `seq_len`, `batch` at a step.
+
+    The budget is used up to the last whole window; a shorter text is read again. `lr` is relative
+    to the size of an adapter's component. SkimError for what cannot be.
+    """
+
+    tokens: int = 300_000
+    seq_len: int = 512
+    batch: int = 4
+    lr: float = 1e-2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2 or self.batch < 1:
+            raise SkimError(
+                f"seq-len must be at least 2 and batch 1, got {self.seq_len} and {self.batch}"
+            )
+        if not self.windows:
+            raise SkimError(
+                f"{self.tokens} tokens are less than one window of {self.seq_len}: give more"
+            )
+
+    @property
+    def windows(self) -> int:
+        """Windows to train on."""
+        return self.tokens // self.seq_len
+
+
 def finetune(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     text: str | os.PathLike[str],
+    settings: Settings | None = None,
     *,
-    tokens: int = 300_000,
-    seq_len: int = 512,
-    batch: int = 4,
-    lr: float = 1e-2,
-    seed: int = 0,
     teacher: str | os.PathLike[str] | None = None,
     text_key: str | None = None,
     force: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Train the adapters of a compressed folder on at most `tokens` tokens of `text`, into OUT.
+    """Train the adapters of a compressed folder on `text`, or on what `teacher` says, into OUT.
 
-    The budget is used up to the last whole window of `seq_len` tokens; a shorter text is read
-    again. `batch` windows make a step, `lr` is relative to the size of an adapter's component. A
-    run that was interrupted goes on where it was. Raises SkimError for what a user can get wrong.
+    A run that was interrupted goes on where it was. SkimError for what a user can get wrong.
     """
-    start = time.perf_counter()
-    count = tokens // seq_len
-    if seq_len < 2 or batch < 1:
-        raise SkimError(f"seq-len must be at least 2 and batch 1, got {seq_len} and {batch}")
-    if count < 1:
-        raise SkimError(f"{tokens} tokens are less than one window of {seq_len}: give more")
+    start, settings = time.perf_counter(), settings or Settings()
     opened = _opened(path, out, force)
     tokenizer = load_tokenizer(opened)
     documents = read_documents(text, text_key, tokenizer)
     model, _ = load(opened, tokenizer=tokenizer)
-    reach = getattr(model.config, "max_position_embeddings", None)
-    if reach and seq_len > reach:
-        raise SkimError(f"seq-len must be at most {reach} for this model, got {seq_len}")
-    ids = windows(documents, tokenizer, count + HELD_OUT, seq_len, seed, str(text))
-    check_ids(model, ids, tokenizer)
-    if len(ids) < 2:
-        raise SkimError(f"{text}: one window of {seq_len} is too little, one is held out")
-    held = min(HELD_OUT, max(1, len(ids) // 8))
-    ids, unseen = ids[held:], ids[:held]
+    ids, unseen = _windows(documents, model, tokenizer, settings, str(text))
     loss_of = next_token_loss(model)
     if teacher is not None:
         loss_of = teacher_loss(model, _teacher(teacher, tokenizer, documents[0]))
-    order = passes(len(ids), count, batch, seed)
-    key = _key(opened, teacher, ids, unseen, [order, lr])
+    order = passes(len(ids), settings.windows, settings.batch, settings.seed)
+    key = _key(opened, teacher, ids, unseen, [order, settings.lr])
     state_file = sensitivity.folder(cache_dir) / f"{key}.state"
     loaded = time.perf_counter()
-    layers = adapted(model)
+    tell = progress or (lambda *_: None)
     adapters, losses = train(
-        model, layers, ids, unseen, order, loss_of, lr, state_file, progress or (lambda *_: None)
+        model, adapted(model), ids, unseen, order, loss_of, settings.lr, state_file, tell
     )
     trained = time.perf_counter()
     report = Report(
         out=str(out),
-        adapters=len(layers),
+        adapters=len(adapters),
         numbers=sum(a.a.numel() + a.b.numel() for a in adapters.values()),
         text=Path(text).name,
-        seq_len=seq_len,
-        windows=count,
-        tokens=count * seq_len,
-        passes=round(count / len(ids), 3),
+        seq_len=settings.seq_len,
+        windows=settings.windows,
+        tokens=settings.windows * settings.seq_len,
+        passes=round(settings.windows / len(ids), 3),
         held_out_tokens=unseen.numel(),
         loss="cross entropy" if teacher is None else "KL",
         held_out=losses,
@@ -150,11 +161,31 @@ def finetune(
     _write(Path(out), opened, model, adapters, report)
     state_file.unlink(missing_ok=True)
     report.bytes = folder_bytes(out)
-    ends = (start, loaded, trained, time.perf_counter())
-    phases = zip(("load", "train", "write"), ends, ends[1:], strict=False)
-    report.seconds = {phase: round(b - a, 3) for phase, a, b in phases}
+    report.seconds = _seconds(start, loaded, trained, time.perf_counter())
     report.peak_rss_bytes = peak_rss_bytes()
     return report
+
+
+def _windows(
+    documents: list[str], model: Any, tokenizer: Any, settings: Settings, where: str
+) -> tuple[Tensor, Tensor]:
+    """Windows [n, t] to train on and those that are held out."""
+    length = settings.seq_len
+    reach = getattr(model.config, "max_position_embeddings", None)
+    if reach and length > reach:
+        raise SkimError(f"seq-len must be at most {reach} for this model, got {length}")
+    count = settings.windows + HELD_OUT
+    ids = windows(documents, tokenizer, count, length, settings.seed, where)
+    check_ids(model, ids, tokenizer)
+    if len(ids) < 2:
+        raise SkimError(f"{where}: one window of {length} is too little, one is held out")
+    held = min(HELD_OUT, max(1, len(ids) // 8))
+    return ids[held:], ids[:held]
+
+
+def _seconds(*ends: float) -> dict[str, float]:
+    phases = zip(("load", "train", "write"), ends, ends[1:], strict=False)
+    return {phase: round(b - a, 3) for phase, a, b in phases}
 
 
 def _opened(path: str | os.PathLike[str], out: str | os.PathLike[str], force: bool) -> Checkpoint:

@@ -359,11 +359,13 @@ def generate(
 def finetune(path: str, out: Path, text: str, as_json: bool, **options: Any) -> None:
     """Train the adapters of the compressed folder PATH on a text, into the folder OUT."""
     from skimlm.evaluate.report import facts_text
-    from skimlm.finetune import finetune
+    from skimlm.finetune import Settings, finetune
     from skimlm.progress import progress_bars
 
+    names = [field.name for field in dataclasses.fields(Settings)]
+    settings = Settings(**{name: options.pop(name) for name in names})
     with progress_bars() as progress:
-        report = finetune(path, out, text, progress=progress, **options)
+        report = finetune(path, out, text, settings, progress=progress, **options)
     _print(report.to_json(), facts_text, as_json)
     if not report.improved:
         click.echo("the held-out loss did not fall: the adapters are stored unchanged", err=True)
