@@ -186,7 +186,7 @@ def test_force_replaces_only_what_an_export_made(tmp_path, folder):
         with pytest.raises(SkimError, match=f"{to}: exists, use --force to replace it"):
             export(folder, out / to, to)
         export(folder, out / to, to, force=True)
-    with pytest.raises(SkimError, match="is not a model folder, --force does not replace it"):
+    with pytest.raises(SkimError, match="not written by skimlm, --force does not replace it"):
         export(folder, out, "peft", force=True)
 
 

@@ -23,12 +23,11 @@ from skimlm.integrations.transformers import aliases
 from skimlm.models.checkpoint import Checkpoint, load, open_compressed
 from skimlm.models.write import rewrite
 from skimlm.runtime.linear import CompressedLinear
-from skimlm.storage.folder import check_out, folder_bytes, whole_folder
+from skimlm.storage.folder import check_apart, check_out, folder_bytes, mark, whole_folder
 from skimlm.storage.safetensors import read_json, write_shards
 from skimlm.train.adapters import adapted
 
 TARGETS = ("dense", "peft")
-ADAPTER = "adapter/adapter_config.json"  # by which a folder made here is known
 
 
 @dataclasses.dataclass
@@ -62,9 +61,8 @@ def export(
     if to not in TARGETS:
         raise SkimError(f"export to {' or '.join(TARGETS)}, got {to!r}")
     out = Path(out)
-    if Path(path).exists() and Path(path).resolve() == out.resolve():
-        raise SkimError(f"{out}: is the model itself; name another folder")
-    check_out(out, force, "config.json" if to == "dense" else ADAPTER)
+    check_apart(out, path)
+    check_out(out, force)
     opened = open_compressed(path)
     dense = to == "dense" or dense_base
     if dtype is not None and not dense:
@@ -84,6 +82,7 @@ def export(
             _write_dense(base, model, tokenizer, dtype, merged=to == "dense")
         else:
             _write_without_adapters(base, opened, model)
+        mark(folder, f"export to {to}")
     return Report(
         out=str(out),
         to=to,

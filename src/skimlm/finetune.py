@@ -40,7 +40,7 @@ from skimlm.models.write import rewrite
 from skimlm.pipeline import sensitivity
 from skimlm.pipeline.text import read_documents, windows
 from skimlm.progress import peak_rss_bytes
-from skimlm.storage.folder import check_out, folder_bytes, whole_folder
+from skimlm.storage.folder import check_apart, check_out, folder_bytes, whole_folder
 from skimlm.storage.safetensors import read_json
 from skimlm.train.adapters import HELD_OUT, adapted, next_token_loss, teacher_loss, train
 from skimlm.train.loop import passes
@@ -190,8 +190,7 @@ def _seconds(*ends: float) -> dict[str, float]:
 
 def _opened(path: str | os.PathLike[str], out: str | os.PathLike[str], force: bool) -> Checkpoint:
     """The compressed folder, refused if it has no adapters or OUT cannot be written."""
-    if Path(path).exists() and Path(path).resolve() == Path(out).resolve():
-        raise SkimError(f"{out}: is the model itself; name another folder")
+    check_apart(out, path)
     check_out(out, force)
     opened = open_compressed(path)
     if not any(name.endswith(".lora_a") for name in opened.files):

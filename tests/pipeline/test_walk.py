@@ -350,7 +350,7 @@ def test_killed_between_the_renames_and_tidying_up(run, tmp_path, monkeypatch):
         patch.setattr(compress, "shutil", None)  # the tidying up fails
         with pytest.raises(AttributeError):
             run("p")
-    assert same(tmp_path / "whole", tmp_path / "p") and journal.is_finished(tmp_path / "p")
+    assert same(tmp_path / "whole", tmp_path / "p") and journal.finished(tmp_path / "p")
     assert run("p", resume=True).rows_by_width == report.rows_by_width
     assert not journal.place(tmp_path / "p").exists()
 
@@ -456,7 +456,7 @@ def test_a_full_disk_is_one_line_and_work_is_kept(run, tmp_path, monkeypatch):
         patch.setattr(outputs, "sync", full)
         with pytest.raises(SkimError, match="could not be written: .*No space left"):
             run("last")
-    assert not (tmp_path / "last").exists() and not journal.is_finished(tmp_path / "last")
+    assert not (tmp_path / "last").exists() and not journal.finished(tmp_path / "last")
     run("last", resume=True)
     assert same(tmp_path / "whole", tmp_path / "last")
 

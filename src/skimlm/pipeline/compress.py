@@ -53,7 +53,7 @@ from skimlm.pipeline.workers import Submit, here, pool
 from skimlm.progress import Clock, peak_rss_bytes
 from skimlm.quantize.fit import WIDTHS
 from skimlm.storage import journal
-from skimlm.storage.folder import check_out, folder_bytes
+from skimlm.storage.folder import check_apart, check_out, folder_bytes
 
 Progress = Callable[[str, int, int], None]
 
@@ -134,8 +134,7 @@ def compress(
     plan = recipe_of(method, recipe, bits, index_bits, embed_bits, samples, seq_len)
     options = options_of(method, recipe, plan, bits, index_bits, size, sparsity, rank, adapter_bits)
     out, clock = Path(out), Clock()
-    if Path(source).exists() and Path(source).resolve() == out.resolve():
-        raise SkimError(f"{out}: is the model itself; name another folder")
+    check_apart(out, source)
     asked = Asked(
         method, recipe, plan, options, budget.Target(bits, size, index_bits), embed_bits, seed
     )
@@ -165,10 +164,10 @@ def compress(
         return _report(found, asked, tools, out, chosen)
     if resume and not force and out.exists() and not journal.place(out).exists():
         raise SkimError(f"{out}: is there, with no unfinished run beside it; --force replaces it")
-    if not (resume and journal.is_finished(out)):
+    if not (resume and journal.finished(out)):
         check_out(out, force)
     with journal.unfinished(out, resume, force) as work:
-        if resume and (done := journal.finished(work)):
+        if resume and (done := journal.finished(out)):
             report = Report.from_json(done)
         else:
             clock.seconds |= journal.seconds(work)

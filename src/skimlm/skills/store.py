@@ -27,7 +27,6 @@ from torch import Tensor
 from skimlm.errors import FormatError, SkimError, first_line
 from skimlm.skills.document import MAX_BYTES, Document, parse
 from skimlm.skills.splice import WRAPPER, Piece, Pin, pieces_of, reach, token_ids, wrapper_tokens
-from skimlm.storage.folder import _umask
 from skimlm.storage.safetensors import finite, read_header, write_file
 
 FORMAT_VERSION = 1
@@ -160,7 +159,6 @@ def write(path: str | os.PathLike[str], skill: Skill) -> None:
     }
     meta = {KEY: json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
     write_file(Path(path), {"soft": soft, "text": text}, meta)
-    Path(path).chmod(0o666 & ~_umask())  # a temporary file is private
 
 
 def read(path: str | os.PathLike[str]) -> Skill:

@@ -4,13 +4,13 @@
                 lock             held by the process that works on it
                 ...              what is done so far, each file whole (pipeline/stream.py)
                 model/           OUT while it is written
-                report.json      there when model/ is whole: what is left is to rename it
+                report.json      there when model/ is whole, and which folder that is: what is
+                                 left is to put it in place
                 seconds.json     what every phase has taken so far
 
 Whatever the moment a run is killed at, `resume` goes on from what is there; OUT is whole or absent.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,16 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from skimlm.errors import SkimError, first_line
-from skimlm.storage.folder import whole_folder
+from skimlm.errors import SkimError
+from skimlm.storage.folder import LOCK, locked, real, recover, whole_folder
 from skimlm.storage.safetensors import read_json
 
-JOURNAL, LOCK, MODEL, REPORT = "journal.json", "lock", "model", "report.json"
+JOURNAL, MODEL, REPORT = "journal.json", "model", "report.json"
 SECONDS = "seconds.json"
 
 
 def place(out: Path) -> Path:
     """The folder of the unfinished run that will make `out`."""
+    out = real(out)
     return out.with_name(out.name + ".partial")
 
 
@@ -41,19 +42,10 @@ def unfinished(out: Path, resume: bool, force: bool) -> Iterator[Path]:
     left = _useful(work)
     if left and not resume and not force:
         raise SkimError(f"{work}: an unfinished run; --resume goes on with it, --force begins anew")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / LOCK).open("w")
-    except OSError as error:
-        raise SkimError(f"{work}: cannot be written: {first_line(error)}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SkimError(f"{out}: another run is at work on it") from None
-        old = work / f"{MODEL}.old"
-        if old.exists() and not out.exists():  # killed between the two renames that replace OUT
-            old.rename(out)
+    with locked(work, out):
+        recover(real(out))
+        if finished(out):  # and killed before it had tidied up
+            shutil.rmtree(work / MODEL, ignore_errors=True)
         if not resume:
             empty(work)
         try:
@@ -80,16 +72,13 @@ def begin(work: Path, facts: Mapping[str, Any]) -> None:
             )
 
 
-def finished(work: Path) -> dict[str, Any] | None:
+def finished(out: Path) -> dict[str, Any] | None:
     """The report of a run that was killed after OUT took its name, else None."""
-    if (work / REPORT).exists() and not (work / MODEL).exists():
-        return read_json(work / REPORT)
-    return None
-
-
-def is_finished(out: Path) -> bool:
-    """Whether a run was killed after `out` took its name, before it had tidied up."""
-    return finished(place(out)) is not None
+    file = place(out) / REPORT
+    if not file.exists() or not out.exists():
+        return None
+    written = read_json(file)
+    return written.get("report") if written.get("folder") == out.stat().st_ino else None
 
 
 @contextmanager
@@ -100,10 +89,9 @@ def model_folder(work: Path, out: Path) -> Iterator[Path]:
     """
     (work / REPORT).unlink(missing_ok=True)
     try:
-        with whole_folder(out, work / MODEL) as folder:
+        with whole_folder(real(out), work / MODEL) as folder:
             yield folder
     except BaseException:
-        # in this order: a report without a folder says that OUT has its name
         (work / REPORT).unlink(missing_ok=True)
         shutil.rmtree(work / MODEL, ignore_errors=True)
         raise
@@ -111,7 +99,7 @@ def model_folder(work: Path, out: Path) -> Iterator[Path]:
 
 def write_report(work: Path, report: Mapping[str, Any]) -> None:
     """Say that the model folder is whole."""
-    _write(work / REPORT, report)
+    _write(work / REPORT, {"folder": (work / MODEL).stat().st_ino, "report": report})
 
 
 def keep_seconds(work: Path, seconds: Mapping[str, float]) -> None:

@@ -6,13 +6,16 @@ the tensor it cuts; `file_bytes` says how large a file will be before it is writ
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-import tempfile
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
@@ -193,19 +196,27 @@ def _write_one(
 
 
 def write_file(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write one safetensors file, whole or not at all; SkimError naming it if that fails."""
-    part = None
+    """Write one safetensors file, whole or not at all; SkimError naming it if that fails.
+
+    What a killed process left of the same file is removed.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        os.close(handle)
+        for left in file.parent.glob(f".{glob.escape(file.name)}.*-*.part"):
+            owner = left.name.removeprefix(f".{file.name}.").partition("-")[0]
+            if owner.isdigit() and not psutil.pid_exists(int(owner)):
+                left.unlink(missing_ok=True)
+        part.touch()
+        mode = part.stat().st_mode  # what files get here: `save_file` makes them private
         save_file(tensors, part, metadata)
-        os.replace(part, file)
+        part.chmod(mode)
+        part.replace(file)
     except (OSError, SafetensorError) as error:
         raise SkimError(f"{file}: could not be written: {first_line(error)}") from error
     finally:
-        if part is not None:
-            Path(part).unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
