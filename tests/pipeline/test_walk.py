@@ -325,22 +325,23 @@ def test_the_seconds_of_all_processes_that_worked_on_a_run_are_reported(run, tmp
     assert run("p", force=True).seconds["analyse"] < 100  # begun anew
 
 
-def test_killed_between_the_renames_and_tidying_up(run, tmp_path, monkeypatch):
+def test_killed_around_the_replacement_and_before_tidying_up(run, tmp_path, monkeypatch):
     run("whole", whole=True)
-    usual = type(tmp_path).rename
-    for number in (1, 2):
+    old = {"quantization_config": {"quant_method": "skimlm"}}
+    exchange = outputs._exchange
+
+    def killed_after(*both):
+        exchange(*both)
+        raise Killed
+
+    def killed_before(*both):
+        raise Killed
+
+    for killed in (killed_before, killed_after):
         with monkeypatch.context() as patch:
-            count = []
-
-            def rename(self, target, count=count, stop=number):
-                count.append(1)
-                if len(count) == stop:
-                    raise Killed
-                return usual(self, target)
-
             (tmp_path / "o").mkdir(exist_ok=True)
-            (tmp_path / "o/config.json").write_text("{}")
-            patch.setattr(type(tmp_path), "rename", rename)
+            (tmp_path / "o/config.json").write_text(json.dumps(old))
+            patch.setattr(outputs, "_exchange", killed)
             with pytest.raises(Killed):
                 run("o", force=True)
         report = run("o", resume=True, force=True)
