@@ -21,6 +21,7 @@ from torch import Tensor
 from skimlm.errors import SkimError
 from skimlm.integrations.transformers import aliases
 from skimlm.models.checkpoint import Checkpoint, load, open_compressed
+from skimlm.models.side_files import copy_side_files
 from skimlm.models.write import rewrite
 from skimlm.runtime.linear import CompressedLinear
 from skimlm.storage.folder import check_apart, check_out, folder_bytes, mark, whole_folder
@@ -68,7 +69,7 @@ def export(
     if dtype is not None and not dense:
         raise SkimError("a dtype is for an ordinary folder: add --dense-base or export to dense")
     dtype = dtype or _dtype(opened.config.dtype)
-    model, tokenizer = load(opened, dtype)
+    model, _ = load(opened, dtype)
     layers = adapted(model)
     if to == "peft" and not layers:
         raise SkimError(f"{path}: has no adapters to export; compress with --rank 0.1")
@@ -79,7 +80,7 @@ def export(
             base.mkdir()
             _write_adapter(folder / "adapter", layers)
         if dense:
-            _write_dense(base, model, tokenizer, dtype, merged=to == "dense")
+            _write_dense(base, opened.path, model, dtype, merged=to == "dense")
         else:
             _write_without_adapters(base, opened, model)
         mark(folder, f"export to {to}")
@@ -98,15 +99,14 @@ def _dtype(given: Any) -> torch.dtype:
 
 
 def _write_dense(
-    folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype, *, merged: bool
+    folder: Path, source: Path, model: Any, dtype: torch.dtype, *, merged: bool
 ) -> None:
     """An ordinary folder of W + B^T A, or of W where it is not `merged`."""
     for layer in adapted(model).values() if not merged else ():
         layer.drop_adapter()
     model = model.dequantize(dtype)
     model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    copy_side_files(source, folder)
 
 
 def _write_without_adapters(folder: Path, opened: Checkpoint, model: Any) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from conftest import GATED, tiny_model
+from conftest import GATED, byte_tokenizer, tiny_model
 from gguf_sample import write_gguf
 from skimlm.errors import FormatError, SkimError
 from skimlm.models import gguf_metadata
@@ -193,3 +193,18 @@ def test_gemmas_two_thetas_are_those_of_their_layers():
     rope = applied("Gemma3Text", "gemma3", facts).rope_parameters
     assert rope["full_attention"]["rope_theta"] == 5e5
     assert rope["sliding_attention"]["rope_theta"] == 2e4
+
+
+def test_what_lies_beside_a_gguf_is_not_read(written, tmp_path):
+    file = written()
+    alone = load(file)[1]
+    other = byte_tokenizer()
+    other.chat_template, other.eos_token = "not this one", "<pad>"
+    other.add_tokens(["zzz"])
+    other.save_pretrained(tmp_path)
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    model, beside = load(file)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert beside.get_vocab() == alone.get_vocab() and beside.chat_template is None
+    assert beside.special_tokens_map == alone.special_tokens_map

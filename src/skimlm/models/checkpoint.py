@@ -22,7 +22,7 @@ from skimlm.errors import FormatError, SkimError, first_line, naming, one_line
 from skimlm.format.layer import METHOD
 from skimlm.models.architecture import check_causal, skeleton
 from skimlm.models.blocks import decoder_linears, embeddings
-from skimlm.models.gguf import check_model_finite, gguf_options, read_gguf_config
+from skimlm.models.gguf import alone, check_model_finite, gguf_options, read_gguf_config
 from skimlm.models.gguf_metadata import check_gguf_tensors, read_metadata
 from skimlm.models.side_files import CARRIED
 from skimlm.models.tensors import check_extra, left_out, untie, untie_stored
@@ -108,12 +108,10 @@ def load(
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     tokenizer = tokenizer or load_tokenizer(source)
-    path, options = source.path, {}
-    if source.gguf:
-        path, options = source.path.parent, gguf_options(source.path)
-    with one_line(source.path, "cannot be loaded"):
+    options = gguf_options(source.path) if source.gguf else {}
+    with one_line(source.path, "cannot be loaded"), alone(source.path) as folder:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
+            folder,
             config=source.config,
             dtype=dtype,
             trust_remote_code=False,
@@ -135,11 +133,9 @@ def load_tokenizer(source: Checkpoint) -> Any:
     """The tokenizer of a model."""
     from transformers import AutoTokenizer
 
-    path, options = source.path, {}
-    if source.gguf:
-        path, options = source.path.parent, {"gguf_file": source.path.name}
-    with one_line(source.path, "cannot be loaded: tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
+    options = {"gguf_file": source.path.name} if source.gguf else {}
+    with one_line(source.path, "cannot be loaded: tokenizer"), alone(source.path) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         tokenizer("some of them fail at the first text only")
     return tokenizer
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,24 @@ def read_gguf_config(path: Path, metadata: Metadata) -> Any:
     """The transformers config of a GGUF, saying all that the file says."""
     from transformers import AutoConfig
 
-    with one_line(path, "not a readable GGUF"):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with one_line(path, "not a readable GGUF"), alone(path) as folder:
+        config = AutoConfig.from_pretrained(folder, gguf_file=path.name)
         apply_metadata(path, metadata, config)
     return config
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[Path]:
+    """A folder with nothing but this GGUF, or the folder as it is.
+
+    transformers also reads what lies beside a GGUF: tokenizer files, adapters.
+    """
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / path.name).symlink_to(path.resolve())
+        yield Path(folder)
 
 
 def gguf_options(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,7 +24,6 @@ from skimlm.models.side_files import copy_side_files
 from skimlm.quantize.table import quantize_table
 from skimlm.storage.folder import check_out, folder_bytes, whole_folder
 from skimlm.storage.safetensors import (
-    INDEX,
     file_bytes,
     index_text,
     split_shards,
@@ -128,11 +126,9 @@ def rewrite(
 ) -> None:
     """Copy a folder into `folder` with another config, some tensors changed or (None) left out.
 
-    All else stays as it is, byte by byte; every tensor stays in the file it was in.
+    All else that belongs to a model stays as it is; every tensor stays in the file it was in.
     """
-    for file in source.path.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX:
-            shutil.copyfile(file, folder / file.name)
+    copy_side_files(source.path, folder)
     files: dict[str, dict[str, Tensor]] = {}
     for path in sorted(set(source.files.values())):
         with safe_open(path, framework="pt") as stream:
