@@ -13,7 +13,7 @@ from skimlm.errors import FormatError, SkimError
 from skimlm.models.blocks import embeddings
 from skimlm.models.checkpoint import load, open_checkpoint
 from skimlm.models.side_files import side_files
-from skimlm.models.source import load_outside
+from skimlm.models.source import open_source
 from skimlm.models.write import save
 
 FILE = "model.safetensors"
@@ -40,13 +40,13 @@ def add(folder, **tensors):
 def whole(folder):
     """The model in memory, and as it is streamed."""
     opened = open_checkpoint(folder)
-    return load(opened)[0], load_outside(opened)[0]
+    return load(opened)[0], open_source(opened, True).model
 
 
 BIAS = "model.layers.{}.self_attn.q_proj.bias"
 
 
-@pytest.mark.parametrize("read", [load, lambda f: load_outside(open_checkpoint(f))])
+@pytest.mark.parametrize("read", [load, lambda f: open_source(open_checkpoint(f), True)])
 def test_a_bias_that_the_config_does_not_announce_is_refused_by_name(folder, read):
     add(folder, **{BIAS.format(i): torch.ones(64) for i in range(2)})
     with pytest.raises(FormatError, match=r"layers.0.self_attn.q_proj.bias: is stored, but Llam"):
@@ -55,7 +55,7 @@ def test_a_bias_that_the_config_does_not_announce_is_refused_by_name(folder, rea
         read(folder)
 
 
-@pytest.mark.parametrize("read", [load, lambda f: load_outside(open_checkpoint(f))])
+@pytest.mark.parametrize("read", [load, lambda f: open_source(open_checkpoint(f), True)])
 def test_a_head_of_another_kind_is_refused_though_no_class_is_named(folder, read):
     edit_config(folder, architectures=None)
     add(folder, score__weight=torch.ones(1, 64))
@@ -130,7 +130,7 @@ def test_a_tied_table_that_is_not_stored_at_all_is_missing(folder):
     with pytest.raises(SkimError, match="lm_head.weight|embed_tokens.weight"):
         load(folder)
     with pytest.raises(SkimError, match="is not in the checkpoint under this name"):
-        load_outside(open_checkpoint(folder))
+        open_source(open_checkpoint(folder), True)
 
 
 # ---- files beside the tensors
