@@ -106,12 +106,12 @@ def test_a_sections_first_are_what_fewer_would_be_and_all_see_the_whole_text(wor
     assert ((other - some).abs().amax(1) > 1e-5).all()
 
 
-def test_a_lesson_is_trained_at_every_resolution(world):
+def test_an_example_is_trained_at_every_resolution(world):
     model, tokenizer, ids = world
     made = trained(model, tokenizer)
     text = parse(TEXT)
     ids = splice.token_ids(tokenizer, text.text)
-    what = train_compressor.Lesson(text, ids, None, None)
+    what = train_compressor.Example(text, ids, None, None)
     with torch.no_grad():
         prefixes = train_compressor._prefixes(model, tokenizer, made, what, [4, 12])
         assert list(prefixes) == [4, 12]
@@ -171,8 +171,8 @@ def test_training_lowers_the_divergence_on_skills_it_does_not_see(world, skills,
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     # what is kept is what measured least
     text = train_compressor.texts(skills, tokenizer, 1)[1]
-    lessons = [train_compressor.lesson(model, tokenizer, t, settings) for t in text]
-    again = train_compressor._measure(model, tokenizer, made, made.values, lessons, settings)
+    examples = [train_compressor.make_example(model, tokenizer, t, settings) for t in text]
+    again = train_compressor._measure(model, tokenizer, made, made.values, examples, settings)
     assert again == pytest.approx(min(losses), rel=1e-4)
 
 
@@ -198,16 +198,16 @@ def test_a_stopped_training_goes_on_to_the_same_result(world, skills, tmp_path):
     assert all(torch.equal(again.values[n], v) for n, v in whole.values.items())
 
 
-def test_lessons_are_made_once_for_all_trainings(world, skills, tmp_path, monkeypatch):
+def test_examples_are_made_once_for_all_trainings(world, skills, tmp_path, monkeypatch):
     model, tokenizer, _ = world
     train_compressor.train(model, tokenizer, skills[1:], tmp_path, settings=SMALL)
-    asked, real = [], train_compressor.lesson
+    asked, real = [], train_compressor.make_example
 
-    def lesson(model, tokenizer, text, settings):
+    def recording(model, tokenizer, text, settings):
         asked.append(text.sha256)
         return real(model, tokenizer, text, settings)
 
-    monkeypatch.setattr(train_compressor, "lesson", lesson)
+    monkeypatch.setattr(train_compressor, "make_example", recording)
     more = dataclasses.replace(SMALL, steps=1, lr=1e-2)
     made = train_compressor.train(model, tokenizer, skills, tmp_path, settings=more)
     new = train_compressor.texts(skills[:1], tokenizer, 0)[0]

@@ -1,15 +1,15 @@
 """Training of an amortised compressor (compressor.py) on a folder of skills.
 
-    lessons    every skill in chunks of at most LONGEST tokens, cut at headings; of each chunk, with
+    examples   every skill in chunks of at most LONGEST tokens, cut at headings; of each chunk, with
                its full text in front of the model: answers to study questions, sampled, and pieces
                of the text itself, to be repeated
-    steps      one lesson and one k of a ladder each: the compressor reads it, and the divergence
+    steps      one example and one k of a ladder each: the compressor reads it, and the divergence
                between the model with the full text and with k soft tokens is brought down
 
 First the text is repeated (reconstruction), then questions are answered (alignment). What is
 trained starts as the sections' leads (select.py). The state is kept as it goes: a run that was
-stopped goes on, to the same result. A few lessons are kept apart, whole skills: their divergence is
-measured along the way, and the best state of all is the result.
+stopped goes on, to the same result. A few skills are kept apart, all their chunks: their divergence
+is measured along the way, and the best state of all is the result.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from skimlm.skills.splice import closing, opening, token_ids
 from skimlm.storage.safetensors import write_file
 from skimlm.train.loop import Objective, descend, evenly
 
-LONGEST, SHORTEST = 1024, 48  # tokens of a lesson
+LONGEST, SHORTEST = 1024, 48  # tokens of an example
 PIECE = 48  # tokens of a text to be repeated
 SHOWN = 8  # tokens that say which piece
 Progress = Callable[[str, int, int], None]
@@ -49,7 +49,7 @@ class Settings:
 
     steps: int = 600
     rows: int = 6  # questions per step
-    questions: int = 16  # per lesson, and as many pieces to repeat
+    questions: int = 16  # per example, and as many pieces to repeat
     answer: int = 48  # tokens
     ladder: tuple[int, ...] = (32, 64, 128, 256)
     rank: int = 16
@@ -62,7 +62,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Example:
     """A text, and what the model says behind it."""
 
     text: Document
@@ -111,7 +111,7 @@ def _halves(text: str, count: Callable[[str], int]) -> list[str]:
     return _halves(text[:middle], count) + _halves(text[middle:], count)
 
 
-def lesson(model: Any, tokenizer: Any, text: Document, settings: Settings) -> Lesson:
+def make_example(model: Any, tokenizer: Any, text: Document, settings: Settings) -> Example:
     """What the model says to questions behind a text, and pieces of the text."""
     ids = token_ids(tokenizer, text.text)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def lesson(model: Any, tokenizer: Any, text: Document, settings: Settings) -> Le
     seed = settings.seed + int(text.sha256[:8], 16)
     count, tokens = settings.questions, settings.answer
     answers = study(model, tokenizer, text, prefix, "train", count, tokens, seed)
-    return Lesson(text, ids, answers, _pieces(model, tokenizer, ids, prefix, count, seed))
+    return Example(text, ids, answers, _pieces(model, tokenizer, ids, prefix, count, seed))
 
 
 def _pieces(
@@ -145,9 +145,9 @@ def train(
     start: Compressor | None = None,
     progress: Progress | None = None,
 ) -> Compressor:
-    """Train a compressor on SKILL.md files; lessons and state are kept in the folder `work`.
+    """Train a compressor on SKILL.md files; examples and state are kept in the folder `work`.
 
-    Runs of other settings or skills may share it: a lesson is made once. With `start` it goes on
+    Runs of other settings or skills may share it: an example is made once. With `start` it goes on
     from another compressor, whose rank and width it keeps.
     """
     settings = settings or Settings()
@@ -160,17 +160,17 @@ def train(
         model, tokenizer, max(settings.ladder), settings.rank, settings.hidden, settings.seed
     )
     key = _key(start, (settings, begun_with), learned + held)
-    about = (settings.questions, settings.answer, settings.seed)  # what a lesson depends on
-    lessons = []
+    about = (settings.questions, settings.answer, settings.seed)  # what an example depends on
+    examples = []
     for i, text in enumerate([*learned, *held]):
         file = work / f"{_key(start, about, [text])}.safetensors"
-        lessons.append(_kept(file, model, tokenizer, text, settings))
+        examples.append(_kept(file, model, tokenizer, text, settings))
         tell("study", i + 1, len(learned) + len(held))
-    unseen = lessons[len(learned) :]
+    unseen = examples[len(learned) :]
     order = _order(len(learned), settings)
 
     def gradients(values: dict[str, Tensor], step: int) -> dict[str, tuple[Tensor, float]]:
-        return _gradients(model, tokenizer, start, lessons[order[step]], values, step, settings)
+        return _gradients(model, tokenizer, start, examples[order[step]], values, step, settings)
 
     def held_out(values: dict[str, Tensor]) -> float:
         return _measure(model, tokenizer, start, values, unseen, settings)
@@ -199,12 +199,12 @@ def _gradients(
     model: Any,
     tokenizer: Any,
     start: Compressor,
-    what: Lesson,
+    what: Example,
     values: dict[str, Tensor],
     step: int,
     settings: Settings,
 ) -> dict[str, tuple[Tensor, float]]:
-    """Of the divergence on one lesson, by name, with the rate."""
+    """Of the divergence on one example, by name, with the rate."""
     leaves = {n: v.detach().clone().requires_grad_() for n, v in values.items()}
     ladder = _ladder(settings, len(what.ids))
     now = [ladder[step % len(ladder)]]
@@ -217,7 +217,7 @@ def _gradients(
 
 
 def _prefixes(
-    model: Any, tokenizer: Any, compressor: Compressor, what: Lesson, ladder: Sequence[int]
+    model: Any, tokenizer: Any, compressor: Compressor, what: Example, ladder: Sequence[int]
 ) -> dict[int, rollout.Prefix]:
     """What stands before a question at every resolution, smallest first; slots are read once."""
     leads = {k: compressing.section_leads(compressor, tokenizer, what.text, k) for k in ladder}
@@ -233,20 +233,20 @@ def _measure(
     tokenizer: Any,
     start: Compressor,
     values: dict[str, Tensor],
-    lessons: Sequence[Lesson],
+    examples: Sequence[Example],
     settings: Settings,
 ) -> float:
-    """Mean divergence from the full text, nats per token, over lessons and the ladder."""
+    """Mean divergence from the full text, nats per token, over examples and the ladder."""
     total = []
     with torch.no_grad():
-        for what in lessons:
+        for what in examples:
             made = Compressor(values, start.made_for)
             prefixes = _prefixes(model, tokenizer, made, what, _ladder(settings, len(what.ids)))
             some = what.answers.first(-(-settings.questions // 2))
             for prefix in prefixes.values():
                 kl = sum(divergences(model, prefix, some)) / some.tokens
                 total.append(kl / len(prefixes))
-    return sum(total) / len(lessons)
+    return sum(total) / len(examples)
 
 
 def _ladder(settings: Settings, tokens: int) -> list[int]:
@@ -256,9 +256,9 @@ def _ladder(settings: Settings, tokens: int) -> list[int]:
 
 
 def _order(count: int, settings: Settings) -> list[int]:
-    """Which lesson each step sees: one shuffled pass after the other."""
-    lessons = distill.shuffled(count, settings.seed)
-    return [next(lessons) for _ in range(settings.steps)]
+    """Which example each step sees: one shuffled pass after the other."""
+    examples = distill.shuffled(count, settings.seed)
+    return [next(examples) for _ in range(settings.steps)]
 
 
 def _key(start: Compressor, settings: Any, texts: Sequence[Document]) -> str:
@@ -269,10 +269,10 @@ def _key(start: Compressor, settings: Any, texts: Sequence[Document]) -> str:
     return what.hexdigest()[:16]
 
 
-def _kept(file: Path, model: Any, tokenizer: Any, text: Document, settings: Settings) -> Lesson:
-    """A lesson from its file, or made and written there."""
+def _kept(file: Path, model: Any, tokenizer: Any, text: Document, settings: Settings) -> Example:
+    """An example from its file, or made and written there."""
     if not file.exists():
-        made = lesson(model, tokenizer, text, settings)
+        made = make_example(model, tokenizer, text, settings)
         tensors = {"ids": made.ids}
         for part in ("answers", "pieces"):
             found: Study = getattr(made, part)
@@ -296,4 +296,4 @@ def _kept(file: Path, model: Any, tokenizer: Any, text: Document, settings: Sett
         ]
         return Study([], *columns)
 
-    return Lesson(text, read["ids"], rows("answers"), rows("pieces"))
+    return Example(text, read["ids"], rows("answers"), rows("pieces"))
