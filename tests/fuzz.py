@@ -106,7 +106,7 @@ CALLS = [table_call, layer_call, layer_call, layer_call, layer_call]
 
 def main():
     folder, calls = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
-    native.__file__ = str(folder / "__init__.py")  # where the libraries are looked for
+    native.FOLDER = folder
     torch.set_num_threads(2)
     done = {"right": 0, "refused": 0}
     for isa in native.ISAS[: native._open("portable").skimlm_best_isa() + 1]:

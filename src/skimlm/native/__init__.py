@@ -1,46 +1,63 @@
 """The native libraries: which one runs, and checked calls into it.
 
 Three builds of the same C++ sources (`kernels.h` is the interface) differ only in instruction set;
-the best one the processor has is loaded, or the one `SKIMLM_ISA=avx512|avx2|portable` names.
+the best one the processor has is loaded, or the one `SKIMLM_ISA=avx512|avx2|portable` names. Where
+none can be, `missing()` says why, once on stderr, and callers take their torch references.
 Every call checks type, layout and device first, so a wrong tensor is a Python error, never a crash.
 """
+
+from __future__ import annotations
 
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Mapping
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from skimlm.errors import SkimError
+from skimlm.format.layer import Layer
+from skimlm.native.structs import POINTER, SIZE, STRUCTS, BodyStruct, layer_struct
+
 ISAS = ("portable", "avx2", "avx512")
-# tensors of a linear in the order of `SkimlmSparse` in kernels.h; None: that of the adapter's bits
-_SPARSE: dict[str, torch.dtype | None] = {
-    "weight": torch.uint8,
-    "widths": torch.uint8,
-    "codebook": torch.int8,
-    "row_scale": torch.bfloat16,
-    "row_zero": torch.int16,
-    "in_scale": torch.float16,
-    "positions": torch.uint8,
-    "lora_a": None,
-    "lora_b": None,
-    "lora_a_scale": torch.bfloat16,
-    "lora_b_scale": torch.bfloat16,
-    "bias": torch.float32,
-}
-_SIZED = [name for name in _SPARSE if name not in ("widths", "in_scale", "bias")]
-_SPARSITY = {None: 0, "2:4": 1, "bitmap": 2}
+ABI = 1  # of kernels.h; raised whenever a function or a struct there changes
+FOLDER = Path(__file__).parent  # where the libraries are
+SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+REINSTALL = "reinstall skimlm with `pip install --force-reinstall .`"
 
 
 def _open(isa: str) -> ctypes.CDLL:
-    path = Path(__file__).with_name(f"_native_{isa}.so")
+    """Load a library; ImportError, in one line, if there is none that this code was written for."""
+    path = FOLDER / f"_native_{isa}{SUFFIX}"
     if not path.exists():
-        raise ImportError(f"{path.name} is missing: skimlm is not installed; run `pip install .`")
-    loaded = ctypes.CDLL(str(path))
+        raise ImportError(f"{path} is missing: {REINSTALL}")
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(f"{path} cannot be loaded ({error}): {REINSTALL}") from error
+    _check_abi(loaded, path)
     loaded.skimlm_use_openmp(*_openmp())
     return loaded
+
+
+def _check_abi(loaded: Any, path: Path) -> None:
+    """Raise ImportError unless interface and structs of a library are those of this code."""
+    expected = {"interface": ABI} | {name: ctypes.sizeof(kind) for name, kind in STRUCTS.items()}
+    try:
+        function = loaded.skimlm_abi
+    except AttributeError:
+        raise ImportError(f"{path} states no interface, {ABI} is expected: {REINSTALL}") from None
+    function.restype, function.argtypes = SIZE, [SIZE]
+    for index, (name, size) in enumerate(expected.items()):
+        if (found := function(index)) != size:
+            unit = "" if name == "interface" else " bytes"
+            raise ImportError(
+                f"{path} has {name} {found}{unit}, {size}{unit} is expected: {REINSTALL}"
+            )
 
 
 @functools.cache
@@ -63,18 +80,42 @@ def _openmp() -> tuple[ctypes.c_void_p | None, ctypes.c_void_p | None]:
 
 @functools.cache
 def isa() -> str:
-    """Name of the instruction set whose library runs."""
-    have = _open("portable").skimlm_best_isa()
-    want = os.environ.get("SKIMLM_ISA") or ISAS[have]
-    if want not in ISAS[: have + 1]:
-        raise ValueError(f"SKIMLM_ISA={want} is not one of {', '.join(ISAS[: have + 1])} here")
-    return want
+    """Name of the instruction set whose library runs; ImportError where there is none.
+
+    Raises SkimError if `SKIMLM_ISA` names one that cannot run here.
+    """
+    asked = os.environ.get("SKIMLM_ISA")
+    try:
+        have = ISAS[: _open("portable").skimlm_best_isa() + 1]
+    except ImportError as error:
+        if asked:
+            raise SkimError(f"SKIMLM_ISA={asked} cannot run: {error}") from error
+        raise
+    if asked and asked not in have:
+        raise SkimError(f"SKIMLM_ISA={asked} is not one of {', '.join(have)} here")
+    return asked or have[-1]
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library."""
-    return _open(isa())
+    """The loaded library; ImportError where there is none."""
+    try:
+        return _open(isa())
+    except ImportError as error:
+        if asked := os.environ.get("SKIMLM_ISA"):
+            raise SkimError(f"SKIMLM_ISA={asked} cannot run: {error}") from error
+        raise
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why no library runs here, None if one does; the first call tells the user."""
+    try:
+        library()
+    except ImportError as error:
+        warnings.warn(f"{error}; until then everything runs in torch, slowly", stacklevel=2)
+        return str(error)
+    return None
 
 
 def path() -> str:
@@ -86,6 +127,15 @@ def many(dtype: torch.dtype) -> bool:
     """Whether products of many tokens are native: not where torch has AMX units for them."""
     amx = torch.cpu._is_amx_tile_supported() and dtype == torch.bfloat16
     return bool(library().skimlm_has_vbmi()) and not amx
+
+
+def _done(name: str, status: int) -> bool:
+    """Whether a call did its work, False if sizes did not fit each other (guard.h); else raise."""
+    if status < 2:
+        return status == 0
+    if status == 2:
+        raise MemoryError(f"out of memory in native code ({name})")
+    raise RuntimeError(f"native code failed ({name}, status {status})")
 
 
 def call(name: str, *args: torch.Tensor | int | float | None) -> None:
@@ -109,197 +159,86 @@ def call(name: str, *args: torch.Tensor | int | float | None) -> None:
         else:
             values.append(ctypes.c_double(arg))
     function = getattr(library(), f"skimlm_{name}")
-    function.restype = None
-    function(*values, ctypes.c_int(torch.get_num_threads()))
+    if not _done(name, function(*values, ctypes.c_int(torch.get_num_threads()))):
+        raise ValueError(f"{name}: sizes do not fit each other")
 
 
 @functools.cache
-def _matmul(loaded: ctypes.CDLL) -> Callable[..., int]:
-    function = loaded.skimlm_matmul
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, size, pointer, size, pointer, pointer, size, pointer, pointer]
-    function.argtypes += [size, pointer, pointer, pointer, *([size] * 4), ctypes.c_int]
+def _function(loaded: ctypes.CDLL, name: str, arguments: tuple[Any, ...]) -> Callable[..., int]:
+    function = getattr(loaded, name)
+    function.argtypes = [*arguments, ctypes.c_int]
     return function
 
 
-def matmul(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    widths: torch.Tensor,
-    codebook: torch.Tensor | None,
-    row_scale: torch.Tensor,
-    row_zero: torch.Tensor | None,
-    in_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    count: int,
-    rows: int,
-    cols: int,
-    exact: bool,
-) -> bool:
-    """`skimlm_matmul`, called hundreds of times per token: False if the buffers do not fit.
+_MATMUL = (ctypes.c_char_p, POINTER, SIZE, POINTER, SIZE, SIZE)
+_UNPACK = (ctypes.c_char_p, POINTER, SIZE, SIZE, SIZE, SIZE)
+_DECODE = (POINTER, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE, SIZE, POINTER)
 
-    Sizes are checked in native code, where it costs microseconds less; types and layout here.
+
+def layer_matmul(
+    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, out: torch.Tensor, exact: bool
+) -> bool:
+    """`skimlm_layer_matmul`, called hundreds of times per token: False if tensors do not fit.
+
+    `x` [..., cols] and `out` [..., rows] are contiguous, on the CPU, float32 or bfloat16 alike;
+    `bias` is float32.
     """
-    stored = (
-        (weight, torch.uint8, None),
-        (widths, torch.uint8, rows),
-        (codebook, torch.int8, None),
-        (row_scale, torch.bfloat16, rows),
-        (row_zero, torch.int16, None),
-        (in_scale, torch.float16, cols),
-        (bias, torch.float32, rows),
-    )
-    if weight is None or widths is None or row_scale is None:
+    fields = layer_struct(layer, bias)
+    if fields is None:
         return False
-    at: list[int | None] = []
-    for tensor, dtype, length in stored:
-        if tensor is None:
-            at.append(None)
-            continue
-        fits = tensor.dtype == dtype and tensor.dim() == 1 and tensor.is_contiguous()
-        if not fits or not tensor.is_cpu or (length is not None and len(tensor) != length):
-            return False
-        at.append(tensor.data_ptr())
-    status = _matmul(library())(
+    status = _function(library(), "skimlm_layer_matmul", _MATMUL)(
+        fields,
         x.data_ptr(),
         x.dtype == torch.bfloat16,
-        at[0],
-        weight.numel(),
-        at[1],
-        at[2],
-        0 if codebook is None else codebook.numel(),
-        at[3],
-        at[4],
-        0 if row_zero is None else row_zero.numel(),
-        at[5],
-        at[6],
         out.data_ptr(),
-        count,
-        rows,
-        cols,
+        x.numel() // layer.spec.cols,
         exact,
         torch.get_num_threads(),
     )
-    return status == 0
+    return status == 0 or _done("layer_matmul", status)
 
 
-class Sparse(ctypes.Structure):
-    """`SkimlmSparse` of kernels.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _SPARSE),
-        *((f"{name}_size", ctypes.c_int64) for name in _SIZED),
-        *((name, ctypes.c_int64) for name in ("rows", "cols", "sparsity", "kept", "group")),
-        *((name, ctypes.c_int64) for name in ("rank", "adapter_bits")),
-        *((name, ctypes.c_void_p) for name in ("order", "counts")),
-    ]
-
-
-def sparse(
-    stored: Mapping[str, torch.Tensor | None],
-    bias: torch.Tensor | None,
-    rows: int,
-    cols: int,
-    sparsity: str | None,
-    kept: int,
-    group: int | None,
-    rank: int,
-    adapter_bits: int,
-) -> Sparse | None:
-    """Tensors by their names in FORMAT.md as native code sees them; None if they cannot be that.
-
-    Types and layout are checked here, and the lengths that the structure leaves out; the sizes in
-    it by native code.
-    """
-    factor = torch.bfloat16 if adapter_bits == 16 else torch.uint8
-    at: list[int | None] = []
-    sizes: list[int] = []
-    for name, dtype in _SPARSE.items():
-        tensor = bias if name == "bias" else stored.get(name)
-        if tensor is None:
-            if name in ("weight", "widths", "row_scale"):
-                return None
-            at.append(None)
-            if name in _SIZED:
-                sizes.append(0)
-            continue
-        fits = tensor.dtype == (dtype or factor) and tensor.is_contiguous() and tensor.is_cpu
-        length = rows if name in ("widths", "bias") else cols if name == "in_scale" else None
-        if not fits or (length is not None and tensor.shape != (length,)):
-            return None
-        at.append(tensor.data_ptr())
-        if name in _SIZED:
-            sizes.append(tensor.numel())
-    how = _SPARSITY.get(sparsity, -1)
-    return Sparse(*at, *sizes, rows, cols, how, kept, group or 0, rank, adapter_bits)
-
-
-@functools.cache
-def _sparse_matmul(loaded: ctypes.CDLL) -> Callable[..., int]:
-    function = loaded.skimlm_sparse_matmul
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, pointer, size, pointer, size, ctypes.c_int]
-    return function
-
-
-def sparse_matmul(
-    x: torch.Tensor,
-    stored: Mapping[str, torch.Tensor | None],
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    count: int,
-    rows: int,
-    cols: int,
-    *how: Any,
-) -> bool:
-    """`skimlm_sparse_matmul`: False if the tensors do not fit; `how`: the fields of `Parts`.
-
-    `x` [count, cols] and `out` [count, rows] are contiguous, on the CPU, float32 or bfloat16 alike;
-    `bias` is float32.
-    """
-    linear = sparse(stored, bias, rows, cols, *how)
-    if linear is None:
-        return False
-    status = _sparse_matmul(library())(
-        ctypes.byref(linear),
-        x.data_ptr(),
-        x.dtype == torch.bfloat16,
-        out.data_ptr(),
-        count,
-        torch.get_num_threads(),
-    )
-    return status == 0
-
-
-def sparse_unpack(
-    stored: Mapping[str, torch.Tensor | None],
-    out: torch.Tensor,
-    rows: int,
-    cols: int,
-    begin: int,
-    end: int | None,
-    *how: Any,
-) -> bool:
-    """`skimlm_sparse_unpack`: False if the tensors do not fit; `how`: the fields of `Parts`.
+def layer_unpack(out: torch.Tensor, layer: Layer, begin: int = 0, end: int | None = None) -> bool:
+    """`skimlm_layer_unpack`: False if tensors do not fit.
 
     All rows to their places in `out` [rows, cols], or stored rows begin..end to its start; `out` is
     contiguous, on the CPU, float32 or bfloat16.
     """
-    last, at_start = (rows, False) if end is None else (end, True)
-    linear = sparse(stored, None, rows, cols, *how)
-    if linear is None or out.numel() < (last - begin) * cols:
+    last = layer.spec.rows if end is None else end
+    fields = layer_struct(layer, None)
+    if fields is None or out.numel() < (last - begin) * layer.spec.cols:
         return False
-    status = library().skimlm_sparse_unpack(
-        ctypes.byref(linear),
-        ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_int64(out.dtype == torch.bfloat16),
-        ctypes.c_int64(begin),
-        ctypes.c_int64(last),
-        ctypes.c_int64(at_start),
-        ctypes.c_int(torch.get_num_threads()),
+    bf16 = out.dtype == torch.bfloat16
+    status = _function(library(), "skimlm_layer_unpack", _UNPACK)(
+        fields, out.data_ptr(), bf16, begin, last, end is not None, torch.get_num_threads()
     )
-    return status == 0
+    return _done("layer_unpack", status)
+
+
+def decode(
+    body: BodyStruct,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    past: Any,
+    capacity: int,
+    length: int,
+    out: torch.Tensor,
+) -> bool:
+    """`skimlm_decode`: False if sizes do not fit each other; `past` is an array of pointers."""
+    status = _function(library(), "skimlm_decode", _DECODE)(
+        ctypes.addressof(body),
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        cos.shape[-1],
+        ctypes.addressof(past),
+        capacity,
+        length,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return _done("decode", status)
 
 
 def require(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

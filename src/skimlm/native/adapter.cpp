@@ -53,9 +53,9 @@ float dot_bf16(const Factor& a, int64_t row, const float* x, int64_t c) {
 #if defined(__AVX512F__)
 // value [128] = u B of one token for a whole block of 4-bit columns. Lane l of sum p is column 8 l + p: a
 // permutation of floats looks up the low four bits of a lane.
-void add_nibbles(const SkimlmSparse& w, const float* u, int64_t block, float* value) {
+void add_nibbles(const SkimlmLayer& w, const float* u, int64_t block, float* value) {
   const __m512 level = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  const int64_t bytes = divide_up(w.r, 2), blocks = divide_up(w.r, ADAPTER);
+  const int64_t bytes = divide_up(w.rows, 2), blocks = divide_up(w.rows, ADAPTER);
   const uint8_t* at = static_cast<const uint8_t*>(w.lora_b) + block * ADAPTER / 2;
   Vector s0, s1, s2, s3, s4, s5, s6, s7;
   for (int64_t k = 0; k < w.rank; ++k, at += bytes) {
@@ -86,18 +86,18 @@ void add_nibbles(const SkimlmSparse& w, const float* u, int64_t block, float* va
 
 }  // namespace
 
-float dot_adapter(const SkimlmSparse& w, int64_t row, const float* x) {
-  return dot_bf16({false, w.lora_a, w.c}, row, x, w.c);
+float dot_adapter(const SkimlmLayer& w, int64_t row, const float* x) {
+  return dot_bf16({false, w.lora_a, w.cols}, row, x, w.cols);
 }
 
-void add_adapter(const SkimlmSparse& w, const float* u, const float* y, int64_t n, int64_t begin,
+void add_adapter(const SkimlmLayer& w, const float* u, const float* y, int64_t n, int64_t begin,
                  int64_t end, const Output& out) {
   const bool four = w.adapter_bits == 4;
-  const Factor b{four, w.lora_b, four ? divide_up(w.r, 2) : w.r};
-  const int64_t blocks = divide_up(w.r, ADAPTER);
+  const Factor b{four, w.lora_b, four ? divide_up(w.rows, 2) : w.rows};
+  const int64_t blocks = divide_up(w.rows, ADAPTER);
   constexpr int64_t TOKENS = 2, PARTS = ADAPTER / Vector::N;
   auto put = [&](int64_t t, const float* value) {
-    for (int64_t j = begin; j < end; ++j) out.put(t, j, y[t * w.r + j] + value[j - begin]);
+    for (int64_t j = begin; j < end; ++j) out.put(t, j, y[t * w.rows + j] + value[j - begin]);
   };
   float value[ADAPTER];
 #if defined(__AVX512F__)

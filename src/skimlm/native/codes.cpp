@@ -1,56 +1,63 @@
-// Codes to values and back: look-up, nearest entry, sums per code, packed rows to dense rows.
-#include <cstring>
+// Codes to values and back: look-up, nearest entry, and sums per code.
+#include <algorithm>
 #include <vector>
 
 #include "codes.h"
+#include "guard.h"
 #include "lanes.h"
 #include "parallel.h"
 
-void skimlm_nearest_codes(const float* w, const float* codebook, const int32_t* sizes,
-                                  uint8_t* codes, int64_t r, int64_t c, int64_t k, int threads) {
-  parallel_rows(r, 16, threads, [&](int64_t first, int64_t last) {
-    std::vector<uint8_t> count(c);
-    for (int64_t i = first; i < last; ++i) {
-      const float* entry = codebook + i * k;
-      const float* x = w + i * c;
-      std::fill(count.begin(), count.end(), 0);
-      uint8_t* at = count.data();
-      for (int m = 0; m + 1 < sizes[i]; ++m) {
-        const float middle = 0.5f * (entry[m] + entry[m + 1]);
-        for (int64_t j = 0; j < c; ++j) at[j] += x[j] > middle;
+int skimlm_nearest_codes(const float* w, const float* codebook, const int32_t* sizes, uint8_t* codes,
+                         int64_t r, int64_t c, int64_t k, int threads) {
+  return guarded([&] {
+    parallel_rows(r, 16, threads, [&](int64_t first, int64_t last) {
+      std::vector<uint8_t> count(c);
+      for (int64_t i = first; i < last; ++i) {
+        const float* entry = codebook + i * k;
+        const float* x = w + i * c;
+        std::fill(count.begin(), count.end(), 0);
+        uint8_t* at = count.data();
+        for (int m = 0; m + 1 < sizes[i]; ++m) {
+          const float middle = 0.5f * (entry[m] + entry[m + 1]);
+          for (int64_t j = 0; j < c; ++j) at[j] += x[j] > middle;
+        }
+        std::copy_n(at, c, codes + i * c);
       }
-      std::memcpy(codes + i * c, at, c);
-    }
+    });
   });
 }
 
-void skimlm_lookup_bf16(const uint8_t* codes, const float* codebook, uint16_t* out, int64_t r,
-                                int64_t c, int64_t k, int threads) {
-  parallel_rows(r, 32, threads, [&](int64_t first, int64_t last) {
-    uint16_t entry[256];
-    for (int64_t i = first; i < last; ++i) {
-      for (int64_t m = 0; m < k; ++m) entry[m] = to_bf16(codebook[i * k + m]);
-      const uint8_t* code = codes + i * c;
-      uint16_t* to = out + i * c;
-      for (int64_t j = 0; j < c; ++j) to[j] = entry[code[j]];
-    }
+int skimlm_lookup_bf16(const uint8_t* codes, const float* codebook, uint16_t* out, int64_t r, int64_t c,
+                       int64_t k, int threads) {
+  return guarded([&] {
+    parallel_rows(r, 32, threads, [&](int64_t first, int64_t last) {
+      uint16_t entry[256];
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t m = 0; m < k; ++m) entry[m] = to_bf16(codebook[i * k + m]);
+        const uint8_t* code = codes + i * c;
+        uint16_t* to = out + i * c;
+        for (int64_t j = 0; j < c; ++j) to[j] = entry[code[j]];
+      }
+    });
   });
 }
 
-void skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradient, float* out, int64_t r,
-                                int64_t c, int64_t k, int threads) {
-  parallel_rows(r, 32, threads, [&](int64_t first, int64_t last) {
-    float sum[4][256];  // four partial sums hide the latency of adding to the same entry
-    for (int64_t i = first; i < last; ++i) {
-      for (auto& s : sum) std::fill(s, s + k, 0.f);
-      const uint8_t* code = codes + i * c;
-      const uint16_t* g = gradient + i * c;
-      int64_t j = 0;
-      for (; j + 4 <= c; j += 4)
-        for (int t = 0; t < 4; ++t) sum[t][code[j + t]] += from_bf16(g[j + t]);
-      for (; j < c; ++j) sum[0][code[j]] += from_bf16(g[j]);
-      for (int64_t m = 0; m < k; ++m)
-        out[i * k + m] = (sum[0][m] + sum[1][m]) + (sum[2][m] + sum[3][m]);
-    }
+int skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradient, float* out, int64_t r, int64_t c,
+                       int64_t k, int threads) {
+  return guarded([&] {
+    parallel_rows(r, 32, threads, [&](int64_t first, int64_t last) {
+      float sum[4][256];  // four partial sums hide the latency of adding to the same entry
+      for (int64_t i = first; i < last; ++i) {
+        for (auto& s : sum) std::fill(s, s + k, 0.f);
+        const uint8_t* code = codes + i * c;
+        const uint16_t* g = gradient + i * c;
+        int64_t j = 0;
+        for (; j + 4 <= c; j += 4)
+          for (int t = 0; t < 4; ++t) sum[t][code[j + t]] += from_bf16(g[j + t]);
+        for (; j < c; ++j) sum[0][code[j]] += from_bf16(g[j]);
+        for (int64_t m = 0; m < k; ++m)
+          out[i * k + m] = (sum[0][m] + sum[1][m]) + (sum[2][m] + sum[3][m]);
+      }
+    });
   });
 }

@@ -1,6 +1,7 @@
 // Small floats and packed codes, as FORMAT.md stores them. In every file its own copy: the files are
 // built once per instruction set.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -33,7 +34,7 @@ inline void to_float(const void* x, bool bf16, int64_t n, float* out) {
   if (bf16)
     for (int64_t j = 0; j < n; ++j) out[j] = from_bf16(static_cast<const uint16_t*>(x)[j]);
   else
-    std::memcpy(out, x, n * sizeof(float));
+    std::copy_n(static_cast<const float*>(x), n, out);
 }
 
 // And back, rounded once.
@@ -41,7 +42,7 @@ inline void from_float(const float* x, bool bf16, int64_t n, void* out) {
   if (bf16)
     for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = to_bf16(x[j]);
   else
-    std::memcpy(out, x, n * sizeof(float));
+    std::copy_n(x, n, static_cast<float*>(out));
 }
 
 // Codes of one row: eight of them are B whole bytes, read as one little-endian word.

@@ -1,6 +1,12 @@
 // What the processor can run; asked of the portable library before another one is loaded.
+#include "guard.h"
 #include "kernels.h"
 #include "parallel.h"
+
+int64_t skimlm_abi(int64_t what) {
+  constexpr int64_t found[] = {1, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody)};
+  return what >= 0 && what < 4 ? found[what] : -1;
+}
 
 void skimlm_use_openmp(void* gomp_parallel, void* omp_get_num_threads) {
   parallel::fork = reinterpret_cast<parallel::Fork>(gomp_parallel);
@@ -8,18 +14,21 @@ void skimlm_use_openmp(void* gomp_parallel, void* omp_get_num_threads) {
   parallel::fork_owner = parallel::process();
 }
 
-void skimlm_read(const uint64_t* data, int64_t bytes, uint64_t* sum, int threads) {
+int skimlm_read(const uint64_t* data, int64_t bytes, uint64_t* sum, int threads) {
   std::atomic<uint64_t> total{0};
-  parallel_rows(bytes / 8, 1 << 17, threads, [&](int64_t begin, int64_t end) {
-    uint64_t part[64] = {};
-    int64_t i = begin;
-    for (; i + 64 <= end; i += 64)
-      for (int t = 0; t < 64; ++t) part[t] += data[i + t];
-    for (; i < end; ++i) part[0] += data[i];
-    for (int t = 1; t < 64; ++t) part[0] += part[t];
-    total += part[0];
+  const int status = guarded([&] {
+    parallel_rows(bytes / 8, 1 << 17, threads, [&](int64_t begin, int64_t end) {
+      uint64_t part[64] = {};
+      int64_t i = begin;
+      for (; i + 64 <= end; i += 64)
+        for (int t = 0; t < 64; ++t) part[t] += data[i + t];
+      for (; i < end; ++i) part[0] += data[i];
+      for (int t = 1; t < 64; ++t) part[0] += part[t];
+      total += part[0];
+    });
   });
   *sum = total;
+  return status;
 }
 
 int skimlm_has_vbmi() {

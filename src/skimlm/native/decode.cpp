@@ -10,34 +10,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "guard.h"
 #include "parallel.h"
 #include "product.h"
 #include "vector.h"
-
-// What does not change from token to token; decode.py has the same structures.
-struct SkimlmLinear {  // one of the two, the other is null
-  const Packed* packed;
-  const SkimlmSparse* sparse;
-  int64_t r() const { return packed ? packed->r : sparse->r; }
-  int64_t c() const { return packed ? packed->c : sparse->c; }
-  int64_t rank() const { return packed ? 0 : sparse->rank; }
-};
-
-struct SkimlmBlock {
-  int64_t in_count, mlp_count;
-  const void *norm, *q_norm, *k_norm, *mlp_norm;  // the middle two may be null
-  SkimlmLinear in[3];  // q, k, v, or all in one
-  SkimlmLinear o;
-  SkimlmLinear mlp[2];  // gate, up, or both in one
-  SkimlmLinear down;
-};
-
-struct SkimlmBody {
-  int64_t bf16, width, heads, kv_heads, head_dim, count;
-  double eps, scale;
-  const void* norm;  // the last one
-  SkimlmBlock* blocks;
-};
 
 namespace {
 
@@ -88,7 +64,7 @@ struct Shared {
 // What each thread has for itself. The short way from one product to the next every thread goes alone.
 struct Own {
   std::vector<float> state, normed, weight, turn;
-  std::vector<Stored> stored{3};
+  std::vector<Matrix> matrices{3};
   std::vector<Product> products;
   std::vector<SparseProduct> sparse;
 };
@@ -102,25 +78,26 @@ void rms_norm(const float* x, int64_t n, const void* weight, bool bf16, double e
   for (int64_t j = 0; j < n; ++j) out[j] = x[j] * inverse * scratch[j];
 }
 
-// Products of several linears with the same x, their outputs one after the other; this thread's share.
+// Products of several layers with the same x, their outputs one after the other; this thread's share.
 // `u` holds the ranks of all of them; `next` are three counters.
-void times(const SkimlmLinear* linears, int64_t count, const float* x, Own& own, float* out, float* u,
+void times(const SkimlmLayer* const* layers, int64_t count, const float* x, Own& own, float* out, float* u,
            Team& team, std::atomic<int64_t>* next) {
   own.products.clear();
   own.sparse.clear();
   for (int64_t i = 0; i < count; ++i) {
-    const auto& [packed, sparse] = linears[i];
-    if (packed) {
-      lay_out(*packed, own.stored[i]);
-      own.products.push_back({*packed, own.stored[i], {out, false, packed->r, packed->bias}});
+    const SkimlmLayer& w = *layers[i];
+    const Output to{out, false, w.rows, w.bias};
+    if (is_plain(w)) {
+      lay_out(w, own.matrices[i]);
+      own.products.push_back({w, own.matrices[i], to});
     } else {
-      own.sparse.push_back({*sparse, u, {out, false, sparse->r, sparse->bias}});
-      u += sparse->rank;
+      own.sparse.push_back({w, u, to});
+      u += w.rank;
     }
-    out += linears[i].r();
+    out += w.rows;
   }
   if (!own.products.empty())
-    multiply(own.products.data(), int64_t(own.products.size()), to_integers(x, 1, linears[0].c()),
+    multiply(own.products.data(), int64_t(own.products.size()), to_integers(x, 1, layers[0]->cols),
              team.size, next);
   if (!own.sparse.empty())
     multiply(own.sparse.data(), int64_t(own.sparse.size()), x, team, next + 1);
@@ -172,7 +149,7 @@ void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, O
   const SkimlmBlock& b = m.blocks[index];
   char *keys = static_cast<char*>(past.keys[index]), *values = static_cast<char*>(past.values[index]);
   const int64_t d = m.head_dim, nq = m.heads * d, nk = m.kv_heads * d, length = past.length;
-  const int64_t size = m.bf16 ? 2 : 4, group = m.heads / m.kv_heads, inner = b.down.c();
+  const int64_t size = m.bf16 ? 2 : 4, group = m.heads / m.kv_heads, inner = b.down->cols;
   const float *cos = own.turn.data(), *sin = cos + past.rotary;
   std::atomic<int64_t>* next = &shared.next[index * STEPS];
   float *state = own.state.data(), *normed = own.normed.data(), *u = shared.u.data();
@@ -220,31 +197,50 @@ void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, O
   for (int64_t j = 0; j < m.width; ++j) state[j] += shared.out[j];
 }
 
-bool fits(const SkimlmLinear& linear, int64_t c) {
-  if (!linear.packed == !linear.sparse || linear.c() != c) return false;
-  Stored stored;
-  return linear.packed ? lay_out(*linear.packed, stored) : ::fits(*linear.sparse);
+bool fits(const SkimlmLayer& w, int64_t cols) { return w.cols == cols && !w.in_scale && ::fits(w); }
+
+// Rows of all of them; -1 if one does not fit.
+int64_t rows_of(const SkimlmLayer* const* layers, int64_t count, int64_t cols) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (!fits(*layers[i], cols)) return -1;
+    rows += layers[i]->rows;
+  }
+  return rows;
 }
 
 bool fits(const SkimlmBody& m, const SkimlmBlock& b) {
-  const int64_t nq = m.heads * m.head_dim, inner = b.down.c();
-  int64_t in = 0, mlp = 0;
-  for (int64_t i = 0; i < b.in_count; ++i) {
-    if (!fits(b.in[i], m.width)) return false;
-    in += b.in[i].r();
-  }
-  for (int64_t i = 0; i < b.mlp_count; ++i) {
-    if (!fits(b.mlp[i], m.width)) return false;
-    mlp += b.mlp[i].r();
-  }
-  return in == nq + 2 * m.kv_heads * m.head_dim && mlp == 2 * inner && fits(b.o, nq) &&
-         b.o.r() == m.width && fits(b.down, inner) && b.down.r() == m.width;
+  const int64_t nq = m.heads * m.head_dim, nk = m.kv_heads * m.head_dim, inner = b.down->cols;
+  return rows_of(b.in, b.in_count, m.width) == nq + 2 * nk && rows_of(&b.o, 1, nq) == m.width &&
+         rows_of(b.mlp, b.mlp_count, m.width) == 2 * inner && rows_of(&b.down, 1, inner) == m.width;
 }
 
-int64_t ranks(const SkimlmLinear* linears, int64_t count) {
+int64_t ranks(const SkimlmLayer* const* layers, int64_t count) {
   int64_t sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += linears[i].rank();
+  for (int64_t i = 0; i < count; ++i) sum += layers[i]->rank;
   return sum;
+}
+
+void decode(const SkimlmBody& m, const void* x, const void* cos, const void* sin, const Past& past,
+            int64_t inner, int64_t rank, void* out, int threads) {
+  const int64_t nq = m.heads * m.head_dim, nk = m.kv_heads * m.head_dim;
+  Shared shared{std::vector<float>(nq + 2 * nk), std::vector<float>(nq),
+                std::vector<float>(m.width),     std::vector<float>(2 * inner),
+                std::vector<float>(m.width),     std::vector<float>(rank),
+                std::vector<std::atomic<int64_t>>(STEPS * m.count)};
+  run_team(threads, [&](Team& team, int thread) {
+    Own own;
+    own.state.resize(m.width);
+    own.normed.resize(std::max(inner, m.width));
+    own.turn.resize(2 * past.rotary);
+    to_float(x, m.bf16, m.width, own.state.data());
+    to_float(cos, m.bf16, past.rotary, own.turn.data());
+    to_float(sin, m.bf16, past.rotary, own.turn.data() + past.rotary);
+    for (int64_t i = 0; i < m.count; ++i) run(m, i, past, shared, own, team, thread);
+    if (thread) return;
+    rms_norm(own.state.data(), m.width, m.norm, m.bf16, m.eps, own.weight, own.normed.data());
+    from_float(own.normed.data(), m.bf16, m.width, out);
+  });
 }
 
 }  // namespace
@@ -252,35 +248,20 @@ int64_t ranks(const SkimlmLinear* linears, int64_t count) {
 int skimlm_decode(const SkimlmBody* m, const void* x, const void* cos, const void* sin,
                   int64_t rotary, void* const* past, int64_t capacity, int64_t length, void* out,
                   int threads) {
-  if (length < 0 || length >= capacity || rotary > m->head_dim || rotary % 2 ||
-      m->heads % m->kv_heads)
-    return 1;
-  int64_t inner = 0, rank = 0;
-  for (int64_t i = 0; i < m->count; ++i) {
-    const SkimlmBlock& b = m->blocks[i];
-    if (!fits(*m, b)) return 1;
-    inner = std::max(inner, b.down.c());
-    rank = std::max({rank, ranks(b.in, b.in_count), ranks(&b.o, 1), ranks(b.mlp, b.mlp_count),
-                     ranks(&b.down, 1)});
-  }
-  const Past places{past, past + m->count, capacity, length, rotary};
-  const int64_t nq = m->heads * m->head_dim, nk = m->kv_heads * m->head_dim;
-  Shared shared{std::vector<float>(nq + 2 * nk), std::vector<float>(nq),
-                std::vector<float>(m->width),    std::vector<float>(2 * inner),
-                std::vector<float>(m->width),    std::vector<float>(rank),
-                std::vector<std::atomic<int64_t>>(STEPS * m->count)};
-  run_team(threads, [&](Team& team, int thread) {
-    Own own;
-    own.state.resize(m->width);
-    own.normed.resize(std::max(inner, m->width));
-    own.turn.resize(2 * rotary);
-    to_float(x, m->bf16, m->width, own.state.data());
-    to_float(cos, m->bf16, rotary, own.turn.data());
-    to_float(sin, m->bf16, rotary, own.turn.data() + rotary);
-    for (int64_t i = 0; i < m->count; ++i) run(*m, i, places, shared, own, team, thread);
-    if (thread) return;
-    rms_norm(own.state.data(), m->width, m->norm, m->bf16, m->eps, own.weight, own.normed.data());
-    from_float(own.normed.data(), m->bf16, m->width, out);
+  return guarded([&] {
+    if (length < 0 || length >= capacity || rotary > m->head_dim || rotary % 2 ||
+        m->heads % m->kv_heads)
+      return MISFIT;
+    int64_t inner = 0, rank = 0;
+    for (int64_t i = 0; i < m->count; ++i) {
+      const SkimlmBlock& b = m->blocks[i];
+      if (!fits(*m, b)) return MISFIT;
+      inner = std::max(inner, b.down->cols);
+      rank = std::max({rank, ranks(b.in, b.in_count), ranks(&b.o, 1), ranks(b.mlp, b.mlp_count),
+                       ranks(&b.down, 1)});
+    }
+    const Past places{past, past + m->count, capacity, length, rotary};
+    decode(*m, x, cos, sin, places, inner, rank, out, threads);
+    return DONE;
   });
-  return 0;
 }

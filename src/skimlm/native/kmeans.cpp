@@ -18,6 +18,7 @@
 
 #include <vector>
 
+#include "guard.h"
 #include "parallel.h"
 
 namespace {
@@ -186,13 +187,15 @@ void fit_row(Row& row, const float* w, const float* f, int count, int max_bits, 
 
 }  // namespace
 
-void skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int64_t max_bits,
-                        int64_t edges, float* centroids, double* costs, int threads) {
-  const int64_t width = (2 << max_bits) - 2;
-  parallel_rows(r, 8, threads, [&](int64_t first, int64_t last) {
-    Row row;
-    for (int64_t i = first; i < last; ++i)
-      fit_row(row, w + i * c, f + i * c, int(c), int(max_bits), int(edges), centroids + i * width,
-              costs + i * max_bits);
+int skimlm_kmeans_rows(const float* w, const float* f, int64_t r, int64_t c, int64_t max_bits,
+                       int64_t edges, float* centroids, double* costs, int threads) {
+  return guarded([&] {
+    const int64_t width = (2 << max_bits) - 2;
+    parallel_rows(r, 8, threads, [&](int64_t first, int64_t last) {
+      Row row;
+      for (int64_t i = first; i < last; ++i)
+        fit_row(row, w + i * c, f + i * c, int(c), int(max_bits), int(edges), centroids + i * width,
+                costs + i * max_bits);
+    });
   });
 }

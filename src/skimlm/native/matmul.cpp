@@ -70,10 +70,9 @@ void rows_any(const Group& g, int64_t begin, int64_t end, int64_t c, const Each&
   for (int64_t i = begin; i < end; ++i) {
     cut_any(g.width, g.packed + i * g.stride, code.data(), c);
     int16_t entry[256];
-    for (int m = 0; m < 1 << g.width; ++m)
-      entry[m] = g.width <= 5 ? int16_t(g.levels[(i << g.width) + m]) : int16_t(m);
+    g.entries(i, entry);
     for (int64_t j = 0; j < c; ++j) level[j] = entry[code[j]];
-    each(i, level.data(), g.width <= 5 ? 0 : g.zeros[i]);
+    each(i, level.data(), g.zero(i));
   }
 }
 
@@ -298,109 +297,71 @@ constexpr decltype(&rounded_vbmi<1>) rounded_of_width[MAX_B + 1] = {
 #endif
 
 // Rows of one width of one product, as one turn of a thread takes them.
-struct Part {
+struct Slice {
   const Product* product;
   const Group* group;
   int64_t begin, end;
 };
 
-std::vector<Part> split(const Product* products, int64_t count, int* threads) {
+std::vector<Slice> split(const Product* products, int64_t count, int* threads) {
   int64_t bytes = 0;
-  for (int64_t p = 0; p < count; ++p) bytes += products[p].linear.codes_size;
+  for (int64_t p = 0; p < count; ++p) bytes += products[p].layer.weight_size;
   // A second thread for a few microseconds of work costs more than it brings.
   *threads = int(std::clamp<int64_t>(bytes / PER_THREAD, 1, *threads));
   const int64_t turn = std::max(WORK, bytes / (TURNS * *threads));
-  std::vector<Part> parts;
+  std::vector<Slice> slices;
   for (int64_t p = 0; p < count; ++p)
-    for (const Group& group : products[p].stored.groups) {
+    for (const Group& group : products[p].matrix.groups) {
       const int64_t step = std::max<int64_t>(4, turn / group.stride / 4 * 4);
       for (int64_t i = 0; i < group.rows; i += step)
-        parts.push_back({products + p, &group, i, std::min(i + step, group.rows)});
+        slices.push_back({products + p, &group, i, std::min(i + step, group.rows)});
     }
-  return parts;
+  return slices;
 }
 
 }  // namespace
 
-bool lay_out(const Packed& p, Stored& out) {
-  if (!p.order) out.found.resize(p.r);
-  out.order = p.order ? p.order : out.found.data();
-  out.groups.clear();
-  out.affine = 0;
-  int64_t rows = 0, bytes = 0, levels = 0;
-  // Width by width: a histogram would wait on its own counts.
-  for (int b = 1; b <= MAX_B; ++b) {
-    const int64_t count =
-        p.order ? p.counts[b] : rows_of_width(b, p.widths, p.r, out.found.data() + rows);
-    const int64_t stride = (p.c * b + 7) / 8;
-    if (count)
-      out.groups.push_back({b, count, rows, p.codes + bytes, p.levels + levels,
-                            p.zeros + out.affine, stride});
-    rows += count;
-    bytes += count * stride;
-    (b <= 5 ? levels : out.affine) += b <= 5 ? count << b : count;
-  }
-  return rows == p.r && bytes == p.codes_size && levels == p.levels_size &&
-         out.affine == p.zeros_size;
-}
-
-static void multiply(const Part& part, const Integers& x) {
-  const Product& p = *part.product;
+static void multiply(const Slice& s, const Integers& x) {
+  const Product& p = *s.product;
 #if defined(__AVX512F__)
   if (x.planes)
-    return exact_of_width[part.group->width](*part.group, part.begin, part.end, x,
-                                             p.linear.row_scale, p.stored.order, p.out);
+    return exact_of_width[s.group->width](*s.group, s.begin, s.end, x,
+                                             p.layer.row_scale, p.matrix.order, p.out);
 #endif
-  exact_any(*part.group, part.begin, part.end, x, p.linear.row_scale, p.stored.order, p.out);
+  exact_any(*s.group, s.begin, s.end, x, p.layer.row_scale, p.matrix.order, p.out);
 }
 
 void multiply(const Product* products, int64_t count, const Integers& x, int threads,
               std::atomic<int64_t>* next) {
-  const std::vector<Part> parts = split(products, count, &threads);
-  const int64_t all = int64_t(parts.size());
+  const std::vector<Slice> slices = split(products, count, &threads);
+  const int64_t all = int64_t(slices.size());
   if (next) {
-    for (int64_t at; (at = next->fetch_add(1)) < all;) multiply(parts[at], x);
+    for (int64_t at; (at = next->fetch_add(1)) < all;) multiply(slices[at], x);
     return;
   }
   parallel_rows(all, 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t at = from; at < to; ++at) multiply(parts[at], x);
+    for (int64_t at = from; at < to; ++at) multiply(slices[at], x);
   });
 }
 
-int skimlm_matmul(const void* x, int64_t x_bf16, const uint8_t* packed, int64_t packed_size,
-                  const uint8_t* widths, const int8_t* codebook, int64_t codebook_size,
-                  const uint16_t* row_scale, const int16_t* row_zero, int64_t zeros,
-                  const uint16_t* in_scale, const float* bias, void* out, int64_t n, int64_t r,
-                  int64_t c, int64_t exact, int threads) {
-  const Packed linear{packed, widths,      codebook,      row_scale, row_zero, in_scale,
-                      bias,   packed_size, codebook_size, zeros,     r,        c,
-                      nullptr, nullptr};
-  Stored stored;
-  if (!lay_out(linear, stored)) return 1;
-  const Product product{linear, stored, {out, x_bf16 != 0, r, bias}};
-  if (exact && n >= MANY && skimlm_has_vbmi()) {
-    multiply_many(product, x, x_bf16, n, threads);
-    return 0;
-  }
-  const std::vector<float> values = to_floats(x, x_bf16, in_scale, n, c);
-  if (exact) {
-    multiply(&product, 1, to_integers(values.data(), n, c), threads);
-    return 0;
-  }
-  const Rounded rounded = to_rounded(values.data(), n, c);
-  const std::vector<Part> parts = split(&product, 1, &threads);
-  parallel_rows(int64_t(parts.size()), 1, threads, [&](int64_t from, int64_t to) {
+void matmul_plain(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n, bool exact,
+                  const Output& out, int threads) {
+  const Product product{w, m, out};
+  if (exact && n >= MANY && skimlm_has_vbmi()) return multiply_many(product, x, bf16, n, threads);
+  const std::vector<float> values = to_floats(x, bf16, w.in_scale, n, w.cols);
+  if (exact) return multiply(&product, 1, to_integers(values.data(), n, w.cols), threads);
+  const Rounded rounded = to_rounded(values.data(), n, w.cols);
+  const std::vector<Slice> slices = split(&product, 1, &threads);
+  parallel_rows(int64_t(slices.size()), 1, threads, [&](int64_t from, int64_t to) {
     for (int64_t at = from; at < to; ++at) {
-      const Part& part = parts[at];
+      const Slice& s = slices[at];
 #if defined(__AVX512F__)
       if (skimlm_has_vbmi()) {
-        rounded_of_width[part.group->width](*part.group, part.begin, part.end, rounded, row_scale,
-                                            stored.order, product.out);
+        rounded_of_width[s.group->width](*s.group, s.begin, s.end, rounded, w.row_scale, m.order, out);
         continue;
       }
 #endif
-      rounded_any(*part.group, part.begin, part.end, rounded, row_scale, stored.order, product.out);
+      rounded_any(*s.group, s.begin, s.end, rounded, w.row_scale, m.order, out);
     }
   });
-  return 0;
 }

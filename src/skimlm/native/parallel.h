@@ -8,7 +8,9 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -71,7 +73,10 @@ struct Pool {
 
   // Runs `next` here and on up to `extra` workers until it returns everywhere.
   void run(const Job& next, int extra) {
-    for (; workers < extra; ++workers) std::thread([this] { work(); }).detach();
+    try {
+      for (; workers < extra; ++workers) std::thread([this] { work(); }).detach();
+    } catch (const std::system_error&) {  // no more threads are to be had: the job gets by with fewer
+    }
     job = next;
     const uint64_t number = state.load(std::memory_order_relaxed) / ONE_MORE + 1;
     state.store(number * ONE_MORE | OPEN, std::memory_order_release);
@@ -115,28 +120,54 @@ inline std::atomic<int (*)()> team_size{nullptr};  // omp_get_num_threads of the
 inline std::atomic<int> fork_owner{0};  // GNU's threads hang in a forked child: it takes the pool
 }  // namespace parallel
 
-// Calls body(first, last) on blocks of rows until all are done. A call from a second thread at the same
-// time runs on that thread alone.
+// The first exception of several threads, thrown again on the thread that started them.
+class Failure {
+ public:
+  template <class Body>
+  void guard(const Body& body) noexcept {
+    try {
+      body();
+    } catch (...) {
+      if (!failed_.exchange(true, std::memory_order_acq_rel)) first_ = std::current_exception();
+    }
+  }
+  explicit operator bool() const { return failed_.load(std::memory_order_acquire); }
+  void rethrow() const {  // once all threads are done
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
+  std::exception_ptr first_;
+};
+
+// Calls body(first, last) on blocks of rows until all are done, or one has thrown: that is thrown here. A call
+// from a second thread at the same time runs on that thread alone.
 template <class Body>
 static void parallel_rows(int64_t rows, int64_t block, int threads, const Body& body) {
   std::atomic<int64_t> next{0};
+  Failure failure;
   auto work = [&] {
-    for (int64_t i; (i = next.fetch_add(block)) < rows;) body(i, std::min(i + block, rows));
+    failure.guard([&] {
+      for (int64_t i; (i = next.fetch_add(block)) < rows && !failure;) body(i, std::min(i + block, rows));
+    });
   };
+  const int64_t blocks = (rows + block - 1) / block;
   const auto fork = parallel::fork.load(std::memory_order_relaxed);
-  if (fork && parallel::fork_owner == parallel::process()) {
-    const int64_t blocks = (rows + block - 1) / block;
-    if (threads < 2 || blocks < 2) return work();
+  parallel::Pool* pool = nullptr;
+  if (threads < 2 || blocks < 2) {
+    work();
+  } else if (fork && parallel::fork_owner == parallel::process()) {
     fork([](void* w) { (*static_cast<decltype(work)*>(w))(); }, &work,
          unsigned(std::min<int64_t>(threads, blocks)), 0);
-    return;
+  } else if ((pool = &parallel::pool())->busy.try_lock()) {
+    std::lock_guard<std::mutex> mine(pool->busy, std::adopt_lock);
+    pool->run({[](const void* w) { (*static_cast<decltype(work)*>(const_cast<void*>(w)))(); }, &work},
+              int(std::min<int64_t>(threads, blocks)) - 1);
+  } else {
+    work();
   }
-  const int extra = int(std::min<int64_t>(threads, (rows + block - 1) / block)) - 1;
-  parallel::Pool& pool = parallel::pool();
-  std::unique_lock<std::mutex> mine(pool.busy, std::defer_lock);
-  if (extra < 1 || !mine.try_lock()) return work();
-  pool.run({[](const void* w) { (*static_cast<decltype(work)*>(const_cast<void*>(w)))(); }, &work},
-           extra);
+  failure.rethrow();
 }
 
 // Threads that run the same code side by side and wait for each other between two steps of it: where
@@ -144,6 +175,7 @@ static void parallel_rows(int64_t rows, int64_t block, int threads, const Body& 
 class Team {
  public:
   int size = 1;
+  Failure failure;  // of one of them: the others end at their next wait
 
   // All threads have come here: what they wrote before can be read after.
   void wait() {
@@ -154,11 +186,14 @@ class Team {
       turn_.store(turn + 1, std::memory_order_release);
       return;
     }
-    for (int i = 0; turn_.load(std::memory_order_acquire) == turn; ++i)
+    for (int i = 0; turn_.load(std::memory_order_acquire) == turn; ++i) {
+      if (failure) throw Abandoned();
       i < 4000 ? parallel::relax() : std::this_thread::yield();
+    }
   }
 
  private:
+  struct Abandoned {};
   std::atomic<int> arrived_{0}, turn_{0};
 };
 
@@ -180,7 +215,8 @@ static void run_team(int threads, const Body& body) {
       ready.store(1, std::memory_order_release);
     }
     while (!ready.load(std::memory_order_acquire)) parallel::relax();
-    body(team, index);
+    team.failure.guard([&] { body(team, index); });
   };
   fork([](void* w) { (*static_cast<decltype(work)*>(w))(); }, &work, unsigned(threads), 0);
+  team.failure.rethrow();
 }

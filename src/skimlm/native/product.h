@@ -1,4 +1,4 @@
-// What the products with packed weights share: a linear as it is stored, and x as integers.
+// What the products with packed weights share: x as integers, and where results go.
 //
 // x of one token becomes 24-bit integers in units of a power of two. A bfloat16 x is then exact but for
 // entries 2^14 below the largest, any x is within 2^-23 of its largest entry; codes and levels are
@@ -14,9 +14,9 @@
 
 #include "codes.h"
 #include "kernels.h"
+#include "layout.h"
 #include "parallel.h"
 
-constexpr int64_t MAX_B = 8;
 constexpr int64_t WORK = 1 << 14;  // bytes of weights that one turn of a thread takes, at least
 constexpr int64_t TURNS = 4;       // of each thread, where there is more
 
@@ -37,42 +37,6 @@ struct Lines {
   };
   std::unique_ptr<T, Free> at;
 };
-
-// A linear of r rows and c columns as FORMAT.md stores it; sizes in elements.
-struct Packed {
-  const uint8_t* codes;
-  const uint8_t* widths;
-  const int8_t* levels;
-  const uint16_t* row_scale;  // bfloat16
-  const int16_t* zeros;
-  const uint16_t* in_scale;  // float16, or null
-  const float* bias;         // or null
-  int64_t codes_size, levels_size, zeros_size, r, c;
-  // What follows from `widths`, if it is known already: which row stands at a stored place, [r], and
-  // how many rows have each width, [9].
-  const int32_t* order;
-  const int64_t* counts;
-};
-
-// What the rows of one width share.
-struct Group {
-  int width;
-  int64_t rows, first;    // how many, and the stored index of the first
-  const uint8_t* packed;  // of the first row
-  const int8_t* levels;   // of the first row, widths up to 5
-  const int16_t* zeros;   // of the first row, widths from 6
-  int64_t stride;         // bytes of a row
-};
-
-struct Stored {
-  const int32_t* order;  // which row stands at a stored place
-  std::vector<int32_t> found;
-  std::vector<Group> groups;
-  int64_t affine;  // rows of 6 bits and more
-};
-
-// False if the sizes are not those of the widths.
-bool lay_out(const Packed& p, Stored& out);
 
 // x of n tokens as integers. Columns are padded with zeros to whole chunks.
 struct Integers {
@@ -123,10 +87,10 @@ struct Output {
   }
 };
 
-// One product of several that read the same x.
+// One product of several that read the same x, of a plain layer.
 struct Product {
-  const Packed& linear;
-  const Stored& stored;
+  const SkimlmLayer& layer;
+  const Matrix& matrix;
   Output out;
 };
 
@@ -135,9 +99,9 @@ struct Product {
 void multiply(const Product* products, int64_t count, const Integers& x, int threads,
               std::atomic<int64_t>* next = nullptr);
 
-// The same for linears with parts: one token, in_scale left out.
+// The same for layers of any kind: one token, in_scale left out.
 struct SparseProduct {
-  const SkimlmSparse& linear;
+  const SkimlmLayer& layer;
   float* u;  // [rank], room for x A^T that the team shares
   Output out;  // float
 };
@@ -146,8 +110,13 @@ struct SparseProduct {
 void multiply(const SparseProduct* products, int64_t count, const float* x, Team& team,
               std::atomic<int64_t>* next);
 
-// False if the sizes are not those of the widths and of what the linear has.
-bool fits(const SkimlmSparse& linear);
+// What layer.cpp chooses from, its layout being known; x and out as in skimlm_layer_matmul.
+void matmul_plain(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n, bool exact,
+                 const Output& out, int threads);
+void matmul_any(const SkimlmLayer& w, const Matrix& m, const Matrix& a, const void* x, bool bf16, int64_t n,
+                const Output& out, int threads);
+void unpack(const SkimlmLayer& w, const Matrix& m, void* out, bool bf16, int64_t begin, int64_t end,
+            bool stored, int threads);
 
 // Many tokens, with VBMI: a few rows at a time become bfloat16 in cache. x [n, c] float or bfloat16.
 void multiply_many(const Product& product, const void* x, bool bf16, int64_t n, int threads);

@@ -11,6 +11,7 @@
 
 #include <vector>
 
+#include "guard.h"
 #include "parallel.h"
 #include "product.h"
 
@@ -307,23 +308,27 @@ int64_t rows_at_once(int64_t r, int64_t most, int threads) {
 
 }  // namespace
 
-void skimlm_coordinate_descent(const float* h, float* gradient, const float* codebook,
-                               const int32_t* sizes, uint8_t* codes, int64_t r, int64_t c, int64_t k,
-                               int64_t sweeps, int threads) {
-  parallel_rows(r, rows_at_once(r, MANY, threads), threads, [&](int64_t first, int64_t last) {
-    std::vector<Book> books;
-    for (int64_t i = first; i < last; ++i) books.emplace_back(codebook + i * k, sizes[i]);
-    descend_rows(h, gradient + first * c, books, codes + first * c, c, sweeps);
+int skimlm_coordinate_descent(const float* h, float* gradient, const float* codebook,
+                              const int32_t* sizes, uint8_t* codes, int64_t r, int64_t c, int64_t k,
+                              int64_t sweeps, int threads) {
+  return guarded([&] {
+    parallel_rows(r, rows_at_once(r, MANY, threads), threads, [&](int64_t first, int64_t last) {
+      std::vector<Book> books;
+      for (int64_t i = first; i < last; ++i) books.emplace_back(codebook + i * k, sizes[i]);
+      descend_rows(h, gradient + first * c, books, codes + first * c, c, sweeps);
+    });
   });
 }
 
-void skimlm_codebook_step(const float* h, const float* w, const int32_t* sizes, uint8_t* codes,
-                          float* codebook, float* gradient, int64_t r, int64_t c, int64_t k,
-                          double ridge, int threads) {
-  const int64_t most = std::min(MANY, SUMS / (k * sides(c) * SIDE));
-  parallel_rows(r, rows_at_once(r, most, threads), threads, [&](int64_t first, int64_t last) {
-    step_rows(h, w + first * c, sizes + first, codes + first * c, codebook + first * k,
-              gradient ? gradient + first * c : nullptr, last - first, c, k, ridge);
+int skimlm_codebook_step(const float* h, const float* w, const int32_t* sizes, uint8_t* codes,
+                         float* codebook, float* gradient, int64_t r, int64_t c, int64_t k,
+                         double ridge, int threads) {
+  return guarded([&] {
+    const int64_t most = std::min(MANY, SUMS / (k * sides(c) * SIDE));
+    parallel_rows(r, rows_at_once(r, most, threads), threads, [&](int64_t first, int64_t last) {
+      step_rows(h, w + first * c, sizes + first, codes + first * c, codebook + first * k,
+                gradient ? gradient + first * c : nullptr, last - first, c, k, ridge);
+    });
   });
 }
 
@@ -404,35 +409,36 @@ bool best_pair(const Row& row, const float* h, int64_t c, int64_t j, float* g, u
 
 }  // namespace
 
-void skimlm_sparse_descent(const float* h, float* gradient, const float* codebook,
-                           const int32_t* sizes, const float* scale, int64_t group, uint8_t* codes,
-                           int64_t r, int64_t c, int64_t k, int64_t pairs, int64_t sweeps,
-                           int threads) {
-  parallel_rows(r, 4, threads, [&](int64_t begin, int64_t end) {
-    const int64_t groups = (c + group - 1) / group;
-    for (int64_t i = begin; i < end; ++i) {
-      Row row{codebook + i * k, sizes[i], (sizes[i] + 7) / 8 * 8, scale + i * groups, group, {}};
-      for (int m = 0; m < 32; ++m)
-        row.middle[m] = m + 1 < row.size ? 0.5f * (row.entry[m] + row.entry[m + 1]) : INFINITY;
-      uint8_t* code = codes + i * c;
-      float* g = gradient + i * c;
-      for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
-        int64_t changed = 0;
-        if (pairs)
-          for (int64_t j = 0; j < c; j += 4) changed += best_pair(row, h, c, j, g, code);
-        for (int64_t j = 0; j < c; ++j) {
-          const float hjj = h[j * c + j];
-          if (code[j] == PRUNED || !(hjj > 0)) continue;
-          const float old = row.value(code[j], j), want = old - g[j] / hjj;
-          const uint8_t m = row.nearest(want, j);
-          const float value = row.value(m, j);
-          if (m == code[j] || !(std::fabs(want - value) < std::fabs(want - old))) continue;
-          code[j] = m;
-          move(value - old, h + j * c, g, c);
-          ++changed;
+int skimlm_sparse_descent(const float* h, float* gradient, const float* codebook, const int32_t* sizes,
+                          const float* scale, int64_t group, uint8_t* codes, int64_t r, int64_t c,
+                          int64_t k, int64_t pairs, int64_t sweeps, int threads) {
+  return guarded([&] {
+    parallel_rows(r, 4, threads, [&](int64_t begin, int64_t end) {
+      const int64_t groups = (c + group - 1) / group;
+      for (int64_t i = begin; i < end; ++i) {
+        Row row{codebook + i * k, sizes[i], (sizes[i] + 7) / 8 * 8, scale + i * groups, group, {}};
+        for (int m = 0; m < 32; ++m)
+          row.middle[m] = m + 1 < row.size ? 0.5f * (row.entry[m] + row.entry[m + 1]) : INFINITY;
+        uint8_t* code = codes + i * c;
+        float* g = gradient + i * c;
+        for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
+          int64_t changed = 0;
+          if (pairs)
+            for (int64_t j = 0; j < c; j += 4) changed += best_pair(row, h, c, j, g, code);
+          for (int64_t j = 0; j < c; ++j) {
+            const float hjj = h[j * c + j];
+            if (code[j] == PRUNED || !(hjj > 0)) continue;
+            const float old = row.value(code[j], j), want = old - g[j] / hjj;
+            const uint8_t m = row.nearest(want, j);
+            const float value = row.value(m, j);
+            if (m == code[j] || !(std::fabs(want - value) < std::fabs(want - old))) continue;
+            code[j] = m;
+            move(value - old, h + j * c, g, c);
+            ++changed;
+          }
+          if (!changed) break;
         }
-        if (!changed) break;
       }
-    }
+    });
   });
 }

@@ -40,7 +40,7 @@ void multiply_rows(const Matrix& m, const Group& g, int64_t begin, int64_t end, 
 #if defined(__AVX512F__)
 // Whether rows of a group become bytes that `ByteRows` may have.
 bool is_bytes(const Matrix& m, const Group& g) {
-  return (m.grid || g.width <= 5) && (m.scales == 1 || m.span % CHUNK == 0);
+  return g.code != AFFINE && (m.scales == 1 || m.span % CHUNK == 0);
 }
 
 // The rows of all groups that do: they stand first.
@@ -54,7 +54,7 @@ ByteRows byte_rows(const Matrix& m) {
       const int64_t last = std::min(end - g.first, g.rows);
       if (first >= last) continue;
       const Bytes cut(g.width);
-      const uint8_t offset = m.grid ? 1 << (g.width - 1) : 128;
+      const uint8_t offset = g.code == GRID ? 1 << (g.width - 1) : 128;
       for (int64_t i = first; i < last; ++i) {
         const int64_t at = g.first + i;
         int8_t* to = bytes + (at - begin) * stride;
@@ -70,7 +70,7 @@ ByteRows byte_rows(const Matrix& m) {
 #endif
 
 // Rows of one width, as one turn of a thread takes them; no matrix: of a 16-bit A.
-struct Part {
+struct Slice {
   const Matrix* matrix;
   const Group* group;
   const Input* input;
@@ -78,7 +78,7 @@ struct Part {
   int64_t begin, end;
 };
 
-void split(const Matrix& m, const Input& in, const Output& out, int64_t turn, std::vector<Part>& to) {
+void split(const Matrix& m, const Input& in, const Output& out, int64_t turn, std::vector<Slice>& to) {
   for (const Group& g : m.groups) {
     const int64_t bytes = g.stride + m.places + m.scales * 2;
     const int64_t step = std::max<int64_t>(4, turn / bytes / 4 * 4);
@@ -105,57 +105,52 @@ struct Inputs {
 // One linear times x: turns that may go in any order, then, of an adapter, blocks that add its part.
 // Neither copied nor moved once it is made: turns point into it.
 struct Work {
-  const SkimlmSparse& w;
+  const SkimlmLayer& w;
   const Matrix &m, &a;
   const float* x;  // [n, c], in_scale left out
   int64_t n, bytes;
   float *u, *y;  // [n, rank] and, with an adapter, [n, r]: x A^T, x W^T
   Output components, sparse, result;
-  std::vector<Part> turns;
+  std::vector<Slice> turns;
 
-  Work(const SkimlmSparse& w, const Matrix& m, const Matrix& a, Inputs& scaled, Inputs& plain,
+  Work(const SkimlmLayer& w, const Matrix& m, const Matrix& a, Inputs& scaled, Inputs& plain,
        int64_t n, float* u, float* y, const Output& out, int threads)
       : w(w), m(m), a(a), x(plain.x), n(n), bytes(size(w)), u(u), y(y),
         components{u, false, w.rank, nullptr},
-        sparse(w.rank ? Output{y, false, w.r, nullptr} : out), result(out) {
+        sparse(w.rank ? Output{y, false, w.rows, nullptr} : out), result(out) {
     const int64_t turn = std::max(WORK, bytes / (TURNS * threads));
     if (!a.groups.empty()) split(a, plain.of(a), components, turn, turns);
     if (w.rank && a.groups.empty())
-      for (int64_t k = 0, step = std::max<int64_t>(1, turn / (2 * w.c)); k < w.rank; k += step)
+      for (int64_t k = 0, step = std::max<int64_t>(1, turn / (2 * w.cols)); k < w.rank; k += step)
         turns.push_back({nullptr, nullptr, nullptr, &components, k, std::min(k + step, w.rank)});
     split(m, scaled.of(m), sparse, turn, turns);
   }
   Work(const Work&) = delete;
 
-  static int64_t size(const SkimlmSparse& w) {
-    return w.weight_size + w.positions_size + 2 * w.scale_size +
-           (w.a_size + w.b_size) * (w.adapter_bits == 4 ? 1 : 2);
+  static int64_t size(const SkimlmLayer& w) {
+    return w.weight_size + w.positions_size + 2 * w.row_scale_size +
+           (w.lora_a_size + w.lora_b_size) * (w.adapter_bits == 4 ? 1 : 2);
   }
 
   void turn(int64_t at) const {
-    const Part& p = turns[at];
+    const Slice& p = turns[at];
     if (p.matrix) return multiply_rows(*p.matrix, *p.group, p.begin, p.end, *p.input, *p.out);
     for (int64_t t = 0; t < n; ++t)
       for (int64_t k = p.begin; k < p.end; ++k)
-        u[t * w.rank + k] = dot_adapter(w, k, x + t * w.c);
+        u[t * w.rank + k] = dot_adapter(w, k, x + t * w.cols);
   }
 
-  int64_t blocks() const { return w.rank ? divide_up(w.r, ADAPTER) : 0; }
+  int64_t blocks() const { return w.rank ? divide_up(w.rows, ADAPTER) : 0; }
   void block(int64_t at) const {
-    add_adapter(w, u, y, n, at * ADAPTER, std::min((at + 1) * ADAPTER, w.r), result);
+    add_adapter(w, u, y, n, at * ADAPTER, std::min((at + 1) * ADAPTER, w.rows), result);
   }
 };
 
 }  // namespace
 
-bool fits(const SkimlmSparse& w) {
-  Matrix m{}, a{};
-  return lay_out(w, m) && lay_out_adapter(w, a);
-}
-
 void multiply(const SparseProduct* products, int64_t count, const float* x, Team& team,
               std::atomic<int64_t>* next) {
-  Inputs inputs(x, 1, products[0].linear.c);
+  Inputs inputs(x, 1, products[0].layer.cols);
   std::deque<Matrix> matrices;
   std::deque<Work> works;
   bool adapters = false;
@@ -185,15 +180,15 @@ void multiply(const SparseProduct* products, int64_t count, const float* x, Team
 
 #if defined(__AVX512F__)
 // Several tokens: rows become bfloat16 in cache (gemm.cpp), but for those of 6 bits and more of codebooks.
-void multiply_several(const SkimlmSparse& w, const Matrix& m, const Matrix& a, const void* x, bool bf16,
+static void multiply_several(const SkimlmLayer& w, const Matrix& m, const Matrix& a, const void* x, bool bf16,
                       int64_t n, const Output& out, int threads) {
-  std::vector<float> u(n * w.rank), y(w.rank ? n * w.r : 0);
-  const Output sparse = w.rank ? Output{y.data(), false, w.r, nullptr} : out;
+  std::vector<float> u(n * w.rank), y(w.rank ? n * w.rows : 0);
+  const Output sparse = w.rank ? Output{y.data(), false, w.rows, nullptr} : out;
   const ByteRows rows = byte_rows(m);
   multiply_many(rows, x, bf16, w.in_scale, n, sparse, threads);
   if (rows.r < m.r) {
-    const std::vector<float> values = to_floats(x, bf16, w.in_scale, n, w.c);
-    Inputs inputs(values.data(), n, w.c);
+    const std::vector<float> values = to_floats(x, bf16, w.in_scale, n, w.cols);
+    Inputs inputs(values.data(), n, w.cols);
     const Input& in = inputs.of(m);
     for (const Group& g : m.groups)
       if (!is_bytes(m, g))
@@ -205,50 +200,43 @@ void multiply_several(const SkimlmSparse& w, const Matrix& m, const Matrix& a, c
   if (!a.groups.empty()) {
     multiply_many(byte_rows(a), x, bf16, nullptr, n, {u.data(), false, w.rank, nullptr}, threads);
   } else {
-    const std::vector<float> plain = to_floats(x, bf16, nullptr, n, w.c);
+    const std::vector<float> plain = to_floats(x, bf16, nullptr, n, w.cols);
     
     parallel_rows(w.rank, 4, threads, [&](int64_t from, int64_t to) {
       for (int64_t t = 0; t < n; ++t)
         for (int64_t k = from; k < to; ++k)
-          u[t * w.rank + k] = dot_adapter(w, k, &plain[t * w.c]);
+          u[t * w.rank + k] = dot_adapter(w, k, &plain[t * w.cols]);
     });
   }
-  parallel_rows(divide_up(w.r, ADAPTER), 1, threads, [&](int64_t from, int64_t to) {
+  parallel_rows(divide_up(w.rows, ADAPTER), 1, threads, [&](int64_t from, int64_t to) {
     for (int64_t at = from; at < to; ++at)
-      add_adapter(w, u.data(), y.data(), n, at * ADAPTER, std::min((at + 1) * ADAPTER, w.r), out);
+      add_adapter(w, u.data(), y.data(), n, at * ADAPTER, std::min((at + 1) * ADAPTER, w.rows), out);
   });
 }
 #endif
 
-int skimlm_sparse_matmul(const SkimlmSparse* linear, const void* x, int64_t x_bf16, void* out,
-                         int64_t n, int threads) {
-  const SkimlmSparse& w = *linear;
-  Matrix m{}, a{};
-  if (!lay_out(w, m) || !lay_out_adapter(w, a)) return 1;
+void matmul_any(const SkimlmLayer& w, const Matrix& m, const Matrix& a, const void* x, bool bf16, int64_t n,
+                const Output& out, int threads) {
 #if defined(__AVX512F__)
-  if (n >= SEVERAL && skimlm_has_vbmi() && is_bytes(m, m.groups.front())) {
-    multiply_several(w, m, a, x, x_bf16, n, {out, x_bf16 != 0, w.r, w.bias}, threads);
-    return 0;
-  }
+  if (n >= SEVERAL && skimlm_has_vbmi() && is_bytes(m, m.groups.front()))
+    return multiply_several(w, m, a, x, bf16, n, out, threads);
 #endif
-  const std::vector<float> values = to_floats(x, x_bf16, w.in_scale, n, w.c);
-  Inputs scaled(values.data(), n, w.c);
+  const std::vector<float> values = to_floats(x, bf16, w.in_scale, n, w.cols);
+  Inputs scaled(values.data(), n, w.cols);
   std::vector<float> raw;
   std::optional<Inputs> own;
   if (w.rank && w.in_scale) {
-    raw = to_floats(x, x_bf16, nullptr, n, w.c);
-    own.emplace(raw.data(), n, w.c);
+    raw = to_floats(x, bf16, nullptr, n, w.cols);
+    own.emplace(raw.data(), n, w.cols);
   }
   // A second thread for a few microseconds of work costs more than it brings.
   threads = int(std::clamp<int64_t>(Work::size(w) / PER_THREAD, 1, threads));
-  std::vector<float> u(n * w.rank), y(w.rank ? n * w.r : 0);
-  const Work work(w, m, a, scaled, own ? *own : scaled, n, u.data(), y.data(),
-                  {out, x_bf16 != 0, w.r, w.bias}, threads);
+  std::vector<float> u(n * w.rank), y(w.rank ? n * w.rows : 0);
+  const Work work(w, m, a, scaled, own ? *own : scaled, n, u.data(), y.data(), out, threads);
   parallel_rows(int64_t(work.turns.size()), 1, threads, [&](int64_t from, int64_t to) {
     for (int64_t at = from; at < to; ++at) work.turn(at);
   });
   parallel_rows(work.blocks(), 1, threads, [&](int64_t from, int64_t to) {
     for (int64_t at = from; at < to; ++at) work.block(at);
   });
-  return 0;
 }

@@ -7,35 +7,8 @@
 #include "lanes.h"
 #include "product.h"
 
-enum Sparsity { DENSE, PAIRS, BITMAP };
 constexpr int64_t UNIT = 2 * CHUNK;        // columns; of 2:4 rows 64 codes and 32 patterns
-constexpr int64_t ADAPTER = 128;           // columns that share a scale of a 4-bit adapter
 constexpr uint8_t FIRST[8] = {0, 0, 0, 1, 1, 2, 2, 2}, SECOND[8] = {1, 2, 3, 2, 3, 3, 3, 3};
-
-inline int64_t divide_up(int64_t a, int64_t b) { return a ? (a - 1) / b + 1 : 0; }
-
-// W, or a 4-bit A.
-struct Matrix {
-  Sparsity sparsity;
-  bool grid;  // levels are code - 2^(width - 1)
-  int64_t r, c, kept;
-  const uint8_t* positions;
-  int64_t places;             // bytes of them in a row
-  const uint16_t* row_scale;  // [r, scales]
-  int64_t scales, span;       // how many a row has, and the columns of one
-  const int32_t* order;       // which row stands at a stored place; null: the same
-  std::vector<int32_t> found;
-  std::vector<Group> groups;
-
-  int64_t row(int64_t stored) const { return order ? order[stored] : stored; }
-  int64_t end_of(int64_t scale) const { return scale + 1 == scales ? c : (scale + 1) * span; }
-};
-
-// False if the sizes are not those of the widths and of what the linear has.
-bool lay_out(const SkimlmSparse& w, Matrix& m);
-
-// A of 4 bits. False if the sizes of the adapter are wrong.
-bool lay_out_adapter(const SkimlmSparse& w, Matrix& m);
 
 // x as matrices read it that have the same columns in a scale.
 struct Input {

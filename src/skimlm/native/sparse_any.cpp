@@ -17,14 +17,13 @@ void rows_any(const Matrix& m, const Group& g, int64_t begin, int64_t end, const
               const Output& out) {
   const Integers& x = in.x;
   const int64_t padded = x.chunks * CHUNK;
-  const bool affine = !m.grid && g.width > 5;
+  const bool affine = g.code == AFFINE;
   Numbers<int16_t> numbers(m);
   std::vector<int16_t> ones(affine ? m.c : 0);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t stored = g.first + i, row = m.row(stored);
     int16_t entry[256];
-    for (int k = 0; k < 1 << g.width; ++k)
-      entry[k] = int16_t(m.grid ? k - (1 << (g.width - 1)) : affine ? k : g.levels[(i << g.width) + k]);
+    g.entries(i, entry);
     const int16_t* level = numbers.row(m, g, i, entry);
     if (affine) ones_any(m, stored, ones.data());
     for (int64_t t = 0; t < x.n; ++t) {

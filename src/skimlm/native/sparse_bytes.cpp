@@ -24,7 +24,7 @@ inline uint64_t mask_of_patterns(uint64_t patterns) {
 VBMI void bytes_of(const Matrix& m, const Group& g, int64_t i, const Bytes& cut, uint8_t* to) {
   const uint8_t* at = g.packed + i * g.stride;
   const int64_t step = 8 * g.width;
-  if (!m.grid && g.width <= 5) {
+  if (g.code == TABLE) {
     const __mmask64 entries = (__mmask64(1) << (1 << g.width)) - 1;
     const __m512i levels = _mm512_maskz_loadu_epi8(entries, g.levels + (i << g.width));
     const __m512i table =
@@ -141,8 +141,8 @@ namespace {
 VBMI void block_bytes(const Matrix& m, const Group& g, int64_t i, int64_t end, const Bytes& cut,
                       const Input& in, Room& room, const Output& out) {
   const Integers& x = in.x;
-  const bool affine = !m.grid && g.width > 5, ones = affine && m.sparsity;
-  const int64_t offset = affine ? 0 : m.grid ? 1 << (g.width - 1) : 128;
+  const bool affine = g.code == AFFINE, ones = affine && m.sparsity;
+  const int64_t offset = affine ? 0 : g.code == GRID ? 1 << (g.width - 1) : 128;
   int64_t row[4];
   if (ones) room.ones.assign(4 * room.stride, 0);
   for (int r = 0; r < 4; ++r) {

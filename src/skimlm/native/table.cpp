@@ -4,6 +4,7 @@
 // are the low nibbles and odd ones the high: x in two halves, one after the other.
 #include <algorithm>
 
+#include "guard.h"
 #include "lanes.h"
 #include "parallel.h"
 #include "product.h"
@@ -86,41 +87,43 @@ VBMI void rows_vbmi(const Table& table, int64_t i, const Integers& x, int halves
 
 }  // namespace
 
-void skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int64_t bits,
-                         const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,
-                         int threads) {
-  const int halves = bits == 8 ? 1 : 2;
-  const Table table{codes, bits, bits == 8 ? c : (c + 1) / 2, r, scale};
-  const std::vector<float> values = to_floats(x, x_bf16, nullptr, n, c);
-  std::vector<float> ordered(n * halves * table.bytes);
-  for (int64_t t = 0; t < n; ++t)
-    for (int64_t j = 0; j < c; ++j)
-      ordered[(t * halves + j % halves) * table.bytes + j / halves] = values[t * c + j];
-  // both halves of a token in one unit
-  const Integers integers = to_integers(ordered.data(), n, halves * table.bytes, halves);
-  const Output output{out, x_bf16 != 0, r, nullptr};
-  const int64_t turn = std::max(WORK, r * table.bytes / (TURNS * threads));
-  const int64_t block = std::max<int64_t>(4, turn / table.bytes / 4 * 4);
-  parallel_rows(r, block, threads, [&](int64_t begin, int64_t end) {
-    int64_t i = begin;
-#if defined(__AVX512F__)
-    if (integers.planes) {
-      for (; i + 4 <= end; i += 4) rows_vbmi<4>(table, i, integers, halves, output);
-      for (; i < end; ++i) rows_vbmi<1>(table, i, integers, halves, output);
-      return;
-    }
-#endif
-    const int64_t padded = integers.chunks * CHUNK;
-    for (; i < end; ++i)
-      for (int64_t t = 0; t < n; ++t) {
-        const int16_t* digit = &integers.digits[t * halves * 2 * padded];
-        const uint8_t* row = codes + i * table.bytes;
-        const int64_t total = dot(table, row, digit, 2 * padded) +
-                              dot(table, row, digit + padded, 2 * padded) * 4096;
-        int64_t sum = 0;
-        for (int h = 0; h < halves; ++h) sum += integers.sums[t * halves + h];
-        output.put(t, i, to_value(total, bits == 8 ? 0 : 8, sum, from_bf16(scale[i]),
-                                  integers.steps[t * halves]));
+int skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int64_t bits,
+                        const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,
+                        int threads) {
+  return guarded([&] {
+    const int halves = bits == 8 ? 1 : 2;
+    const Table table{codes, bits, bits == 8 ? c : (c + 1) / 2, r, scale};
+    const std::vector<float> values = to_floats(x, x_bf16, nullptr, n, c);
+    std::vector<float> ordered(n * halves * table.bytes);
+    for (int64_t t = 0; t < n; ++t)
+      for (int64_t j = 0; j < c; ++j)
+        ordered[(t * halves + j % halves) * table.bytes + j / halves] = values[t * c + j];
+    // both halves of a token in one unit
+    const Integers integers = to_integers(ordered.data(), n, halves * table.bytes, halves);
+    const Output output{out, x_bf16 != 0, r, nullptr};
+    const int64_t turn = std::max(WORK, r * table.bytes / (TURNS * threads));
+    const int64_t block = std::max<int64_t>(4, turn / table.bytes / 4 * 4);
+    parallel_rows(r, block, threads, [&](int64_t begin, int64_t end) {
+      int64_t i = begin;
+  #if defined(__AVX512F__)
+      if (integers.planes) {
+        for (; i + 4 <= end; i += 4) rows_vbmi<4>(table, i, integers, halves, output);
+        for (; i < end; ++i) rows_vbmi<1>(table, i, integers, halves, output);
+        return;
       }
+  #endif
+      const int64_t padded = integers.chunks * CHUNK;
+      for (; i < end; ++i)
+        for (int64_t t = 0; t < n; ++t) {
+          const int16_t* digit = &integers.digits[t * halves * 2 * padded];
+          const uint8_t* row = codes + i * table.bytes;
+          const int64_t total = dot(table, row, digit, 2 * padded) +
+                                dot(table, row, digit + padded, 2 * padded) * 4096;
+          int64_t sum = 0;
+          for (int h = 0; h < halves; ++h) sum += integers.sums[t * halves + h];
+          output.put(t, i, to_value(total, bits == 8 ? 0 : 8, sum, from_bf16(scale[i]),
+                                    integers.steps[t * halves]));
+        }
+    });
   });
 }

@@ -1,7 +1,9 @@
 // The dense matrix of a stored linear, row by row.
-#include <cstring>
+#include <algorithm>
+#include <optional>
 #include <vector>
 
+#include "parallel.h"
 #include "sparse_any.h"
 #include "sparse_bytes.h"
 
@@ -42,11 +44,11 @@ struct Levels {
   explicit Levels(const Matrix& m) : m(m), numbers(m), level(m.c) {}
 
   const float* row(const Group& g, int64_t i) {
-    const bool affine = !m.grid && g.width > 5;
+    const bool affine = g.code == AFFINE;
 #if defined(__AVX512F__)
     if (skimlm_has_vbmi()) {
       if (cut.width != g.width) cut = Bytes(g.width);
-      const int offset = affine ? g.zeros[i] : m.grid ? 1 << (g.width - 1) : 128;
+      const int offset = affine ? g.zeros[i] : g.code == GRID ? 1 << (g.width - 1) : 128;
       const uint8_t* bytes = room.rows.data();
       row_bytes(m, g, i, cut, affine ? 0 : uint8_t(offset), room, room.rows.data());
       if (affine && m.sparsity) {
@@ -61,10 +63,8 @@ struct Levels {
     }
 #endif
     float entry[256];
-    for (int k = 0; k < 1 << g.width; ++k)
-      entry[k] = float(m.grid   ? k - (1 << (g.width - 1))
-                       : affine ? k - g.zeros[i]
-                                : g.levels[(i << g.width) + k]);
+    g.entries(i, entry);
+    for (int k = 0; affine && k < 1 << g.width; ++k) entry[k] -= float(g.zeros[i]);
     return numbers.row(m, g, i, entry);
   }
 
@@ -75,89 +75,49 @@ struct Levels {
 #endif
 };
 
-}  // namespace
-
-void skimlm_unpack(const uint8_t* packed, const uint8_t* widths, const int8_t* codebook,
-                   const uint16_t* row_scale, const int16_t* row_zero, const uint16_t* in_scale,
-                   void* out, int64_t out_bf16, int64_t r, int64_t c, int64_t begin, int64_t end,
-                   int64_t stored, int threads) {
-  struct Group {
-    int64_t first, bytes, levels;  // where the rows of a width begin: among rows, codes, levels or zeros
-  } group[10] = {};
-  std::vector<int32_t> order(r);
-  int64_t rows = 0, bytes = 0, levels = 0, zeros = 0;
-  for (int b = 1; b <= 8; ++b) {
-    group[b] = {rows, bytes, b <= 5 ? levels : zeros};
-    const int64_t count = rows_of_width(b, widths, r, order.data() + rows);
-    rows += count;
-    bytes += count * ((c * b + 7) / 8);
-    (b <= 5 ? levels : zeros) += b <= 5 ? count << b : count;
-  }
-  std::vector<float> column(in_scale ? c : 0);
-  for (size_t j = 0; j < column.size(); ++j) column[j] = from_fp16(in_scale[j]);
-
+// Rows first..last of a group, each to where `place` says.
+void unpack_rows(const SkimlmLayer& w, const Matrix& m, const Group& g, int64_t first, int64_t last,
+                 const std::vector<float>& column, std::optional<Levels>& levels,
+                 std::vector<float>& value, bool bf16, const auto& place) {
 #if defined(__AVX512F__)
-  const bool vbmi = skimlm_has_vbmi() && out_bf16 && !in_scale;
-  Controls control[6];
-  for (int b = 1; vbmi && b <= 5; ++b) control[b] = controls(b);
+  const bool dense = bf16 && skimlm_has_vbmi() && column.empty() && m.sparsity == DENSE && g.code == TABLE;
+  const Controls control = dense ? controls(g.width) : Controls{};
+  for (int64_t i = first; dense && i < last; ++i)
+    dense_row(g.packed + i * g.stride, g.levels + (i << g.width), g.width,
+              from_bf16(w.row_scale[g.first + i]), static_cast<uint16_t*>(place(g.first + i)), m.c, control);
+  if (dense) return;
 #endif
-  parallel_rows(end - begin, 16, threads, [&](int64_t from, int64_t to) {
-    std::vector<uint8_t> code(c + 8);
-    std::vector<float> value(c);
-    for (int64_t i = begin + from; i < begin + to; ++i) {
-      const int b = widths[order[i]];
-      const int64_t nth = i - group[b].first, target = (stored ? i - begin : order[i]) * c;
-      const uint8_t* row = packed + group[b].bytes + nth * ((c * b + 7) / 8);
-      const int64_t level = group[b].levels + (b <= 5 ? nth << b : nth);
-      const float scale = from_bf16(row_scale[i]);
-#if defined(__AVX512F__)
-      if (vbmi && b <= 5) {
-        dense_row(row, codebook + level, b, scale, static_cast<uint16_t*>(out) + target, c,
-                  control[b]);
-        continue;
-      }
-#endif
-      cut_row[b](row, code.data(), c);
-      float entry[32];
-      if (b <= 5) {
-        for (int m = 0; m < 1 << b; ++m) entry[m] = float(codebook[level + m]) * scale;
-        for (int64_t j = 0; j < c; ++j) value[j] = entry[code[j]];
-      } else {
-        const float zero = row_zero[level];
-        for (int64_t j = 0; j < c; ++j) value[j] = (float(code[j]) - zero) * scale;
-      }
-      if (in_scale)
-        for (int64_t j = 0; j < c; ++j) value[j] *= column[j];
-      from_float(value.data(), out_bf16, c, static_cast<char*>(out) + target * (out_bf16 ? 2 : 4));
+  if (!levels) levels.emplace(m);
+  value.resize(m.c);
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t at = g.first + i;
+    const float* level = levels->row(g, i);
+    for (int64_t s = 0; s < m.scales; ++s) {
+      const float scale = from_bf16(w.row_scale[at * m.scales + s]);
+      for (int64_t j = s * m.span; j < m.end_of(s); ++j) value[j] = level[j] * scale;
     }
-  });
+    for (size_t j = 0; j < column.size(); ++j) value[j] *= column[j];
+    from_float(value.data(), bf16, m.c, place(at));
+  }
 }
 
-int skimlm_sparse_unpack(const SkimlmSparse* linear, void* out, int64_t out_bf16, int64_t begin,
-                         int64_t end, int64_t stored, int threads) {
-  const SkimlmSparse& w = *linear;
-  Matrix m{};
-  if (!lay_out(w, m) || begin < 0 || begin > end || end > w.r) return 1;
-  std::vector<float> column(w.in_scale ? w.c : 0);
+}  // namespace
+
+void unpack(const SkimlmLayer& w, const Matrix& m, void* out, bool bf16, int64_t begin, int64_t end,
+            bool stored, int threads) {
+  std::vector<float> column(w.in_scale ? w.cols : 0);
   for (size_t j = 0; j < column.size(); ++j) column[j] = from_fp16(w.in_scale[j]);
+  const auto place = [&](int64_t at) -> void* {
+    const int64_t row = stored ? at - begin : m.row(at);
+    return static_cast<char*>(out) + row * m.c * (bf16 ? 2 : 4);
+  };
   parallel_rows(end - begin, 16, threads, [&](int64_t from, int64_t to) {
-    Levels levels(m);
-    std::vector<float> value(m.c);
+    std::optional<Levels> levels;
+    std::vector<float> value;
     for (const Group& g : m.groups) {
+      const int64_t first = std::max<int64_t>(begin + from - g.first, 0);
       const int64_t last = std::min(begin + to - g.first, g.rows);
-      for (int64_t i = std::max<int64_t>(begin + from - g.first, 0); i < last; ++i) {
-        const int64_t at = g.first + i, target = (stored ? at - begin : m.row(at)) * m.c;
-        const float* level = levels.row(g, i);
-        for (int64_t s = 0; s < m.scales; ++s) {
-          const float scale = from_bf16(m.row_scale[at * m.scales + s]);
-          for (int64_t j = s * m.span; j < m.end_of(s); ++j) value[j] = level[j] * scale;
-        }
-        if (w.in_scale)
-          for (int64_t j = 0; j < m.c; ++j) value[j] *= column[j];
-        from_float(value.data(), out_bf16, m.c,
-                   static_cast<char*>(out) + target * (out_bf16 ? 2 : 4));
-      }
+      if (first < last) unpack_rows(w, m, g, first, last, column, levels, value, bf16, place);
     }
   });
-  return 0;
 }

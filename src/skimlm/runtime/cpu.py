@@ -23,7 +23,6 @@ FEW_SPARSE = 256  # the same beyond version 1, with VBMI (4096x4096: torch takes
 TILE = 2**21  # weights de-quantized at a time for many tokens
 DTYPES = (torch.float32, torch.bfloat16)
 ROW_CODES = {"table", "affine", "grid"}
-PLAIN = ("weight", "widths", "codebook", "row_scale", "row_zero", "in_scale")
 
 
 def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
@@ -31,6 +30,8 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
     spec = layer.spec
     count = x.numel() // spec.cols
     if x.dtype not in DTYPES or not count or not spec.row_codes() <= ROW_CODES:
+        return NotImplemented
+    if native.missing():
         return NotImplemented
     plain = spec.version == 1
     if count < FEW_TOKENS:
@@ -48,21 +49,15 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
     if spec.in_scale != ("in_scale" in layer.tensors):
         _refuse(layer)
     shift = None if bias is None else bias.float()  # added before the one rounding
-    sizes = count, spec.rows, spec.cols
-    if plain:
-        args: list[Any] = [*(layer.tensors.get(name) for name in PLAIN), shift, out, *sizes, exact]
-        done = native.matmul(x.contiguous(), *args)
-    else:
-        how = spec.sparsity, spec.kept, spec.group, spec.rank, spec.adapter_bits
-        done = native.sparse_matmul(x.contiguous(), layer.tensors, shift, out, *sizes, *how)
-    if not done:
+    if not native.layer_matmul(x.contiguous(), layer, shift, out, exact):
         _refuse(layer)
     return out
 
 
 def dequantize(layer: Layer, dtype: torch.dtype) -> Any:
     """`ops.dequantize`."""
-    if dtype not in DTYPES or not layer.spec.row_codes() <= ROW_CODES:
+    known = layer.spec.row_codes() <= ROW_CODES
+    if dtype not in DTYPES or not known or native.missing():
         return NotImplemented
     check_devices(layer.tensors.values())
     check_sizes(layer)
@@ -75,7 +70,7 @@ def table_matmul(x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tenso
     """`ops.table_matmul`, for few tokens."""
     cols, rows = x.shape[-1], len(scale)
     count = x.numel() // max(cols, 1)
-    if not 0 < count < FEW_TOKENS or x.dtype not in DTYPES:
+    if not 0 < count < FEW_TOKENS or x.dtype not in DTYPES or native.missing():
         return NotImplemented
     want = (rows, cols if bits == 8 else -(-cols // 2))
     native.require("codes", codes, torch.int8 if bits == 8 else torch.uint8, want)
@@ -105,15 +100,7 @@ def _tiles(x: Tensor, layer: Layer, bias: Tensor | None, out: Tensor) -> None:
 
 def _unpack(out: Tensor, layer: Layer, begin: int, end: int | None) -> None:
     """De-quantize all rows to their places in `out`, or stored rows begin..end to its start."""
-    spec = layer.spec
-    if spec.version == 1:
-        stored = (layer.tensors.get(name) for name in PLAIN)
-        last, at_start = (spec.rows, 0) if end is None else (end, 1)
-        bf16 = int(out.dtype == torch.bfloat16)
-        native.call("unpack", *stored, out, bf16, spec.rows, spec.cols, begin, last, at_start)
-        return
-    how = spec.sparsity, spec.kept, spec.group, spec.rank, spec.adapter_bits
-    if not native.sparse_unpack(layer.tensors, out, spec.rows, spec.cols, begin, end, *how):
+    if not native.layer_unpack(out, layer, begin, end):
         _refuse(layer)
 
 

@@ -14,7 +14,6 @@ double when they are full, in place of being copied for every token.
 
 from __future__ import annotations
 
-import ctypes
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from skimlm import native
 from skimlm.runtime import plan as planning
 from skimlm.runtime.plan import Plan
-from skimlm.runtime.structs import POINTER, SIZE
+from skimlm.runtime.structs import POINTER
 
 # the name that transformers gives the cache: another one since 5.24
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
@@ -58,6 +57,8 @@ _rooms: WeakKeyDictionary[DynamicCache, _Room] = WeakKeyDictionary()
 
 def fuse(model: Any) -> bool:
     """Let the body of a compressed model take single tokens natively; whether it qualifies."""
+    if native.missing():
+        return False
     body = model.base_model
     file = planning.family(body)
     if file is None or any(planning.parts(file, block) is None for block in body.layers):
@@ -235,17 +236,7 @@ def _call(
     if copies:
         torch._foreach_copy_(copies, biases)
     out = torch.empty_like(x)
-    status = native.library().skimlm_decode(
-        ctypes.byref(plan.struct),
-        *(POINTER(tensor.data_ptr()) for tensor in (x, cos, sin)),
-        SIZE(cos.shape[-1]),
-        room.pointers,
-        SIZE(room.capacity),
-        SIZE(length),
-        POINTER(out.data_ptr()),
-        torch.get_num_threads(),
-    )
-    if status:
+    if not native.decode(plan.struct, x, cos, sin, room.pointers, room.capacity, length, out):
         return None
     views = list(room.whole.narrow(4, 0, length + 1).flatten(0, 1).unbind())
     layers: list[Any] = cache.layers

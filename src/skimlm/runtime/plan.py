@@ -29,9 +29,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from skimlm.native.structs import BodyStruct
 from skimlm.runtime.cpu import ROW_CODES
 from skimlm.runtime.linear import CompressedLinear
-from skimlm.runtime.structs import Body, body_struct
+from skimlm.runtime.structs import body_struct
 from skimlm.runtime.watched import events, start
 
 # Bodies that do nothing but: blocks of norm, attention with rotation, norm and gated mlp, then a
@@ -76,7 +77,7 @@ class Seen:
 class Plan:
     """A body as the native call sees it, and what that rests on."""
 
-    struct: Body
+    struct: BodyStruct
     dtype: torch.dtype
     width: int
     cached: tuple[int, int, int]  # layers, heads and head size of its cache

@@ -1,4 +1,4 @@
-"""A body as native code sees it: the structures of native/decode.cpp, filled."""
+"""A body as native code sees it: the structs of native/structs.py, filled."""
 
 from __future__ import annotations
 
@@ -8,58 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skimlm import native
+from skimlm.format.abi import LayerStruct
+from skimlm.format.row_codes import MAX_WIDTH
+from skimlm.native.structs import BlockStruct, BodyStruct, layer_struct
 from skimlm.runtime.linear import CompressedLinear
-
-SIZED = ("weight", "codebook", "row_zero")
-POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
-
-
-class _Packed(ctypes.Structure):
-    """`Packed` of native/product.h."""
-
-    _fields_ = [
-        *[(n, POINTER) for n in ("codes", "widths", "levels", "row_scale", "zeros", "in_scale")],
-        ("bias", POINTER),
-        *[(n, SIZE) for n in ("codes_size", "levels_size", "zeros_size", "r", "c")],
-        ("order", POINTER),
-        ("counts", POINTER),
-    ]
-
-
-class _Linear(ctypes.Structure):
-    """`SkimlmLinear` of native/decode.cpp."""
-
-    _fields_ = [
-        ("packed", ctypes.POINTER(_Packed)),
-        ("sparse", ctypes.POINTER(native.Sparse)),
-    ]
-
-
-class _Block(ctypes.Structure):
-    """`SkimlmBlock` of native/decode.cpp."""
-
-    _fields_ = [
-        ("in_count", SIZE),
-        ("mlp_count", SIZE),
-        *[(n, POINTER) for n in ("norm", "q_norm", "k_norm", "mlp_norm")],
-        ("into", _Linear * 3),
-        ("o", _Linear),
-        ("mlp", _Linear * 2),
-        ("down", _Linear),
-    ]
-
-
-class Body(ctypes.Structure):
-    """`SkimlmBody` of native/decode.cpp."""
-
-    _fields_ = [
-        *[(n, SIZE) for n in ("bf16", "width", "heads", "kv_heads", "head_dim", "count")],
-        ("eps", ctypes.c_double),
-        ("scale", ctypes.c_double),
-        ("norm", POINTER),
-        ("blocks", ctypes.POINTER(_Block)),
-    ]
 
 
 class _Filler:
@@ -88,33 +40,25 @@ class _Filler:
         self.floats.append(own.float())
         return self.floats[-1]
 
-    def linear(self, linear: CompressedLinear) -> _Linear | None:
-        """None if its tensors do not fit each other."""
-        stored, bias = linear._buffers, self.bias(linear)
-        widths = linear.widths
-        order = torch.argsort(widths, stable=True).int()
-        rows = self.at(order), self.at(torch.bincount(widths.long(), minlength=9))
-        spec = linear.spec
-        if spec.version == 1:
-            at = [self.at(stored[n]) for n in ("weight", "widths", "codebook", "row_scale")]
-            at += [self.at(stored["row_zero"]), None, self.at(bias)]
-            sizes = [0 if (t := stored[n]) is None else t.numel() for n in SIZED]
-            return _Linear(packed=ctypes.pointer(_Packed(*at, *sizes, spec.rows, spec.cols, *rows)))
-        for tensor in (*stored.values(), bias):
+    def linear(self, linear: CompressedLinear) -> Any:
+        """A pointer to its struct; None if its tensors do not fit each other."""
+        bias, widths = self.bias(linear), linear.widths
+        for tensor in (*linear.layer.tensors.values(), bias):
             self.at(tensor)
-        how = spec.sparsity, spec.kept, spec.group, spec.rank, spec.adapter_bits
-        sparse = native.sparse(stored, bias, spec.rows, spec.cols, *how)
-        if sparse is None:
+        fields = layer_struct(linear.layer, bias)
+        if fields is None:
             return None
-        sparse.order, sparse.counts = rows
-        return _Linear(sparse=ctypes.pointer(sparse))
+        struct = LayerStruct.from_buffer_copy(fields)
+        struct.order = self.at(torch.argsort(widths, stable=True).int())
+        struct.counts = self.at(torch.bincount(widths.long(), minlength=MAX_WIDTH + 1))
+        return ctypes.pointer(struct)
 
 
 def body_struct(
     body: Any, blocks: list[Any], parts: list[tuple[list[Any], list[Any]]], dtype: torch.dtype
-) -> tuple[Body, list[Any], tuple[list[Tensor], list[Tensor]]] | None:
+) -> tuple[BodyStruct, list[Any], tuple[list[Tensor], list[Tensor]]] | None:
     """The structure, what it points into, and (float32 copies, biases): None if it cannot be."""
-    fill, structs = _Filler(), (_Block * len(blocks))()
+    fill, structs = _Filler(), (BlockStruct * len(blocks))()
     for struct, (linears, norms) in zip(structs, parts, strict=True):
         filled = [fill.linear(linear) for linear in linears]
         if None in filled:
@@ -128,7 +72,7 @@ def body_struct(
         struct.mlp[: struct.mlp_count] = first[into + 1 :]
     fill.kept.append(structs)
     attention, config = blocks[0].self_attn, body.config
-    struct = Body(
+    struct = BodyStruct(
         bf16=dtype == torch.bfloat16,
         width=config.hidden_size,
         heads=config.num_attention_heads,

@@ -1,0 +1,92 @@
+// A stored layer as rows grouped by width.
+#include "layout.h"
+
+#include <algorithm>
+
+#include "lanes.h"
+
+namespace {
+
+// Columns that a row keeps, bytes of their positions, scales. False if that cannot be.
+bool lay_out_columns(const SkimlmLayer& w, Matrix& m) {
+  if (w.rows < 1 || w.cols < 1 || w.rows > INT32_MAX || w.cols > INT32_MAX || w.group < 0 ||
+      w.sparsity < DENSE || w.sparsity > BITMAP || w.widths_size != w.rows ||
+      (w.in_scale && w.in_scale_size != w.cols))
+    return false;
+  m.sparsity = Sparsity(w.sparsity);
+  m.grid = w.group > 0;
+  m.r = w.rows;
+  m.c = w.cols;
+  m.kept = m.sparsity == DENSE ? w.cols : w.kept;
+  m.positions = w.positions;
+  m.places = 0;
+  m.row_scale = w.row_scale;
+  m.scales = 1;
+  m.span = w.cols;
+  if (m.kept < 1 || m.kept > w.cols) return false;
+  if (m.sparsity == PAIRS) {
+    if (w.cols % 4 || w.kept != w.cols / 2) return false;
+    m.places = divide_up(w.cols / 4 * 3, 8);
+  }
+  if (m.sparsity == BITMAP) m.places = divide_up(w.cols, 8);
+  if (m.grid) {
+    m.span = std::min(w.group, w.cols);
+    m.scales = divide_up(w.cols, m.span);
+  }
+  return w.positions_size == w.rows * m.places && w.row_scale_size == w.rows * m.scales;
+}
+
+}  // namespace
+
+bool lay_out(const SkimlmLayer& w, Matrix& m) {
+  if (!lay_out_columns(w, m)) return false;
+  if (!w.order) m.found.resize(w.rows);
+  m.order = w.order ? w.order : m.found.data();
+  int64_t count[MAX_B + 1], rows = 0, bytes = 0, levels = 0;
+  m.affine = 0;
+  for (int b = 1; b <= MAX_B; ++b) {  // width by width: a histogram would wait on its own counts
+    count[b] = w.order ? w.counts[b] : rows_of_width(b, w.widths, w.rows, m.found.data() + rows);
+    rows += count[b];
+    bytes += count[b] * divide_up(m.kept * b, 8);
+    const RowCode code = code_of(w, b);
+    if (code == TABLE) levels += count[b] << b;
+    if (code == AFFINE) m.affine += count[b];
+  }
+  if (rows != w.rows || bytes != w.weight_size || levels != w.codebook_size ||
+      m.affine != w.row_zero_size)
+    return false;
+  m.groups.clear();
+  int64_t first = 0;
+  const uint8_t* packed = w.weight;
+  const int8_t* codebook = w.codebook;
+  const int16_t* zeros = w.row_zero;
+  for (int b = 1; b <= MAX_B; ++b) {
+    if (!count[b]) continue;
+    const RowCode code = code_of(w, b);
+    const int64_t stride = divide_up(m.kept * b, 8);
+    m.groups.push_back({b, code, count[b], first, packed, codebook, zeros, stride});
+    first += count[b];
+    packed += count[b] * stride;
+    if (code == TABLE) codebook += count[b] << b;
+    if (code == AFFINE) zeros += count[b];
+  }
+  return true;
+}
+
+bool lay_out_adapter(const SkimlmLayer& w, Matrix& m) {
+  if (!w.rank)
+    return !w.lora_a_size && !w.lora_b_size && !w.lora_a_scale_size && !w.lora_b_scale_size;
+  if (w.rank < 1 || w.rank > 1 << 16) return false;
+  const bool four = w.adapter_bits == 4;
+  if (!four && w.adapter_bits != 16) return false;
+  const int64_t a = four ? divide_up(w.cols, 2) : w.cols, b = four ? divide_up(w.rows, 2) : w.rows;
+  const int64_t groups = four ? divide_up(w.cols, ADAPTER) : 0;
+  if (w.lora_a_size != w.rank * a || w.lora_b_size != w.rank * b ||
+      w.lora_a_scale_size != w.rank * groups ||
+      w.lora_b_scale_size != w.rank * (four ? divide_up(w.rows, ADAPTER) : 0))
+    return false;
+  if (four)
+    m = {DENSE, true, w.rank, w.cols, w.cols, nullptr, 0, w.lora_a_scale, groups, ADAPTER, 0, nullptr, {},
+         {{4, GRID, w.rank, 0, static_cast<const uint8_t*>(w.lora_a), nullptr, nullptr, a}}};
+  return true;
+}

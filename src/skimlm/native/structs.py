@@ -1,0 +1,95 @@
+"""The structs that native code reads; their sizes are checked when a library is loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+
+import torch
+from torch import Tensor
+
+from skimlm.format.abi import SPARSITY, LayerStruct
+from skimlm.format.layer import TENSORS, Layer, LayerSpec
+
+POINTER, SIZE = ctypes.c_void_p, ctypes.c_int64
+LAYER = ctypes.POINTER(LayerStruct)
+
+
+class BlockStruct(ctypes.Structure):
+    """`SkimlmBlock` of native/kernels.h."""
+
+    _fields_ = [
+        ("in_count", SIZE),
+        ("mlp_count", SIZE),
+        *[(n, POINTER) for n in ("norm", "q_norm", "k_norm", "mlp_norm")],
+        ("into", LAYER * 3),
+        ("o", LAYER),
+        ("mlp", LAYER * 2),
+        ("down", LAYER),
+    ]
+
+
+class BodyStruct(ctypes.Structure):
+    """`SkimlmBody` of native/kernels.h."""
+
+    _fields_ = [
+        *[(n, SIZE) for n in ("bf16", "width", "heads", "kv_heads", "head_dim", "count")],
+        ("eps", ctypes.c_double),
+        ("scale", ctypes.c_double),
+        ("norm", POINTER),
+        ("blocks", ctypes.POINTER(BlockStruct)),
+    ]
+
+
+# as `skimlm_abi` counts them
+STRUCTS = {"SkimlmLayer": LayerStruct, "SkimlmBlock": BlockStruct, "SkimlmBody": BodyStruct}
+# every member of a LayerStruct has eight bytes: to fill it field by field takes microseconds more
+_MEMBERS = struct.Struct(f"={len(LayerStruct._fields_)}q")
+_NEEDED = ("weight", "widths", "row_scale")
+
+
+@functools.cache
+def _stored(adapter_bits: int, grid: bool) -> tuple[tuple[str, torch.dtype, int], ...]:
+    """Name, dtype and number of dimensions of every tensor that such layers may have."""
+    spec = LayerSpec(1, 1, {1: 1}, group=1 if grid else None, rank=1, adapter_bits=adapter_bits)
+    return tuple((t.name, t.dtype_in(spec), len(t.shape(spec))) for t in TENSORS)
+
+
+def layer_struct(layer: Layer, bias: Tensor | None) -> bytes | None:
+    """A `LayerStruct` as its bytes, with pointers into the tensors; None if they cannot be that.
+
+    Types and layout are checked here, sizes in native code, where it costs microseconds less.
+    `bias` is float32 [rows].
+    """
+    spec, tensors = layer.spec, layer.tensors
+    at: list[int] = []
+    sizes: list[int] = []
+    for name, dtype, dims in _stored(spec.adapter_bits, spec.group is not None):
+        tensor = tensors.get(name)
+        if tensor is None:
+            if name in _NEEDED:
+                return None
+            at.append(0)
+            sizes.append(0)
+            continue
+        kind = tensor.dtype == dtype and tensor.dim() == dims
+        if not kind or not tensor.is_cpu or not tensor.is_contiguous():
+            return None
+        size = tensor.numel()
+        if not size:  # what a layer does not have is not stored
+            return None
+        at.append(tensor.data_ptr())
+        sizes.append(size)
+    shift = 0
+    if bias is not None:
+        if bias.dtype != torch.float32 or not bias.is_cpu or bias.shape != (spec.rows,):
+            return None
+        if not bias.is_contiguous():
+            return None
+        shift = bias.data_ptr()
+    how = SPARSITY.get(spec.sparsity, -1), spec.kept, spec.group or 0, spec.rank, spec.adapter_bits
+    try:
+        return _MEMBERS.pack(*at, *sizes, shift, spec.rows, spec.cols, *how, 0, 0)
+    except struct.error:  # a number of more than 64 bits
+        return None
