@@ -44,11 +44,25 @@ def _one_thread():
 @pytest.fixture(params=native.ISAS)
 def isa(request, monkeypatch):
     """Every native library this processor can run, in turn."""
-    if native.ISAS.index(request.param) > native._open("portable").skimlm_best_isa():
-        pytest.skip(f"this processor has no {request.param}")
-    library = native._open(request.param)
+    return take(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[*native.ISAS, "none"])
+def isa_or_none(request, monkeypatch):
+    """The same, and then the torch references that run where there is no library."""
+    if request.param != "none":
+        return take(request.param, monkeypatch)
+    monkeypatch.setattr(native, "missing", lambda: "hidden")
+    monkeypatch.setattr(native, "library", None)
+
+
+def take(isa, monkeypatch):
+    """Let a library run until the end of a test."""
+    if native.ISAS.index(isa) > native._open("portable").skimlm_best_isa():
+        pytest.skip(f"this processor has no {isa}")
+    library = native._open(isa)
     monkeypatch.setattr(native, "library", lambda: library)
-    return request.param
+    return isa
 
 
 def at_once(count, call):

@@ -60,7 +60,7 @@ def exact_errors(w, h, codebook, codes) -> np.ndarray:
 
 @pytest.mark.parametrize("sweeps", [1, 3])
 @pytest.mark.parametrize("seed", range(5))
-def test_descent_makes_the_moves_of_the_reference(isa, seed, sweeps):
+def test_descent_makes_the_moves_of_the_reference(isa_or_none, seed, sweeps):
     problem = integers(seed)
     before = problem[4].clone()
     codes = coordinate_descent(*problem, sweeps)
@@ -69,7 +69,7 @@ def test_descent_makes_the_moves_of_the_reference(isa, seed, sweeps):
 
 
 @pytest.mark.parametrize("columns", [64, 150, 192])
-def test_many_rows_and_columns_go_through_tiles_of_h(isa, columns):
+def test_many_rows_and_columns_go_through_tiles_of_h(isa_or_none, columns):
     """64 columns at a time; where few codes change H is read as it stands, else copied."""
     for rows in (3, 40):
         w, h, codebook, sizes, codes = integers(columns, r=rows, c=columns)
@@ -79,7 +79,7 @@ def test_many_rows_and_columns_go_through_tiles_of_h(isa, columns):
 
 
 @pytest.mark.parametrize("columns", [40, 64, 150])
-def test_the_gradient_follows_every_step(isa, columns):
+def test_the_gradient_follows_every_step(isa_or_none, columns):
     """With it, and with the columns in tiles, the solution stays that of one-hot matrices."""
     w, h, codebook, sizes, codes = realistic(3, r=9, c=columns, tokens=3 * columns)
     gradient = ((dense(codes, codebook) - w) @ h).contiguous()
@@ -96,7 +96,7 @@ def test_the_gradient_follows_every_step(isa, columns):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_descent_agrees_with_the_reference_where_numbers_round(isa, seed):
+def test_descent_agrees_with_the_reference_where_numbers_round(isa_or_none, seed):
     problem = realistic(seed)
     codes, want = coordinate_descent(*problem, 2), coordinate_descent_reference(*problem, 2)
     w, h, codebook = problem[:3]
@@ -122,7 +122,7 @@ def one_by_one(w, h, entries, codes, sweeps: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_descent_is_trying_every_entry_in_turn(isa, seed):
+def test_descent_is_trying_every_entry_in_turn(isa_or_none, seed):
     w, h, codebook, sizes, codes = integers(seed, r=4, c=8, k=5)
     got = coordinate_descent(w, h, codebook, sizes, codes, 2)
     for i, n in enumerate(sizes.tolist()):
@@ -132,7 +132,7 @@ def test_descent_is_trying_every_entry_in_turn(isa, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_descent_ends_where_no_single_change_pays(isa, seed):
+def test_descent_ends_where_no_single_change_pays(isa_or_none, seed):
     w, h, codebook, sizes, codes = integers(seed)
     codes = coordinate_descent(w, h, codebook, sizes, codes, 50)
     least = exact_errors(w, h, codebook, codes)
@@ -144,7 +144,7 @@ def test_descent_ends_where_no_single_change_pays(isa, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_descent_never_leaves_the_best_codes_of_all(isa, seed):
+def test_descent_never_leaves_the_best_codes_of_all(isa_or_none, seed):
     w, h, codebook, sizes, codes = integers(seed, r=3, c=6, k=3)
     every = torch.tensor(list(itertools.product(range(3), repeat=6)), dtype=torch.uint8)
     for i, n in enumerate(sizes.tolist()):
@@ -159,7 +159,7 @@ def test_descent_never_leaves_the_best_codes_of_all(isa, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_step_raises_the_error_of_any_row(isa, seed):
+def test_no_step_raises_the_error_of_any_row(isa_or_none, seed):
     w, h, codebook, sizes, codes = realistic(seed, tokens=25)  # fewer tokens than channels
     last = exact_errors(w, h, codebook, codes)
     start = last
@@ -201,7 +201,7 @@ def least_squares(w, h, entries, codes, ridge: float) -> np.ndarray:
 
 @pytest.mark.parametrize("ridge", [1e-7, 0.03])
 @pytest.mark.parametrize("seed", range(3))
-def test_codebooks_are_the_least_squares_solution(isa, seed, ridge):
+def test_codebooks_are_the_least_squares_solution(isa_or_none, seed, ridge):
     w, h, codebook, sizes, codes = realistic(seed)
     got, renamed = codebook_step(w, h, codebook, sizes, codes, ridge)
     reference = codebook_step_reference(w, h, codebook, sizes, codes, ridge)
@@ -234,7 +234,7 @@ def test_entries_that_cross_are_renamed():
     assert renamed.tolist() == [[2, 2, 0, 0, 1]]
 
 
-def test_unused_entries_keep_their_value(isa):
+def test_unused_entries_keep_their_value(isa_or_none):
     w, h, codebook, sizes, codes = realistic(1, k=8)
     sizes[:] = 8
     codes = codes % 3 * 2  # entries 0, 2, 4 only
@@ -246,7 +246,7 @@ def test_unused_entries_keep_their_value(isa):
 
 
 @pytest.mark.parametrize("power", [-80, -40, 40, 60, 80])
-def test_the_size_of_h_does_not_matter(isa, power):
+def test_the_size_of_h_does_not_matter(isa_or_none, power):
     """Sums over tokens are anything from 1e-12 (end loss) to 1e12 (outlier channels)."""
     w, h, codebook, sizes, codes = realistic(2, k=8)
     sizes[:] = 8
@@ -262,7 +262,7 @@ def test_the_size_of_h_does_not_matter(isa, power):
     )
 
 
-def test_dead_channels_keep_their_codes(isa):
+def test_dead_channels_keep_their_codes(isa_or_none):
     w, h, codebook, sizes, codes = integers(2)
     h[4], h[:, 4] = 0, 0
     sizes[:] = 8
@@ -279,7 +279,7 @@ def test_dead_channels_keep_their_codes(isa):
     assert torch.equal(same, codebook) and torch.equal(names, codes)
 
 
-def test_full_codebooks_of_32_and_single_entries(isa):
+def test_full_codebooks_of_32_and_single_entries(isa_or_none):
     w, h, codebook, sizes, codes = realistic(7, r=3, c=70)
     for n in (1, 32):
         sizes[:] = n
@@ -292,7 +292,7 @@ def test_full_codebooks_of_32_and_single_entries(isa):
         assert (got < n).all()
 
 
-def test_threads_do_not_change_a_bit(isa):
+def test_threads_do_not_change_a_bit(isa_or_none):
     w, h, codebook, sizes, codes = realistic(8, r=30)
     one = refine(w, h, codebook, sizes, codes, 2, 2)
     try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from skimlm import native
+from skimlm.errors import SkimError
 from skimlm.integrations.transformers import SkimlmConfig, check_files, swap_in
 from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import embeddings
@@ -223,10 +224,10 @@ def cache_text(facts: Mapping[str, Any]) -> str:
 def environment() -> dict[str, Any]:
     """Return versions, threads and which native code runs on this machine."""
     try:
-        isa = native.isa()
-        library = str(Path(native.__file__).with_name(f"_native_{isa}.so"))
-    except (ImportError, ValueError) as error:  # `info` is what one runs to find out why
-        isa, library = "none", str(error)
+        why, isa = native.missing(), "none"
+        library = why or str(native.file(isa := native.isa()))
+    except SkimError as error:  # `info` is what one runs to find out why
+        library = str(error)
     import transformers
 
     import skimlm

@@ -26,13 +26,18 @@ from skimlm.native.structs import POINTER, SIZE, STRUCTS, BodyStruct, layer_stru
 ISAS = ("portable", "avx2", "avx512")
 ABI = 1  # of kernels.h; raised whenever a function or a struct there changes
 FOLDER = Path(__file__).parent  # where the libraries are
-SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}  # elsewhere .so: as CMake names shared libraries
 REINSTALL = "reinstall skimlm with `pip install --force-reinstall .`"
+
+
+def file(isa: str, platform: str = sys.platform) -> Path:
+    """Where the library for an instruction set is, or should be."""
+    return FOLDER / f"_native_{isa}{SUFFIXES.get(platform, '.so')}"
 
 
 def _open(isa: str) -> ctypes.CDLL:
     """Load a library; ImportError, in one line, if there is none that this code was written for."""
-    path = FOLDER / f"_native_{isa}{SUFFIX}"
+    path = file(isa)
     if not path.exists():
         raise ImportError(f"{path} is missing: {REINSTALL}")
     try:

@@ -20,8 +20,8 @@ int skimlm_layer_matmul(const SkimlmLayer* layer, const void* x, int64_t x_bf16,
 int skimlm_layer_unpack(const SkimlmLayer* layer, void* out, int64_t out_bf16, int64_t begin, int64_t end,
                         int64_t stored, int threads) {
   return guarded([&] {
-    Matrix m{};
-    if (!lay_out(*layer, m) || begin < 0 || begin > end || end > m.r) return MISFIT;
+    Matrix m{}, a{};
+    if (!lay_out(*layer, m) || !lay_out_adapter(*layer, a) || begin < 0 || begin > end || end > m.r) return MISFIT;
     unpack(*layer, m, out, out_bf16, begin, end, stored, threads);
     return DONE;
   });

@@ -63,6 +63,8 @@ def layer_struct(layer: Layer, bias: Tensor | None) -> bytes | None:
     `bias` is float32 [rows].
     """
     spec, tensors = layer.spec, layer.tensors
+    if spec.in_scale != ("in_scale" in tensors):  # what its size cannot tell
+        return None
     at: list[int] = []
     sizes: list[int] = []
     for name, dtype, dims in _stored(spec.adapter_bits, spec.group is not None):

@@ -29,6 +29,8 @@ def kmeans_rows(w: Tensor, f: Tensor, max_bits: int, edges: int = 0) -> tuple[li
         raise ValueError(
             f"max_bits must be 1..5 and rows not empty, got {max_bits} and {c} columns"
         )
+    if native.missing():
+        return kmeans_rows_reference(w, f, max_bits)
     flat = torch.empty(r, (2 << max_bits) - 2, dtype=torch.float32)
     costs = torch.empty(r, max_bits, dtype=torch.float64)
     native.call("kmeans_rows", w.contiguous(), f.contiguous(), r, c, max_bits, edges, flat, costs)
@@ -48,6 +50,8 @@ def nearest(w: Tensor, codebook: Tensor, sizes: Tensor) -> Tensor:
     native.require("sizes", sizes, torch.int32, (r,))
     if r and not 1 <= int(sizes.min()) <= int(sizes.max()) <= k:
         raise ValueError(f"codebooks here have 1..{k} entries, got sizes {sizes.tolist()}")
+    if native.missing():
+        return nearest_reference(w, codebook, sizes)
     codes = torch.empty(r, c, dtype=torch.uint8)
     native.call("nearest_codes", w.contiguous(), codebook.contiguous(), sizes, codes, r, c, k)
     return codes
@@ -59,9 +63,70 @@ def lookup(codes: Tensor, codebook: Tensor) -> Tensor:
     k = codebook.shape[1]
     native.require("codes", codes, torch.uint8, (r, c))
     native.require("codebook", codebook, torch.float32, (r, k))
+    if native.missing():
+        return codebook.gather(1, codes.long()).bfloat16()
     out = torch.empty(r, c, dtype=torch.bfloat16)
     native.call("lookup_bf16", codes, codebook, out, r, c, k)
     return out
+
+
+def kmeans_rows_reference(w: Tensor, f: Tensor, max_bits: int) -> tuple[list[Tensor], Tensor]:
+    """`kmeans_rows` over all places (no `edges`) in torch, row by row: [c, c] doubles of memory."""
+    tables = [torch.empty(len(w), 1 << b) for b in range(1, max_bits + 1)]
+    costs = torch.empty(len(w), max_bits, dtype=torch.float64)
+    for i, (row, weight) in enumerate(zip(w.double(), f.double(), strict=True)):
+        for b, (table, cost) in enumerate(_kmeans_row(row, weight, max_bits)):
+            tables[b][i], costs[i, b] = table.float(), cost
+    return tables, costs
+
+
+def _kmeans_row(w: Tensor, f: Tensor, max_bits: int) -> list[tuple[Tensor, float]]:
+    """The programme of `kmeans_reference` for every width, all ends of an interval at a time."""
+    x, order = (w - w.mean()).sort()
+    weight, c = f[order] if float(f.sum()) > 0 else torch.ones_like(f), len(w)
+    zero = torch.zeros(1, dtype=torch.float64)
+    mass, first, second = (torch.cat([zero, (weight * x**power).cumsum(0)]) for power in range(3))
+
+    def between(sums: Tensor) -> Tensor:  # [begin, end]
+        return sums - sums.unsqueeze(1)
+
+    interval = between(second) - between(first).square() / between(mass)
+    interval = interval.where(between(mass) > 0, 0.0).clamp_(min=0)
+    backwards = torch.ones_like(interval, dtype=torch.bool).tril_(-1)
+    interval.masked_fill_(backwards, torch.inf)
+    best, splits, found = interval[0], [], []
+    for k in range(1, (1 << max_bits) + 1):
+        if k > 1:
+            best, split = (best.unsqueeze(1) + interval).min(0)
+            splits.append(split)
+        if k > 1 and k & (k - 1) == 0:
+            found.append((_centroids(x, weight, splits, c) + w.mean(), float(best[c])))
+    return found
+
+
+def _centroids(x: Tensor, weight: Tensor, splits: list[Tensor], end: int) -> Tensor:
+    """Means of the intervals that end at `end`; spare ones repeat the largest."""
+    k, means = len(splits) + 1, []
+    for split in [*reversed(splits), None]:
+        begin = 0 if split is None else int(split[end])
+        if begin < end:
+            part, share = x[begin:end], weight[begin:end]
+            mass = float(share.sum())
+            means.append(
+                float((share * part).sum()) / mass if mass else float(part[0] + part[-1]) / 2
+            )
+        end = begin
+    ascending = sorted(means)
+    return torch.tensor(ascending + [ascending[-1]] * (k - len(ascending)), dtype=torch.float64)
+
+
+def nearest_reference(w: Tensor, codebook: Tensor, sizes: Tensor) -> Tensor:
+    """`nearest` in torch: how many middles between neighbouring entries lie below the value."""
+    codes = torch.zeros(w.shape, dtype=torch.uint8)
+    for m in range(codebook.shape[1] - 1):
+        middle = 0.5 * (codebook[:, m] + codebook[:, m + 1])
+        codes += (w > middle.unsqueeze(1)) & (m + 1 < sizes).unsqueeze(1)
+    return codes
 
 
 def kmeans_reference(w: np.ndarray, f: np.ndarray, k: int) -> tuple[np.ndarray, float]:

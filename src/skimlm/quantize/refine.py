@@ -52,6 +52,8 @@ def coordinate_descent(
 ) -> Tensor:
     """Codes after `sweeps` cyclic passes; `codes` uint8 [r, c] is the start and is left alone."""
     _check(w, h, codebook, sizes, codes)
+    if native.missing():
+        return coordinate_descent_reference(w, h, codebook, sizes, codes, sweeps)
     codes = codes.clone()
     _descend(h, _gradient(w, h, codebook, codes), codebook, sizes, codes, sweeps)
     return codes
@@ -99,6 +101,8 @@ def sparse_descent(
     native.require("scale", scale, torch.float32, (r, -(-c // group)))
     if pairs and c % 4:
         raise ValueError(f"pairs need a multiple of 4 columns, got {c}")
+    if native.missing():
+        return sparse_descent_reference(w, h, codebook, sizes, scale, group, codes, pairs, sweeps)
     gradient = ((sparse_dense(codes, codebook, scale, group) - w) @ h).contiguous()
     codes = codes.clone()
     native.call(
@@ -125,6 +129,13 @@ def codebook_step(
     r, c = w.shape
     k = codebook.shape[1]
     _check(w, h, codebook, sizes, codes, sparse=True)
+    if native.missing():
+        stepped, renamed = _sorted(
+            codebook_step_reference(w, h, codebook, sizes, codes, ridge), sizes, codes
+        )
+        if gradient is not None:
+            gradient += (_level(renamed, stepped) - _level(codes, codebook)) @ h
+        return stepped, renamed
     codes, codebook = codes.clone(), codebook.clone()
     native.call("codebook_step", h, w, sizes, codes, codebook, gradient, r, c, k, float(ridge))
     return codebook, codes
@@ -135,6 +146,11 @@ def refine(
 ) -> tuple[Tensor, Tensor]:
     """`rounds` times `sweeps` of coordinate descent, then a codebook step; ends on descent."""
     _check(w, h, codebook, sizes, codes)
+    if native.missing():
+        for _ in range(rounds):
+            codes = coordinate_descent_reference(w, h, codebook, sizes, codes, sweeps)
+            codebook, codes = codebook_step(w, h, codebook, sizes, codes)
+        return codebook, coordinate_descent_reference(w, h, codebook, sizes, codes, sweeps)
     codes = codes.clone()
     gradient = _gradient(w, h, codebook, codes)
     for _ in range(rounds):
@@ -166,20 +182,18 @@ def _check(
 def coordinate_descent_reference(
     w: Tensor, h: Tensor, codebook: Tensor, sizes: Tensor, codes: Tensor, sweeps: int
 ) -> Tensor:
-    """The same passes, one coordinate at a time in float64."""
-    codes = codes.clone()
-    for i in range(len(w)):
-        entries = codebook[i, : int(sizes[i])].double()
-        target, matrix = w[i].double(), h.double()
-        for _ in range(sweeps):
-            for j in range(w.shape[1]):
-                if matrix[j, j] <= 0:
-                    continue
-                d = entries[codes[i].long()] - target
-                want = entries[codes[i, j].long()] - (d @ matrix[:, j]) / matrix[j, j]
-                m = int((entries - want).abs().argmin())
-                if (entries[m] - want).abs() < (entries[codes[i, j].long()] - want).abs():
-                    codes[i, j] = m
+    """The same passes in float64, one coordinate of all rows at a time."""
+    codes, entries, target = codes.clone(), codebook.double(), w.double()
+    unused = torch.arange(codebook.shape[1]) >= sizes.unsqueeze(1)
+    for j in (j for _ in range(sweeps) for j in range(w.shape[1])):
+        if h[j, j] <= 0:
+            continue
+        d = entries.gather(1, codes.long()) - target
+        old = entries.gather(1, codes[:, j : j + 1].long())
+        want = old - (d @ h[:, j].double() / h[j, j].double()).unsqueeze(1)
+        distance = (entries - want).abs().masked_fill_(unused, torch.inf)
+        least, m = distance.min(1, keepdim=True)
+        codes[:, j : j + 1] = torch.where(least < (old - want).abs(), m, codes[:, j : j + 1])
     return codes
 
 
@@ -190,7 +204,7 @@ def codebook_step_reference(
     out = codebook.double()
     for i in range(len(w)):
         n = int(sizes[i])
-        p = torch.nn.functional.one_hot(codes[i].long(), n).double()
+        p = (codes[i].unsqueeze(1) == torch.arange(n)).double()  # of a weight of 0 all zeros
         a = p.T @ h.double() @ p
         if not a.trace() > 0:
             continue
@@ -200,6 +214,22 @@ def codebook_step_reference(
             a + pull.diag(), p.T @ h.double() @ w[i].double() + pull * out[i, :n]
         )
     return out
+
+
+def _sorted(codebook: Tensor, sizes: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Entries of every row ascending in float32, codes renamed to match."""
+    codebook, codes = codebook.float(), codes.clone()
+    for row, n, code in zip(codebook, sizes.tolist(), codes, strict=True):
+        row[:n], order = row[:n].sort(stable=True)
+        coded = code != PRUNED
+        code[coded] = order.argsort()[code[coded].long()].to(torch.uint8)
+    return codebook, codes
+
+
+def _level(codes: Tensor, codebook: Tensor) -> Tensor:
+    """`dense` where code 255 is a weight of 0."""
+    pruned = codes == PRUNED
+    return dense(codes.masked_fill(pruned, 0), codebook).masked_fill_(pruned, 0)
 
 
 def sparse_descent_reference(

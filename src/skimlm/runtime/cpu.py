@@ -29,9 +29,8 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
     """`ops.matmul`."""
     spec = layer.spec
     count = x.numel() // spec.cols
-    if x.dtype not in DTYPES or not count or not spec.row_codes() <= ROW_CODES:
-        return NotImplemented
-    if native.missing():
+    known = spec.row_codes() <= ROW_CODES
+    if x.dtype not in DTYPES or not count or not known or native.missing():
         return NotImplemented
     plain = spec.version == 1
     if count < FEW_TOKENS:
@@ -46,8 +45,6 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
         check_sizes(layer)
         _tiles(x.reshape(count, spec.cols), layer, bias, out.view(count, spec.rows))
         return add_adapter(out, x, layer)
-    if spec.in_scale != ("in_scale" in layer.tensors):
-        _refuse(layer)
     shift = None if bias is None else bias.float()  # added before the one rounding
     if not native.layer_matmul(x.contiguous(), layer, shift, out, exact):
         _refuse(layer)
@@ -59,8 +56,6 @@ def dequantize(layer: Layer, dtype: torch.dtype) -> Any:
     known = layer.spec.row_codes() <= ROW_CODES
     if dtype not in DTYPES or not known or native.missing():
         return NotImplemented
-    check_devices(layer.tensors.values())
-    check_sizes(layer)
     out = torch.empty(layer.spec.rows, layer.spec.cols, dtype=dtype)
     _unpack(out, layer, 0, None)
     return out
@@ -106,6 +101,7 @@ def _unpack(out: Tensor, layer: Layer, begin: int, end: int | None) -> None:
 
 def _refuse(layer: Layer) -> NoReturn:
     """Raise what is wrong with tensors that native code does not take."""
+    check_devices(layer.tensors.values())
     check_sizes(layer)
     raise ValueError(
         f"the tensors of a layer of {layer.spec.rows} rows must be contiguous and on the CPU"

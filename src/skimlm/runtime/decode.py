@@ -27,9 +27,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skimlm import native
+from skimlm.native.structs import POINTER
 from skimlm.runtime import plan as planning
 from skimlm.runtime.plan import Plan
-from skimlm.runtime.structs import POINTER
 
 # the name that transformers gives the cache: another one since 5.24
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"

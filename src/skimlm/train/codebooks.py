@@ -257,7 +257,7 @@ class _Lookup(torch.autograd.Function):
         r, c = codes.shape
         full = (gradient.reshape(-1, r).T @ x.reshape(-1, c)).contiguous()
         out = torch.zeros(r, ctx.entries)
-        if full.dtype == torch.bfloat16:
+        if full.dtype == torch.bfloat16 and not native.missing():
             native.call("reduce_bf16", codes, full, out, r, c, ctx.entries)
         else:
             out.scatter_add_(1, codes.long(), full.float())
