@@ -96,6 +96,14 @@ def test_a_large_vision_tower_is_not_taken_for_the_decoder():
     assert names == [f"model.language_model.layers.{i}" for i in range(2)]
 
 
+def test_a_tower_inside_the_decoder_is_passed_over_too():
+    vision = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=5)
+    vision |= dict(num_attention_heads=2, image_size=28, patch_size=14)
+    model = tiny_model()
+    model.model.vision = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**vision))
+    assert [name for name, _ in decoder_blocks(model)] == ["model.layers.0", "model.layers.1"]
+
+
 def test_a_model_without_a_list_of_blocks_says_what_it_has():
     model = tiny_model()
     model.model.layers = torch.nn.Identity()
