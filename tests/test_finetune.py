@@ -358,6 +358,7 @@ def test_what_a_user_can_get_wrong_is_one_line(run, folder, llama_folder, tmp_pa
     short = tmp_path / "short.txt"
     short.write_text("Hello.")
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").touch()
 
     def refused(path, out, words, **options):
         with pytest.raises(SkimError, match=words) as caught:
