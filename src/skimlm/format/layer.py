@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -83,7 +84,7 @@ class LayerSpec:
         """The keys beyond version 1 of the format that the layer uses."""
         return {name: value for name in OPTIONAL if (value := getattr(self, name))}
 
-    @property
+    @cached_property
     def version(self) -> int:
         """The first version of the format that has such layers."""
         return 2 if self.options() else 1
@@ -118,9 +119,10 @@ class LayerSpec:
         fitting = (code for code in ROW_CODES if width in code.widths and code.used(self))
         return next(fitting, None)
 
-    def row_codes(self) -> set[str]:
+    @cached_property
+    def row_codes(self) -> frozenset[str]:
         """Names of the row codes in use."""
-        return {code.name for width in self.counts if (code := self.code_of(width))}
+        return frozenset(code.name for width in self.counts if (code := self.code_of(width)))
 
     def check(self) -> None:
         """Raise FormatError unless there can be such a layer."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+import sys
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -46,6 +48,7 @@ class BodyStruct(ctypes.Structure):
 STRUCTS = {"SkimlmLayer": LayerStruct, "SkimlmBlock": BlockStruct, "SkimlmBody": BodyStruct}
 # every member of a LayerStruct has eight bytes: to fill it field by field takes microseconds more
 _MEMBERS = struct.Struct(f"={len(LayerStruct._fields_)}q")
+_BIAS = LayerStruct.bias.offset
 _NEEDED = ("weight", "widths", "row_scale")
 
 
@@ -56,12 +59,34 @@ def _stored(adapter_bits: int, grid: bool) -> tuple[tuple[str, torch.dtype, int]
     return tuple((t.name, t.dtype_in(spec), len(t.shape(spec))) for t in TENSORS)
 
 
+# beside the layers, not on them: pointers can be neither copied nor pickled
+_known: WeakKeyDictionary[Layer, tuple[list[int], bytes]] = WeakKeyDictionary()
+
+
 def layer_struct(layer: Layer, bias: Tensor | None) -> bytes | None:
     """A `LayerStruct` as its bytes, with pointers into the tensors; None if they cannot be that.
 
     Types and layout are checked here, sizes in native code, where it costs microseconds less.
-    `bias` is float32 [rows].
+    `bias` is float32 [rows]. All but the bias stays as it is while the tensors stay where they are.
     """
+    places = [tensor.data_ptr() for tensor in layer.tensors.values()]
+    known = _known.get(layer)
+    fields = known[1] if known is not None and known[0] == places else _fields(layer)
+    if fields is None:
+        return None
+    if known is None or known[1] is not fields:
+        _known[layer] = places, fields
+    if bias is None:
+        return fields
+    if bias.dtype != torch.float32 or not bias.is_cpu or bias.shape != (layer.spec.rows,):
+        return None
+    if not bias.is_contiguous():
+        return None
+    return fields[:_BIAS] + bias.data_ptr().to_bytes(8, sys.byteorder) + fields[_BIAS + 8 :]
+
+
+def _fields(layer: Layer) -> bytes | None:
+    """`layer_struct` without a bias, made anew."""
     spec, tensors = layer.spec, layer.tensors
     if spec.in_scale != ("in_scale" in tensors):  # what its size cannot tell
         return None
@@ -83,15 +108,8 @@ def layer_struct(layer: Layer, bias: Tensor | None) -> bytes | None:
             return None
         at.append(tensor.data_ptr())
         sizes.append(size)
-    shift = 0
-    if bias is not None:
-        if bias.dtype != torch.float32 or not bias.is_cpu or bias.shape != (spec.rows,):
-            return None
-        if not bias.is_contiguous():
-            return None
-        shift = bias.data_ptr()
     how = SPARSITY.get(spec.sparsity, -1), spec.kept, spec.group or 0, spec.rank, spec.adapter_bits
     try:
-        return _MEMBERS.pack(*at, *sizes, shift, spec.rows, spec.cols, *how, 0, 0)
+        return _MEMBERS.pack(*at, *sizes, 0, spec.rows, spec.cols, *how, 0, 0)
     except struct.error:  # a number of more than 64 bits
         return None

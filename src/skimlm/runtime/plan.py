@@ -171,7 +171,7 @@ def parts(file: ModuleType, block: Any) -> tuple[list[Any], list[Any]] | None:
     linears = [*into, attention.o_proj, *gate_up, mlp.down_proj]
     if type(act) not in ACTIVATIONS or any(type(m) is not CompressedLinear for m in linears):
         return None
-    if any(m.in_scale is not None or not m.spec.row_codes() <= ROW_CODES for m in linears):
+    if any(m.in_scale is not None or not m.spec.row_codes <= ROW_CODES for m in linears):
         return None
     norms = [block.input_layernorm, getattr(attention, "q_norm", None)]
     norms += [getattr(attention, "k_norm", None), block.post_attention_layernorm]
