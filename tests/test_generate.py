@@ -84,3 +84,14 @@ def test_one_token_has_no_rate(tokenizer):
 def test_an_empty_prompt_is_refused(tokenizer):
     with pytest.raises(SkimError, match="prompt is empty"):
         generate(tiny_model(), tokenizer, "", 4)
+
+
+def test_penalties_of_the_models_own_config_are_not_used_and_ours_is(tokenizer):
+    model = tiny_model()
+    plain = generate(model, tokenizer, "Hello, you", 20).text
+    model.generation_config.repetition_penalty = 3.0
+    model.generation_config.no_repeat_ngram_size = 1
+    before = model.generation_config.to_dict()
+    assert generate(model, tokenizer, "Hello, you", 20).text == plain
+    assert generate(model, tokenizer, "Hello, you", 20, repetition_penalty=3.0).text != plain
+    assert model.generation_config.to_dict() == before

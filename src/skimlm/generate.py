@@ -53,13 +53,15 @@ def generate(
     *,
     raw: bool = False,
     temperature: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     skills: Sequence[Sequence[torch.Tensor]] = (),
     write: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue or answer `prompt`; `write` receives each piece of text when it is complete.
 
-    `skills` stand before the prompt, each a list of pieces (skills/splice.py).
+    `skills` stand before the prompt, each a list of pieces (skills/splice.py). What is given here
+    is what is used: penalties, beams and sampling of the model's generation config are not.
     """
     prompt = well_formed(prompt)  # bytes of a command line that are no UTF-8 come as such halves
     if skills:
@@ -75,6 +77,7 @@ def generate(
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         torch.manual_seed(seed)
+    how |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": 0, "num_beams": 1}
     start = time.perf_counter()
     with torch.inference_mode():
         out = model.generate(

