@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from skimlm import native
+from skimlm.errors import SkimError
 from skimlm.format.layer import Layer, LayerSpec, layout
 from skimlm.runtime.ops import matmul
 
@@ -41,6 +42,8 @@ def run(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Time every shape, width and batch for `seconds` each; plain values as DESIGN's `bench`."""
+    if why := native.missing():
+        raise SkimError(f"there is nothing to time: {why}")
     found: list[dict[str, Any]] = []
     total, done = len(shapes) * len(batches) * (len(widths) + 2), 0
     memory = torch.ones(read // 8, dtype=torch.int64)

@@ -13,7 +13,11 @@
 
 #include "layer.h"
 
+#if defined(_WIN32)
+#define SKIMLM_API extern "C" __declspec(dllexport)
+#else
 #define SKIMLM_API extern "C" __attribute__((visibility("default")))
+#endif
 
 // The version of this interface, and the bytes of the structs that cross it: what native/__init__.py was
 // written for must be the same. 0: the version, 1: SkimlmLayer, 2: SkimlmBlock, 3: SkimlmBody; else -1.

@@ -6,7 +6,6 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <new>
@@ -25,15 +24,14 @@ template <class T>
 struct Lines {
   Lines() = default;
   explicit Lines(int64_t size) {
-    at.reset(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64)));
-    if (!at) throw std::bad_alloc();
+    at.reset(static_cast<T*>(::operator new((size * sizeof(T) + 63) / 64 * 64, std::align_val_t(64))));
   }
   T* data() const { return at.get(); }
   T& operator[](int64_t i) const { return at.get()[i]; }
   explicit operator bool() const { return bool(at); }
 
   struct Free {
-    void operator()(T* p) const { std::free(p); }
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
   std::unique_ptr<T, Free> at;
 };
