@@ -33,7 +33,7 @@ from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load, open_checkpoint
 from skimlm.models.source import BlockSource
 from skimlm.models.write import save
-from skimlm.pipeline.recipes import SLIM_RECIPES
+from skimlm.pipeline.config import SLIM_RECIPES
 from skimlm.pipeline.states import StateStore
 from skimlm.pipeline.steps import fit_to_inputs
 from skimlm.pipeline.text import read_documents, windows

@@ -30,8 +30,9 @@ from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load, open_checkpoint
 from skimlm.models.source import BlockSource
 from skimlm.pipeline import budget, sensitivity
-from skimlm.pipeline.config import specs_of
-from skimlm.pipeline.recipes import RECIPES, settled
+from skimlm.pipeline.budget import specs_of
+from skimlm.pipeline.config import RECIPES
+from skimlm.pipeline.recipes import settled
 from skimlm.pipeline.states import StateStore
 from skimlm.pipeline.steps import fit_all, train_fits
 from skimlm.pipeline.text import read_documents, windows

@@ -8,7 +8,7 @@ from torch import nn
 from conftest import random_quantized
 from skimlm.errors import SkimError
 from skimlm.pipeline import budget
-from skimlm.pipeline.config import specs_of
+from skimlm.pipeline.budget import specs_of
 from skimlm.runtime.linear import CompressedLinear
 
 

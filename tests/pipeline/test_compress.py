@@ -17,9 +17,10 @@ from skimlm.errors import SkimError
 from skimlm.format.pack import dequantize
 from skimlm.models.blocks import decoder_linears
 from skimlm.pipeline import budget, sensitivity, walk
+from skimlm.pipeline.budget import specs_of
 from skimlm.pipeline.compress import compress
-from skimlm.pipeline.config import specs_of
-from skimlm.pipeline.recipes import RECIPES, settled
+from skimlm.pipeline.config import RECIPES, CompressConfig
+from skimlm.pipeline.recipes import settled
 from skimlm.pipeline.steps import fit_all, train_fits
 from skimlm.quantize.fit import finish
 from skimlm.quantize.kmeans import kmeans_rows
@@ -66,7 +67,11 @@ def run(folders, text, cache, tmp_path, monkeypatch):
     def go(family="llama", name="out", **options):
         defaults = dict(recipe="fast", bits=4.0, text=text, samples=8, seq_len=32, cache_dir=cache)
         source = options.pop("source", None) or folders(family)
-        return compress(source, tmp_path / name, **(defaults | options))
+        if options.keys() & {"size", "index_bits"}:
+            del defaults["bits"]
+        progress = options.pop("progress", None)
+        config = CompressConfig(**(defaults | options))
+        return compress(source, tmp_path / name, config, progress=progress)
 
     return go
 
@@ -198,11 +203,16 @@ def test_a_size_above_what_8_bits_take_is_refused(run, tmp_path):
 
 
 def test_a_size_out_of_reach_names_the_range(run, tmp_path):
-    ends = [run(index_bits=b, dry_run=True).bytes for b in (1, 8)]
     with pytest.raises(SkimError) as caught:
-        run(size=ends[0] - 1)
-    assert f"{ends[0]:,}" in str(caught.value) and f"{ends[1]:,}" in str(caught.value)
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+        run(size=10_000)
+    assert "\n" not in str(caught.value)
+    found = re.search(r"takes ([\d,]+) bytes at 1 bit and ([\d,]+) at 8", str(caught.value))
+    least, most = (int(n.replace(",", "")) for n in found.groups())
+    assert run(size=least, dry_run=True).bytes == least
+    assert run(size=most, dry_run=True).bytes <= most
+    with pytest.raises(SkimError, match=f"takes {least:,} bytes at 1 bit"):
+        run(size=least - 1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bits_out_of_reach_name_the_least(run, tmp_path):
@@ -226,7 +236,7 @@ def test_bits_outside_the_range_are_refused(run, bits):
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"recipe": "worst"}, "one of paper, fast, best"),
+        ({"recipe": "worst"}, "paper, fast or best, got 'worst'"),
         ({"method": "slim2"}, "method must be"),
         ({"embed_bits": 5}, "16, 8 or 4, got 5"),
         ({"include": ["*.nothing"]}, "include .* matches none of the 14 linears"),
@@ -337,7 +347,9 @@ def test_training_needs_two_windows(run, tmp_path):
         assert all(
             x > 0 for x in run(name=f"{samples}", recipe="best", samples=samples).held_out_kl
         )
-    with pytest.raises(SkimError, match="samples must be at least 2 windows, got 1"):
+    with pytest.raises(
+        SkimError, match="samples must be at least 2 with recipe best: one is held out, got 1"
+    ):
         run(recipe="best", samples=1)
     (tmp_path / "one.txt").write_text(" ".join(WORDS)[:40])
     with pytest.raises(SkimError, match="window"):
@@ -559,7 +571,7 @@ def test_slim_compresses_loads_and_counts_every_bit(run, folders, tmp_path, reci
     entry = config["linears"]["model.layers.0.mlp.up_proj"]
     assert entry.get("sparsity") == {"2:4": "2:4", "0.5": "bitmap"}.get(sparsity)
     assert entry.get("rank", 0) == (32 if rank else 0)  # 0.3 of 64, in sixteens
-    assert config["provenance"]["sparsity"] == sparsity
+    assert config["provenance"]["config"]["sparsity"] == sparsity
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -604,13 +616,13 @@ def test_skim_with_sparsity_may_be_asked_for_a_size_or_an_index_width(run, tmp_p
     [
         (dict(method="slim", bits=3.2), "with method slim bits are the width"),
         (dict(method="slim", bits=6), "2 to 5 with recipe fast, got 6"),
-        (dict(method="slim", bits=4, size=10**6), "method slim has one width"),
+        (dict(method="slim", bits=None, size=10**6), "method slim has one width"),
         (dict(method="slim", bits=4, sparsity="5:4"), "sparsity must be none, N:M"),
         (dict(method="slim", bits=4, sparsity="3:5"), "3:5 needs a multiple of 5 inputs, got 64"),
         (dict(rank=1.5), "rank must be 0"),
-        (dict(rank=0.5, adapter_bits=8), "adapter bits must be 4 or 16"),
+        (dict(rank=0.5, adapter_bits=8), "adapter-bits must be 16 or 4"),
         (dict(recipe="paper", sparsity="2:4"), "recipe paper is SKIM as published"),
-        (dict(sparsity="2:4", index_bits=6), "index bits are 1 to 5"),
+        (dict(sparsity="2:4", index_bits=6), "index-bits must be 1 to 5"),
         (dict(method="slimmer"), "method must be skim or slim"),
         (dict(rank=1.0, bits=2.0), "bits per weight is below what"),
     ],

@@ -13,6 +13,7 @@ from conftest import byte_tokenizer, tiny_model
 from skimlm.errors import SkimError
 from skimlm.pipeline import compress
 from skimlm.pipeline import plan as resources
+from skimlm.pipeline.config import CompressConfig
 from skimlm.pipeline.workers import pool
 
 SETTINGS = {
@@ -52,9 +53,9 @@ def model(tmp_path_factory):
     return folder
 
 
-def run(model, out, **options):
+def run(model, out, progress=None, **options):
     how = OPTIONS | {"text": model / "text.txt", "cache_dir": out.with_suffix(".cache")} | options
-    return compress.compress(model, out, **how)
+    return compress.compress(model, out, CompressConfig(**how), progress=progress)
 
 
 def where(_):

@@ -20,7 +20,7 @@ from skimlm.models.checkpoint import load
 from skimlm.pipeline import compress, sensitivity, steps, walk
 from skimlm.pipeline import plan as resources
 from skimlm.pipeline.calibrate import BATCH
-from skimlm.pipeline.recipes import RECIPES
+from skimlm.pipeline.config import RECIPES, CompressConfig
 from skimlm.pipeline.states import StateStore
 from skimlm.pipeline.workers import pool
 from skimlm.storage import folder as outputs
@@ -29,6 +29,11 @@ from skimlm.storage import safetensors as shards
 from skimlm.storage.safetensors import save_file
 
 OPTIONS = dict(recipe="fast", bits=3.2, samples=5, seq_len=24)
+
+
+def started(model, out, progress=None, **options):
+    """`compress` with the fields of its config as arguments."""
+    return compress.compress(model, out, CompressConfig(**options), progress=progress)
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +75,7 @@ def run(folders, text, tmp_path, monkeypatch):
             monkeypatch.setattr(resources, "streams", lambda *_: False)
         out = tmp_path / name
         options = {"cache_dir": tmp_path / f"{name}-cache"} | OPTIONS | options
-        return compress.compress(folders(family, **dict(changes)), out, text=text, **options)
+        return started(folders(family, **dict(changes)), out, text=text, **options)
 
     return make
 
@@ -277,12 +282,12 @@ SCRIPT = """
 import dataclasses, sys, torch
 torch.set_num_threads(1)
 from skimlm.pipeline import compress, plan as resources
-from skimlm.pipeline.recipes import RECIPES
+from skimlm.pipeline.config import RECIPES, CompressConfig
 RECIPES["fast"] = dataclasses.replace(RECIPES["fast"], fisher_windows=3)
 resources.streams = lambda *_: True
-compress.compress(sys.argv[1], sys.argv[2], text=sys.argv[3], cache_dir=sys.argv[4], recipe="fast",
-                  bits=3.2, samples=5, seq_len=24, resume=True,
-                  progress=lambda *p: print(*p, flush=True))
+config = CompressConfig(text=sys.argv[3], cache_dir=sys.argv[4], recipe="fast", bits=3.2, samples=5,
+                        seq_len=24, resume=True)
+compress.compress(sys.argv[1], sys.argv[2], config, progress=lambda *p: print(*p, flush=True))
 """
 
 
@@ -483,7 +488,7 @@ def test_processes_give_the_same_folder(run, tmp_path, options):
 
 def test_shared_work_is_streamed(folders, text, tmp_path):
     how = OPTIONS | dict(text=text, cache_dir=tmp_path / "cache")
-    assert compress.compress(folders("llama"), tmp_path / "a", workers=1, **how).streamed
+    assert started(folders("llama"), tmp_path / "a", workers=1, **how).streamed
 
 
 @pytest.mark.parametrize("options", [dict(), dict(size=53_000, bits=None)], ids=str)
@@ -523,16 +528,16 @@ def test_a_cluster_that_does_not_answer_is_one_line():
 def test_a_model_that_fits_is_not_streamed(folders, text, tmp_path):
     free = resources.IMPORTED
     how = OPTIONS | dict(text=text, cache_dir=tmp_path / "cache")
-    report = compress.compress(folders("llama"), tmp_path / "a", max_memory=2 * free, **how)
+    report = started(folders("llama"), tmp_path / "a", max_memory=2 * free, **how)
     assert not report.streamed and report.planned["memory"] < 2 * free
     need = int(report.planned["memory"])
-    report = compress.compress(folders("llama"), tmp_path / "b", max_memory=need - 1, **how)
+    report = started(folders("llama"), tmp_path / "b", max_memory=need - 1, **how)
     assert report.streamed and report.planned["memory"] < need
     least = int(report.planned["memory"])
     with pytest.raises(SkimError, match=r"0.8 GB of memory are needed block by block, --max-mem"):
-        compress.compress(folders("llama"), tmp_path / "d", max_memory=least - 1, **how)
+        started(folders("llama"), tmp_path / "d", max_memory=least - 1, **how)
     sparse = how | dict(method="slim", bits=4)
-    report = compress.compress(folders("llama"), tmp_path / "c", max_memory=least, **sparse)
+    report = started(folders("llama"), tmp_path / "c", max_memory=least, **sparse)
     assert report.streamed
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b", "c", "cache", "text.txt"]
 

@@ -24,6 +24,7 @@ from skimlm.evaluate.report import table, with_error
 from skimlm.generate import generate
 from skimlm.models.checkpoint import load
 from skimlm.pipeline.compress import compress
+from skimlm.pipeline.config import CompressConfig
 from skimlm.progress import peak_rss_bytes
 from skimlm.storage.folder import check_out, folder_bytes
 
@@ -88,15 +89,9 @@ def run(
         before = measure("measure", model, 16.0, full)
         del model
         small = Path(out) if out is not None else Path(scratch) / "small"
-        report = compress(
-            full,
-            small,
-            recipe="fast",
-            bits=bits,
-            force=force,
-            cache_dir=Path(scratch) / "cache",  # its key is a folder that is about to vanish
-            progress=progress,
-        )
+        cache = str(Path(scratch) / "cache")  # its key is a folder that is about to vanish
+        config = CompressConfig(recipe="fast", bits=bits, force=force, cache_dir=cache)
+        report = compress(full, small, config, progress=progress)
         model, tokenizer = load(small)
         after = measure("measure again", model, report.bits_per_weight, small)
     return {

@@ -228,11 +228,13 @@ def compress(model: str, out: Path, as_json: bool, **options: Any) -> None:
         raise click.UsageError("give one of --bits, --size and --index-bits")
     from skimlm.evaluate.report import facts_text
     from skimlm.pipeline.compress import compress
+    from skimlm.pipeline.config import CompressConfig
     from skimlm.progress import progress_bars
 
+    config = CompressConfig(**options)
     with progress_bars() as progress:
         notice = partial(click.echo, err=True)
-        report = compress(model, out, progress=progress, notice=notice, **options)
+        report = compress(model, out, config, progress=progress, notice=notice)
     _print(report.to_json(), facts_text, as_json)
 
 

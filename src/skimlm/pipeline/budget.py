@@ -5,6 +5,7 @@ Everything stored counts: indices, codebooks, scales, the width byte of a row
 tokenizer. The answer never exceeds the target and lies within one edge of a row's hull below it.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from skimlm.errors import SkimError
+from skimlm.errors import SkimError, naming
 from skimlm.format.layer import LayerSpec, row_bits, shared_bits
 from skimlm.format.row_codes import MAX_TABLE_WIDTH
+from skimlm.quantize import slim
 from skimlm.quantize.allocate import allocate
 from skimlm.quantize.fit import WIDTHS
 
@@ -54,6 +56,19 @@ def prices(specs: Mapping[str, LayerSpec]) -> Prices:
         rows[name] = np.array([row_bits(spec, b) for b in possible], float)
         fixed += shared_bits(spec)
     return Prices(rows, fixed, {name: spec.rows * spec.cols for name, spec in specs.items()})
+
+
+def specs_of(
+    linears: Mapping[str, nn.Linear], options: slim.Options | None, in_scale: bool
+) -> dict[str, LayerSpec]:
+    """How every linear will be stored, but for its widths; SkimError where that does not fit."""
+    specs = {}
+    for name, linear in linears.items():
+        shape = linear.weight.shape
+        with naming(name):
+            spec = LayerSpec(*shape) if options is None else options.spec(*shape)
+        specs[name] = dataclasses.replace(spec, in_scale=in_scale)
+    return specs
 
 
 def uniform(linears: Mapping[str, nn.Linear], width: int) -> Widths:

@@ -10,13 +10,13 @@
     slim     of a linear                               inputs from the compressed blocks before
     paper    mask, grid, adapter in one pass           of the block as it was   (as published)
     fast     all that is stored jointly, codebooks     of the block as it was
-    best     the same, more turns                      of the block so far; original outputs
+    best     the same, more rounds                     of the block so far; original outputs
 
 skim goes over the linears with plain values: statistics, curve, fit, quantized weight. What a
 new width needs again (statistics, centroids, error curves) goes to the analysis cache, so that a
 second budget for the same model and text needs no calibration. With sparsity or adapters its rows
 lose and gain those first, and what they cost is paid from the same bits. slim goes block by block
-(blockwise.py): every block is fitted to what the compressed ones before it give it.
+(walk.py): every block is fitted to what the compressed ones before it give it.
 """
 
 import dataclasses
@@ -43,8 +43,9 @@ from skimlm.models.tokenizer import check_ids
 from skimlm.models.write import plan_bytes, write_packed
 from skimlm.pipeline import budget, sensitivity, steps
 from skimlm.pipeline import plan as resources
+from skimlm.pipeline.budget import specs_of
 from skimlm.pipeline.calibrate import BATCH
-from skimlm.pipeline.config import Asked, options_of, recipe_of, specs_of
+from skimlm.pipeline.config import CompressConfig
 from skimlm.pipeline.recipes import packed_linear
 from skimlm.pipeline.states import StateStore
 from skimlm.pipeline.text import default_text, read_documents, read_text, windows
@@ -91,98 +92,61 @@ class Report:
 
 
 def compress(
-    source: str | os.PathLike[str],
+    model: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    config: CompressConfig,
     *,
-    method: str = "skim",
-    recipe: str = "best",
-    bits: float | None = None,
-    size: int | None = None,
-    index_bits: int | None = None,
-    sparsity: str | None = None,
-    rank: float | None = None,
-    adapter_bits: int | None = None,
-    text: str | os.PathLike[str] | None = None,
-    text_key: str | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    embed_bits: int = 8,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    force: bool = False,
-    cache_dir: str | os.PathLike[str] | None = None,
-    revision: str | None = None,
-    dry_run: bool = False,
-    resume: bool = False,
-    workers: int | None = None,
-    ray: str | None = None,
-    max_memory: int | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Report:
-    """Compress a model to `bits` per weight all-in, to `size` bytes on disk, or to a fixed width.
+    """Compress a model (folder, hub id or .gguf) into the folder OUT as `config` says.
 
-    With the method slim `bits` (4) is the width of the weights that stay. `sparsity` ("none",
-    "2:4", "0.5") and `rank` (0) of adapters in `adapter_bits` (4, 16) are for both methods; slim's
-    defaults are 2:4 and 0.1. A model that does not fit in memory, or in `max_memory` bytes, is
-    streamed (stream.py), its linears worked on by `workers` processes or the cluster at `ray`.
-    `resume` goes on with a run that was stopped. Raises SkimError for everything a user can get
-    wrong; OUT is whole or absent.
+    `progress(phase, done, total)` and `notice(line)` are told what happens. A model that does not
+    fit in memory is streamed (walk.py). Raises SkimError for everything a user can get wrong; OUT
+    is whole or absent.
     """
-    bits = (4.0 if method == "slim" else 3.2) if bits is None else bits
-    plan = recipe_of(method, recipe, bits, index_bits, embed_bits, samples, seq_len)
-    options = options_of(method, recipe, plan, bits, index_bits, size, sparsity, rank, adapter_bits)
-    out, clock = Path(out), Clock()
-    check_apart(out, source)
-    asked = Asked(
-        method, recipe, plan, options, budget.Target(bits, size, index_bits), embed_bits, seed
+    out = Path(out)
+    check_apart(out, model)
+    tools = Tools(
+        Clock(), progress or (lambda *_: None), notice or (lambda _: None), config.cache_dir
     )
-    tools = Tools(clock, progress or (lambda *_: None), notice or (lambda _: None), cache_dir)
-
-    def given() -> Given:
-        with clock("load"):
-            return _load(
-                source,
-                asked,
-                revision,
-                include,
-                exclude,
-                text,
-                text_key,
-                max_memory,
-                None if workers is None and ray is None else workers or 1,
-            )
-
-    if dry_run:
-        check_out(out, force)
-        found = given()
-        _check_disk(found, asked, tools, out)
-        alike = found.source.streamed  # an analysis would take as long as the run itself
-        walk = found.walk(None, tools.progress, here)
-        chosen = _as_if_alike(found, asked) if alike else _allocate(found, asked, tools, walk)
-        return _report(found, asked, tools, out, chosen)
-    if resume and not force and out.exists() and not journal.place(out).exists():
+    if config.dry_run:
+        return _planned(model, out, config, tools)
+    if config.resume and not config.force and out.exists() and not journal.place(out).exists():
         raise SkimError(f"{out}: is there, with no unfinished run beside it; --force replaces it")
-    if not (resume and journal.finished(out)):
-        check_out(out, force)
-    with journal.unfinished(out, resume, force) as work:
-        if resume and (done := journal.finished(out)):
+    if not (config.resume and journal.finished(out)):
+        check_out(out, config.force)
+    with journal.unfinished(out, config.resume, config.force) as work:
+        if config.resume and (done := journal.finished(out)):
             report = Report.from_json(done)
         else:
-            clock.seconds |= journal.seconds(work)
+            tools.clock.seconds |= journal.seconds(work)
 
             def tell(*done: Any) -> None:
-                clock.tick()
-                journal.keep_seconds(work, clock.seconds)
+                tools.clock.tick()
+                journal.keep_seconds(work, tools.clock.seconds)
                 tools.progress(*done)
 
-            with pool(workers, ray) as submit:
+            with pool(config.workers, config.ray) as submit:
                 kept = dataclasses.replace(tools, progress=tell)
-                report = _run(given(), asked, kept, out, work, submit)
+                given = _load(model, config, kept)
+                report = _run(given, config, kept, out, work, submit)
         shutil.rmtree(work)
-    report.peak_rss_bytes = peak_rss_bytes(workers or 1)
+    report.peak_rss_bytes = peak_rss_bytes(config.workers or 1)
     return report
+
+
+def _planned(
+    model: str | os.PathLike[str], out: Path, config: CompressConfig, tools: "Tools"
+) -> Report:
+    """What a run would do: nothing is written but the analysis."""
+    check_out(out, config.force)
+    given = _load(model, config, tools)
+    _check_disk(given, config, tools, out)
+    if given.source.streamed:  # an analysis would take as long as the run itself
+        return _report(given, config, tools, out, _as_if_alike(given, config))
+    walk = given.walk(None, tools.progress, here)
+    return _report(given, config, tools, out, _allocate(given, config, tools, walk))
 
 
 @dataclass(frozen=True)
@@ -212,18 +176,20 @@ class Plan:
     stored: Mapping[str, sensitivity.Analysis]
 
 
-def _prices(given: "Given", asked: Asked) -> tuple[budget.Prices, Callable[[budget.Widths], int]]:
+def _prices(
+    given: "Given", config: CompressConfig
+) -> tuple[budget.Prices, Callable[[budget.Widths], int]]:
     """What widths cost, and the bytes of OUT with them, every file counted."""
-    specs = specs_of(given.linears, asked.options, asked.plan.scale)
+    specs = specs_of(given.linears, config.options, config.settings.scale)
     price = budget.prices(specs)
-    provenance = _provenance(asked, given)
+    provenance = _provenance(config, given)
 
     def planned_bytes(widths: budget.Widths) -> int:
         others = plan_bytes(
             given.model,
             given.tokenizer,
             {n: specs[n].with_widths(w) for n, w in widths.items()},
-            embed_bits=asked.embed_bits,
+            embed_bits=config.embed_bits,
             bits=price.bits(widths) / price.total,
             provenance=provenance,
             source=given.path,
@@ -233,15 +199,15 @@ def _prices(given: "Given", asked: Asked) -> tuple[budget.Prices, Callable[[budg
     return price, planned_bytes
 
 
-def _allocate(given: "Given", asked: Asked, tools: Tools, walk: Walk) -> Plan:
+def _allocate(given: "Given", config: CompressConfig, tools: Tools, walk: Walk) -> Plan:
     """Analyse the model and choose the widths; slim has one width for all."""
-    linears, plan, target = given.linears, asked.plan, asked.target
-    price, planned_bytes = _prices(given, asked)
+    linears, plan, target = given.linears, config.settings, config.target
+    price, planned_bytes = _prices(given, config)
 
     def made(widths: budget.Widths, *known: Any) -> Plan:
         return Plan(widths, price.bits(widths) / price.total, planned_bytes(widths), *known)
 
-    if asked.method == "slim":
+    if config.method == "slim":
         return made(budget.uniform(linears, round(target.bits)), "", False, {})
     budget.check(target, linears, price, planned_bytes)
     with tools.clock("analyse"):
@@ -249,31 +215,33 @@ def _allocate(given: "Given", asked: Asked, tools: Tools, walk: Walk) -> Plan:
         stored = sensitivity.stored(tools.cache, key, linears)
         kept = analyse(walk, stored, plan)
         errors = {n: stored.errors(n) for n in linears}
-        if asked.options is not None:
-            errors = steps.decompose(walk, stored, asked.options)
+        if config.options is not None:
+            errors = steps.decompose(walk, stored, config.options)
     with tools.clock("allocate"):
         widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
     return made(widths, key, kept, stored)
 
 
-def _as_if_alike(given: "Given", asked: Asked) -> Plan:
+def _as_if_alike(given: "Given", config: CompressConfig) -> Plan:
     """A plan without an analysis, of the right size: all rows lose alike."""
     curve = 0.25 ** torch.arange(len(WIDTHS), dtype=torch.float64)
     linears = given.linears
     errors = {n: curve.expand(m.out_features, -1).clone() for n, m in linears.items()}
-    price, planned_bytes = _prices(given, asked)
-    budget.check(asked.target, linears, price, planned_bytes)
-    widths = budget.choose(asked.target, errors, linears, price, True, planned_bytes)
+    price, planned_bytes = _prices(given, config)
+    budget.check(config.target, linears, price, planned_bytes)
+    widths = budget.choose(config.target, errors, linears, price, True, planned_bytes)
     bits = price.bits(widths) / price.total
     return Plan(widths, bits, planned_bytes(widths), "", False, {})
 
 
-def _report(given: "Given", asked: Asked, tools: Tools, out: Path, chosen: Plan) -> "Report":
+def _report(
+    given: "Given", config: CompressConfig, tools: Tools, out: Path, chosen: Plan
+) -> "Report":
     """What is known of a run before OUT is written."""
     return Report(
         out=str(out),
-        method=asked.method,
-        recipe=asked.recipe,
+        method=config.method,
+        recipe=config.recipe,
         bits_per_weight=chosen.bits,
         bytes=chosen.bytes,
         linears=len(given.linears),
@@ -290,31 +258,31 @@ def _report(given: "Given", asked: Asked, tools: Tools, out: Path, chosen: Plan)
 
 
 def _run(
-    given: "Given", asked: Asked, tools: Tools, out: Path, work: Path, submit: Submit
+    given: "Given", config: CompressConfig, tools: Tools, out: Path, work: Path, submit: Submit
 ) -> "Report":
     """Allocate, fit and write OUT by way of `work`."""
-    journal.begin(work, asked.facts(given.path, given.ids, given.linears))
+    journal.begin(work, _facts(config, given))
     tools.notice(resources.describe(given.needs, given.source.streamed))
     if given.left_out:
         tools.notice(f"left out, as transformers does: {', '.join(given.left_out)}")
-    _check_disk(given, asked, tools, out)
+    _check_disk(given, config, tools, out)
     walk = given.walk(work, tools.progress, submit)
-    chosen = _allocate(given, asked, tools, walk)
-    report = _report(given, asked, tools, out, chosen)
+    chosen = _allocate(given, config, tools, walk)
+    report = _report(given, config, tools, out, chosen)
     # A run that was interrupted during the training finds its state here and goes on.
     state = tools.cache / f"{chosen.key}-{_digest(chosen.widths)}.state"
-    report.held_out_kl = _fit(walk, asked, tools, chosen, state)
+    report.held_out_kl = _fit(walk, config, tools, chosen, state)
     with tools.clock("write"), journal.model_folder(work, out) as folder:
-        specs = specs_of(given.linears, asked.options, asked.plan.scale)
+        specs = specs_of(given.linears, config.options, config.settings.scale)
         write_packed(
             folder,
             given.model,
             given.tokenizer,
             {n: specs[n].with_widths(w) for n, w in chosen.widths.items()},
             packed(walk),
-            embed_bits=asked.embed_bits,
+            embed_bits=config.embed_bits,
             bits=chosen.bits,
-            provenance=_provenance(asked, given),
+            provenance=_provenance(config, given),
             source=given.path,
         )
         report.bytes = folder_bytes(folder)
@@ -323,15 +291,17 @@ def _run(
     return report
 
 
-def _fit(walk: Walk, asked: Asked, tools: Tools, chosen: Plan, state: Path) -> list[float]:
+def _fit(
+    walk: Walk, config: CompressConfig, tools: Tools, chosen: Plan, state: Path
+) -> list[float]:
     """Keep what OUT holds of every block; the held-out losses of a training."""
-    known, widths, plan, options = chosen.stored, chosen.widths, asked.plan, asked.options
+    known, widths, plan, options = chosen.stored, chosen.widths, config.settings, config.options
     if options is None and plan.steps and not walk.source.streamed:
         return steps.fit_trained_model(walk, known, widths, plan, tools.clock, state)
     with tools.clock("fit"):
-        if asked.method == "slim":
+        if config.method == "slim":
             assert options is not None
-            steps.fit_slim(walk, plan, options, published=asked.recipe == "paper")
+            steps.fit_slim(walk, plan, options, published=config.recipe == "paper")
         elif options is not None:
             steps.compose(walk, known, widths, options)
         elif plan.steps:
@@ -367,80 +337,77 @@ class Given:
         return Walk(self.source, self.linears, self.ids, store, submit, progress)
 
 
-def _load(
-    source: str | os.PathLike[str],
-    asked: Asked,
-    revision: str | None,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    text: str | os.PathLike[str] | None,
-    text_key: str | None,
-    max_memory: int | None,
-    workers: int | None,
-) -> Given:
-    """Read text and model, or what stands outside its blocks where the whole does not fit.
+def _load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -> Given:
+    """Read text and model, or what stands outside its blocks where the whole does not fit."""
+    with tools.clock("load"):
+        plan, text = config.settings, config.text
+        if text is not None:
+            read_text(text)  # what cannot be read is said before the model is opened
+        opened = open_checkpoint(model, revision=config.revision)
+        if opened.compressed:
+            raise SkimError(f"{model}: is compressed already; give the original model")
+        shape = skeleton(opened.path, opened.config)
+        needs, streamed = _way(shape, config)
+        tokenizer = load_tokenizer(opened)
+        origin = "the built-in text" if text is None else text
+        key = config.text_key
+        documents = default_text() if text is None else read_documents(text, key, tokenizer)
+        ids = windows(documents, tokenizer, plan.samples, plan.seq_len, config.seed, origin)
+        check_ids(shape, ids, tokenizer)
+        source = open_source(opened, streamed, tokenizer)
+        if plan.steps and len(ids) < 2:
+            raise SkimError(f"{origin}: one window is too little to train on; give more text")
+        calibration = {
+            "text": Path(origin).name,
+            "windows": len(ids),
+            "seq_len": ids.shape[1],
+            "seed": config.seed,
+        }
+        linears = decoder_linears(source.model, config.include, config.exclude)
+        return Given(
+            opened.path, source, tokenizer, linears, ids, calibration, needs, opened.left_out
+        )
 
-    A model whose work is shared by `workers` is streamed whether it fits or not.
-    """
-    plan = asked.plan
-    if text is not None:
-        read_text(text)  # what cannot be read is said before the model is opened
-    opened = open_checkpoint(source, revision=revision)
-    if opened.compressed:
-        raise SkimError(f"{source}: is compressed already; give the original model")
-    shape = skeleton(opened.path, opened.config)
-    wanted = decoder_linears(shape, include, exclude)
-    sizes = resources.sizes(shape, wanted)
-    target = asked.target
+
+def _way(shape: nn.Module, config: CompressConfig) -> tuple[resources.Needs, bool]:
+    """What the run takes, and whether the model is streamed: shared work always is."""
+    plan, target = config.settings, config.target
+    sizes = resources.sizes(shape, decoder_linears(shape, config.include, config.exclude))
+    workers = config.workers or (0 if config.ray is None else 1)
     bits = target.bits if target.size is None and target.index_bits is None else MAX_WIDTH
-    whole, part = resources.needs(sizes, plan, plan.samples, BATCH, workers or 0, bits)
-    streamed = resources.streams(whole, part, max_memory, plan.samples, bool(workers))
-    tokenizer = load_tokenizer(opened)
-    origin = "the built-in text" if text is None else str(text)
-    documents = default_text() if text is None else read_documents(text, text_key, tokenizer)
-    ids = windows(documents, tokenizer, plan.samples, plan.seq_len, asked.seed, origin)
-    check_ids(shape, ids, tokenizer)
-    model_source = open_source(opened, streamed, tokenizer)
-    if plan.steps and len(ids) < 2:
-        raise SkimError(f"{origin}: one window is too little to train on; give more text")
-    calibration = {
-        "text": Path(origin).name,
-        "windows": len(ids),
-        "seq_len": ids.shape[1],
-        "seed": asked.seed,
-    }
-    linears = decoder_linears(model_source.model, include, exclude)
-    needs = part if streamed else whole
-    return Given(
-        opened.path, model_source, tokenizer, linears, ids, calibration, needs, opened.left_out
-    )
+    whole, part = resources.needs(sizes, plan, plan.samples, BATCH, workers, bits)
+    streamed = resources.streams(whole, part, config.max_memory, plan.samples, bool(workers))
+    return (part if streamed else whole), streamed
 
 
-def _check_disk(given: Given, asked: Asked, tools: Tools, out: Path) -> None:
+def _check_disk(given: Given, config: CompressConfig, tools: Tools, out: Path) -> None:
     """Refuse a streamed run whose scratch does not fit; what an earlier run left counts."""
     if not given.source.streamed:
         return
-    key = sensitivity.key(given.path, given.ids, asked.plan, sorted(given.linears))
+    key = sensitivity.key(given.path, given.ids, config.settings, sorted(given.linears))
     left = sum(f.stat().st_size for f in journal.place(out).rglob("*") if f.is_file())
     have = left + sensitivity.nbytes(tools.cache, key)
     place = next(folder for folder in out.resolve().parents if folder.exists())
     resources.check_disk(place, given.needs.scratch - have)
 
 
-def _provenance(asked: Asked, given: Given) -> dict[str, Any]:
-    """How the folder was made, for its config.json."""
-    facts: dict[str, Any] = {
-        "skimlm": skimlm.__version__,
-        "method": asked.method,
-        "recipe": asked.recipe,
-    }
-    if asked.options is not None:
-        options = asked.options
-        facts |= {"sparsity": str(options.sparsity or "none"), "rank": options.rank}
-        facts |= {"adapter_bits": options.adapter_bits} if options.rank else {}
-    if asked.plan.steps:
+def _provenance(config: CompressConfig, given: Given) -> dict[str, Any]:
+    """How the folder was made, for its config.json; `CompressConfig.from_folder` reads it."""
+    facts = {"skimlm": skimlm.__version__, "config": config.provenance()}
+    if config.settings.steps:
         facts["trained"] = "block by block" if given.source.streamed else "the model"
     return facts | {"calibration": given.calibration}
+
+
+def _facts(config: CompressConfig, given: Given) -> dict[str, Any]:
+    """What must be the same when the run is resumed."""
+    options = {name.replace("_", "-"): value for name, value in config.provenance().items()}
+    return options | {
+        "skimlm": skimlm.__version__,
+        "model": sensitivity.files(given.path),
+        "text": hashlib.sha256(given.ids.numpy().tobytes()).hexdigest(),
+        "linears": hashlib.sha256("\n".join(given.linears).encode()).hexdigest(),
+    }
 
 
 def _digest(widths: Mapping[str, Tensor]) -> str:

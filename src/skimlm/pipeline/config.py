@@ -1,140 +1,427 @@
-"""What a user asks of a compression, checked: method, recipe, size, and what linears will hold."""
+"""Everything that can be asked of a compression: one frozen, checked value.
+
+Each field of `CompressConfig` states its help text, type, limits and default once; the command
+line, its error messages and the documentation are made from them. Nothing here imports torch.
+
+    CompressConfig      what the user gives; a None stands for the method's or the recipe's default
+    .settings           the recipe's numbers with the user's in them (Recipe)
+    .options, .target   what a linear has besides codes; the bits, bytes or width to reach
+    .to_json, .from_json, .provenance, .from_folder       the same as plain values
+"""
+
+from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import json
+import math
+import operator
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from skimlm.errors import SkimError, first_line
 
-import skimlm
-from skimlm.errors import SkimError
-from skimlm.format.layer import LayerSpec
-from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH
-from skimlm.pipeline import budget, sensitivity
-from skimlm.pipeline.recipes import METHODS, RECIPES, Recipe
-from skimlm.quantize import slim
-from skimlm.quantize.fit import WIDTHS
-from skimlm.quantize.mask import Sparsity
+if TYPE_CHECKING:
+    from skimlm.pipeline.budget import Target
+    from skimlm.quantize.slim import Options
+
+WIDEST, WIDEST_TABLE = 8, 5  # index bits of a row, of a row with a codebook (format/)
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the user wants, checked."""
+class Recipe:
+    """What is done, and how much of it; windows are for the statistics, steps for the training."""
 
-    method: str
-    recipe: str
-    plan: Recipe
-    options: slim.Options | None  # None: codes alone
-    target: budget.Target
-    embed_bits: int
-    seed: int
-
-    def facts(self, model: Path, ids: Tensor, linears: Iterable[str]) -> dict[str, Any]:
-        """What must be the same when the run is resumed."""
-        return {
-            "skimlm": skimlm.__version__,
-            "model": sensitivity.files(model),
-            "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-            "linears": hashlib.sha256("\n".join(linears).encode()).hexdigest(),
-            "method": self.method,
-            "recipe": self.recipe,
-            "samples": self.plan.samples,
-            "seq-len": self.plan.seq_len,
-            "seed": self.seed,
-            "bits": self.target.bits,
-            "size": self.target.size,
-            "index-bits": self.target.index_bits,
-            "embed-bits": self.embed_bits,
-            "options": repr(self.options),
-        }
+    samples: int = 128
+    seq_len: int = 512
+    fisher_windows: int = 64  # of the samples
+    end_loss: bool = True  # H~ and one pool over the model; False: H and a pool per linear
+    scale: bool = False  # after refinement it gained 0.3 % of the error, less than its bits cost
+    rounds: int = 2
+    sweeps: int = 3
+    steps: int = 0
+    iterations: int = 3  # of mask, codes and adapter, where there is more than codes
+    staged: bool = False  # slim: linears of a block see what the earlier ones made of the inputs
+    matched: bool = False  # slim: the target is the original model's output
 
 
-def recipe_of(
-    method: str,
-    recipe: str,
-    bits: float,
-    index_bits: int | None,
-    embed_bits: int,
-    samples: int | None,
-    seq_len: int | None,
-) -> Recipe:
-    """The recipe with the user's numbers in it; SkimError for what is not allowed."""
-    if method not in METHODS:
-        raise SkimError(f"method must be {' or '.join(METHODS)}, got {method!r}")
-    if recipe not in RECIPES:
-        raise SkimError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    if embed_bits not in (4, 8, 16):
-        raise SkimError(f"embed bits must be 16, 8 or 4, got {embed_bits}")
-    if not 1.5 <= bits <= 8:
-        raise SkimError(f"bits must be 1.5 to 8, got {bits}")
-    if index_bits is not None and index_bits not in WIDTHS:
-        raise SkimError(f"index bits must be 1 to 8, got {index_bits}")
-    plan = METHODS[method][recipe]
-    least = 2 if plan.steps else 1
-    if samples is not None and samples < least:
-        raise SkimError(f"samples must be at least {least} windows, got {samples}")
-    if seq_len is not None and seq_len < 2:
-        raise SkimError(f"seq-len must be at least 2, got {seq_len}")
-    return dataclasses.replace(
-        plan, samples=samples or plan.samples, seq_len=seq_len or plan.seq_len
-    )
+RECIPES = {
+    "paper": Recipe(end_loss=False, scale=True, rounds=0, sweeps=0),
+    "fast": Recipe(samples=40, fisher_windows=16),
+    "best": Recipe(steps=64),
+}
+SLIM_RECIPES = {
+    "paper": Recipe(),
+    "fast": Recipe(samples=64, iterations=2),
+    "best": Recipe(staged=True, matched=True, iterations=4),
+}
 
 
-def options_of(
-    method: str,
-    recipe: str,
-    plan: Recipe,
-    bits: float,
-    index_bits: int | None,
-    size: int | None,
-    sparsity: str | None,
-    rank: float | None,
-    adapter_bits: int | None,
-) -> slim.Options | None:
-    """What a linear has besides codes, with the method's defaults; None if nothing."""
-    pattern = Sparsity.parse(sparsity or ("2:4" if method == "slim" else "none"))
-    rank = (0.1 if method == "slim" else 0.0) if rank is None else rank
-    if adapter_bits not in (None, 4, 16):
-        raise SkimError(f"adapter bits must be 4 or 16, got {adapter_bits}")
-    if not 0 <= rank <= 1:
-        raise SkimError(
-            f"rank must be 0 (no adapters) to 1, a share of a linear's smaller side, got {rank:g}"
-        )
-    if method == "skim" and pattern is None and not rank:
-        return None
-    options = slim.Options(
-        bits=3, sparsity=pattern, rank=rank, adapter_bits=adapter_bits or 4, rounds=plan.turns
-    )
-    if method == "skim":
-        if plan.scale:
-            raise SkimError("recipe paper is SKIM as published: it has no sparsity and no adapters")
-        if index_bits is not None and index_bits > MAX_TABLE_WIDTH:
-            raise SkimError(f"with sparsity or adapters index bits are 1 to 5, got {index_bits}")
-        return options
-    if size is not None or index_bits is not None:
-        raise SkimError("method slim has one width for all: give --bits, not a size or index bits")
-    most = MAX_WIDTH if recipe == "paper" else MAX_TABLE_WIDTH
-    if bits != round(bits) or not 2 <= bits <= most:
-        raise SkimError(
-            f"with method slim bits are the width of the weights that stay, 2 to {most} with "
-            f"recipe {recipe}, got {bits:g}"
-        )
-    return dataclasses.replace(options, bits=round(bits), group=0 if recipe == "paper" else None)
+@dataclass(frozen=True)
+class Method:
+    """The defaults of a method."""
+
+    bits: float
+    sparsity: str
+    rank: float
+    recipes: Mapping[str, Recipe]
+    adapter_bits: int = 4
 
 
-def specs_of(
-    linears: Mapping[str, nn.Linear], options: slim.Options | None, in_scale: bool
-) -> dict[str, LayerSpec]:
-    """How every linear will be stored, but for its widths; SkimError where that does not fit."""
-    specs = {}
-    for name, linear in linears.items():
-        shape = linear.weight.shape
+METHODS = {
+    "skim": Method(3.2, "none", 0.0, RECIPES),
+    "slim": Method(4.0, "2:4", 0.1, SLIM_RECIPES),
+}
+# of each of these at most one can be given
+EXCLUSIVE = (("bits", "size", "index_bits"), ("workers", "ray"))
+
+
+def flag(name: str) -> str:
+    """A field as an option of the command line: `--seq-len`."""
+    return "--" + name.replace("_", "-")
+
+
+def one_of(names: tuple[str, ...]) -> str:
+    """How to say that these exclude each other."""
+    flags = [flag(name) for name in names]
+    return f"give one of {', '.join(flags[:-1])} and {flags[-1]}"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from `80MB`, `80_000_000` or `1.2GB` (MB = 10^6); ValueError for anything else."""
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
+    if not match or match[2].upper() not in UNITS:
+        raise ValueError(f"{text!r} is not a size such as 80MB, 80_000_000 or 1.2GB")
+    return round(float(match[1].replace("_", "")) * UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field may be, and what it is for."""
+
+    help: str
+    kind: type = str  # int, float, bool or str (paths too)
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[Any, ...] = ()
+    metavar: str | None = None
+    in_bytes: bool = False  # an int, or text such as 80MB
+    many: bool = False  # a tuple of them
+    result: bool = True  # whether it can change the bytes of OUT
+
+    @property
+    def allowed(self) -> str:
+        """The values that are allowed, in words."""
+        if self.choices:
+            *most, last = (str(choice) for choice in self.choices)
+            return f"{', '.join(most)} or {last}"
+        if self.low is not None and self.high is not None:
+            return f"{self.low:g} to {self.high:g}"
+        if self.low is not None:
+            return f"at least {self.low:g}"
+        return {bool: "true or false", str: "text"}.get(self.kind, "a number")
+
+    def checked(self, name: str, value: Any) -> Any:
+        """The value as the field holds it; SkimError if it is not allowed."""
+        if self.many and not isinstance(value, str):
+            return tuple(dataclasses.replace(self, many=False).checked(name, v) for v in value)
         try:
-            spec = LayerSpec(*shape) if options is None else options.spec(*shape)
+            converted = self._converted(value)
+        except (TypeError, ValueError):
+            converted = None
+        bad = converted is None or (self.choices and converted not in self.choices)
+        if not bad and self.kind in (int, float):
+            low = -math.inf if self.low is None else self.low
+            high = math.inf if self.high is None else self.high
+            bad = not low <= converted <= high
+        if bad:
+            shown = repr(value) if isinstance(value, str) else value
+            raise SkimError(f"{flag(name)[2:]} must be {self.allowed}, got {shown}")
+        return (converted,) if self.many else converted
+
+    def _converted(self, value: Any) -> Any:
+        if self.kind is str:
+            text = os.fspath(value) if isinstance(value, os.PathLike) else value
+            return text if isinstance(text, str) and "\0" not in text else None
+        if self.kind is bool or isinstance(value, bool):
+            return value if self.kind is bool and isinstance(value, bool) else None
+        if self.in_bytes and isinstance(value, str):
+            return parse_bytes(value)
+        if isinstance(value, str):
+            return None
+        return float(value) if self.kind is float else operator.index(value)
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    return field(default=default, metadata={"option": Option(help, **more)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressConfig:
+    """What a compression is asked to do; SkimError for what is not allowed.
+
+    A None stands for the default of the method or the recipe; `resolved` fills it in.
+    """
+
+    method: str = _option(
+        "skim",
+        "skim: bits where they count; slim: one width, 2:4 sparsity and adapters, block by block.",
+        choices=tuple(METHODS),
+    )
+    recipe: str = _option(
+        "best",
+        "paper: the method as published; fast: minutes; best: everything.",
+        choices=tuple(RECIPES),
+    )
+    bits: float | None = _option(
+        None,
+        "All-in bits per weight, 1.5 to 8; slim: width of the weights that stay.",
+        kind=float,
+        low=1.5,
+        high=8.0,
+    )
+    size: int | None = _option(
+        None,
+        "Bytes of the whole folder: 80MB, 1.2GB (MB = 10^6).",
+        kind=int,
+        low=1,
+        in_bytes=True,
+    )
+    index_bits: int | None = _option(
+        None, "The same index width for every row.", kind=int, low=1, high=WIDEST
+    )
+    sparsity: str | None = _option(
+        None, "Weights to prune: N:M, or a share of every row.", metavar="none|2:4|0.5"
+    )
+    rank: float | None = _option(
+        None,
+        "Rank of low-rank adapters, a share of a linear's smaller side; 0: none.",
+        kind=float,
+        low=0,
+        high=1,
+    )
+    adapter_bits: int | None = _option(None, "Bits of the adapters.", kind=int, choices=(16, 4))
+    embed_bits: int = _option(
+        8, "Bits of the embedding and the head.", kind=int, choices=(16, 8, 4)
+    )
+    text: str | None = _option(
+        None, "Calibration text or .jsonl; default: built in.", metavar="FILE"
+    )
+    text_key: str | None = _option(None, "Key or keys,joined of a .jsonl row.")
+    samples: int | None = _option(
+        None, "Calibration windows; default: the recipe's.", kind=int, low=1
+    )
+    seq_len: int | None = _option(
+        None, "Tokens per window; default: the recipe's.", kind=int, low=2
+    )
+    seed: int = _option(0, "Seed of whatever is drawn.", kind=int, low=0)
+    include: tuple[str, ...] = _option(
+        (), "Compress only these linears.", many=True, metavar="PATTERN"
+    )
+    exclude: tuple[str, ...] = _option(
+        (), "Leave these linears as they are.", many=True, metavar="PATTERN"
+    )
+    revision: str | None = _option(None, "Branch, tag or commit of a hub model.")
+    cache_dir: str | None = _option(
+        None, "Where analyses are kept.", metavar="DIRECTORY", result=False
+    )
+    force: bool = _option(False, "Replace OUT if it exists; begin anew.", kind=bool, result=False)
+    resume: bool = _option(False, "Go on with a run that was stopped.", kind=bool, result=False)
+    max_memory: int | None = _option(
+        None,
+        "Memory to use: 8GB. A model that needs more is streamed.  [default: what is free]",
+        kind=int,
+        low=1,
+        in_bytes=True,
+        result=False,
+    )
+    workers: int | None = _option(
+        None,
+        "Processes that share the work on a streamed model.",
+        kind=int,
+        low=1,
+        metavar="N",
+        result=False,
+    )
+    ray: str | None = _option(
+        None,
+        "Ray cluster that shares it: auto, or HOST:PORT.",
+        metavar="ADDRESS",
+        result=False,
+    )
+    dry_run: bool = _option(
+        False, "Say what would be done, write nothing.", kind=bool, result=False
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sparsity, float):
+            object.__setattr__(self, "sparsity", f"{self.sparsity:g}")
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            if value is not None or DEFAULTS[name] is not None:
+                object.__setattr__(self, name, option.checked(name, value))
+        for names in EXCLUSIVE:
+            if sum(getattr(self, name) is not None for name in names) > 1:
+                raise SkimError(one_of(names))
+        if self.sparsity is not None:
+            from skimlm.quantize.mask import Sparsity
+
+            object.__setattr__(self, "sparsity", str(Sparsity.parse(self.sparsity) or "none"))
+        if self.samples == 1 and METHODS[self.method].recipes[self.recipe].steps:
+            raise SkimError(
+                f"samples must be at least 2 with recipe {self.recipe}: one is held out, got 1"
+            )
+        self._check_method()
+
+    def _check_method(self) -> None:
+        """Refuse what the method cannot do."""
+        now = self.resolved()
+        composed = now.sparsity != "none" or bool(now.rank)
+        if self.method == "skim":
+            if composed and self.settings.scale:
+                raise SkimError(
+                    "recipe paper is SKIM as published: it has no sparsity and no adapters"
+                )
+            if composed and self.index_bits is not None and self.index_bits > WIDEST_TABLE:
+                raise SkimError(
+                    f"with sparsity or adapters index-bits must be 1 to {WIDEST_TABLE}, "
+                    f"got {self.index_bits}"
+                )
+            return
+        if now.bits is None:
+            raise SkimError(
+                "method slim has one width for all: give --bits, not a size or index bits"
+            )
+        most = WIDEST if self.recipe == "paper" else WIDEST_TABLE
+        if now.bits != round(now.bits) or not 2 <= now.bits <= most:
+            raise SkimError(
+                f"with method slim bits are the width of the weights that stay, 2 to {most} with "
+                f"recipe {self.recipe}, got {now.bits:g}"
+            )
+
+    # ---- what follows from it
+
+    @property
+    def settings(self) -> Recipe:
+        """The recipe with the user's numbers in it."""
+        known = METHODS[self.method].recipes[self.recipe]
+        return dataclasses.replace(
+            known, samples=self.samples or known.samples, seq_len=self.seq_len or known.seq_len
+        )
+
+    @property
+    def options(self) -> Options | None:
+        """What a linear has besides codes; None if nothing."""
+        from skimlm.quantize.mask import Sparsity
+        from skimlm.quantize.slim import Options
+
+        now = self.resolved()
+        pattern, rank = Sparsity.parse(now.sparsity or "none"), now.rank or 0.0
+        if self.method == "skim" and pattern is None and not rank:
+            return None
+        made = Options(
+            bits=3,
+            sparsity=pattern,
+            rank=rank,
+            adapter_bits=now.adapter_bits or METHODS[self.method].adapter_bits,
+            rounds=self.settings.iterations,
+        )
+        if self.method == "skim" or now.bits is None:
+            return made
+        group = 0 if self.recipe == "paper" else None
+        return dataclasses.replace(made, bits=round(now.bits), group=group)
+
+    @property
+    def target(self) -> Target:
+        """The bits per weight, bytes or width to reach."""
+        from skimlm.pipeline.budget import Target
+
+        bits = self.bits if self.bits is not None else METHODS[self.method].bits
+        return Target(bits, self.size, self.index_bits)
+
+    def resolved(self) -> CompressConfig:
+        """The same, every None that has a default replaced by it."""
+        usual, settings = METHODS[self.method], self.settings
+        rank = usual.rank if self.rank is None else self.rank
+        targeted = self.size is not None or self.index_bits is not None
+        filled = {
+            "bits": None if targeted else usual.bits,
+            "sparsity": usual.sparsity,
+            "rank": usual.rank,
+            "adapter_bits": usual.adapter_bits if rank else None,
+            "samples": settings.samples,
+            "seq_len": settings.seq_len,
+        }
+        new = object.__new__(CompressConfig)  # checked already
+        for name in OPTIONS:
+            value = getattr(self, name)
+            object.__setattr__(new, name, filled.get(name) if value is None else value)
+        return new
+
+    # ---- as plain values
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field as a plain value."""
+        values = {name: getattr(self, name) for name in OPTIONS}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> CompressConfig:
+        """The config again; fields that are missing have their defaults."""
+        if not isinstance(values, Mapping):
+            raise SkimError(f"a config is a map of names to values, got {values!r:.60}")
+        unknown = [str(name) for name in values if name not in OPTIONS]
+        if unknown:
+            raise SkimError(f"no option {unknown[0]!r:.60}: allowed are {', '.join(OPTIONS)}")
+        return cls(**values)
+
+    def provenance(self) -> dict[str, Any]:
+        """What determines the result, for the folder's config.json: defaults filled in, no None.
+
+        Of the text only the file's name: the same folder comes out wherever the text lies.
+        """
+        values = self.resolved().to_json()
+        kept = {n: v for n, v in values.items() if OPTIONS[n].result and v not in (None, [])}
+        return kept | ({"text": Path(kept["text"]).name} if "text" in kept else {})
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> CompressConfig:
+        """The config a compressed folder was made with, read from its config.json.
+
+        `text` is the bare name of the file; how the run went (memory, workers, cache) is not kept.
+        """
+        file = Path(path) / "config.json"
+        try:
+            known = json.loads(file.read_text("utf-8"))["quantization_config"]["provenance"]
+            values = known["config"]
+        except (OSError, ValueError) as error:
+            raise SkimError(f"{file}: cannot be read: {first_line(error)}") from error
+        except (KeyError, TypeError):
+            raise SkimError(
+                f"{file}: does not say what the folder was made with; only folders that this "
+                "version of skimlm compressed do"
+            ) from None
+        try:
+            return cls.from_json(values)
         except SkimError as error:
-            raise SkimError(f"{name}: {error}") from None
-        specs[name] = dataclasses.replace(spec, in_scale=in_scale)
-    return specs
+            raise SkimError(f"{file}: {error}") from None
+
+
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(CompressConfig)}
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(CompressConfig)}
+
+
+def default_text(name: str) -> str:
+    """The default of a field as its help text says it; empty if there is nothing to say."""
+    if DEFAULTS[name] not in (None, ()) and DEFAULTS[name] is not False:
+        return str(DEFAULTS[name])
+    values = {method: getattr(usual, name, None) for method, usual in METHODS.items()}
+    if None in values.values():
+        return ""
+    texts = {m: f"{v:g}" if isinstance(v, float) else str(v) for m, v in values.items()}
+    (_, first), *others = texts.items()
+    return "; ".join([first, *(f"{m}: {text}" for m, text in others if text != first)])

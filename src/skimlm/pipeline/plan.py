@@ -16,7 +16,7 @@ from torch import nn
 
 from skimlm.errors import SkimError
 from skimlm.models.blocks import decoder_blocks
-from skimlm.pipeline.recipes import Recipe
+from skimlm.pipeline.config import Recipe
 from skimlm.train.codebooks import BATCH as STEP
 from skimlm.train.losses import CHUNK as HEAD_TOKENS
 

@@ -1,17 +1,15 @@
-"""What a recipe is made of, and what skim does with one linear: tensors in, tensors out.
+"""What skim does with one linear by a recipe's numbers: tensors in, tensors out.
 
-Recipe, RECIPES          how much of everything
 fit_linear, settled      W, what is known of it, widths -> codebooks and codes -> what is stored
 first_fit, composed_linear      the same with sparsity or adapters: those first, then codebooks
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from skimlm.format.pack import Adapter, QuantizedWeight, pack
 from skimlm.format.row_codes import MAX_TABLE_WIDTH
+from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.sensitivity import Analysis
 from skimlm.quantize import fit as fitting
 from skimlm.quantize import slim
@@ -21,36 +19,6 @@ from skimlm.quantize.refine import damped
 from skimlm.quantize.scale import normalise, scale_step, scaled_error
 
 SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of as many tokens
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is done, and how much of it; windows are for the statistics, steps for the training."""
-
-    samples: int = 128
-    seq_len: int = 512
-    fisher_windows: int = 64  # of the samples
-    end_loss: bool = True  # H~ and one pool over the model; False: H and a pool per linear
-    scale: bool = False  # after refinement it gained 0.3 % of the error, less than its bits cost
-    rounds: int = 2
-    sweeps: int = 3
-    steps: int = 0
-    turns: int = 3  # of mask, codes and adapter, where there is more than codes
-    staged: bool = False  # slim: linears of a block see what the earlier ones made of the inputs
-    matched: bool = False  # slim: the target is the original model's output
-
-
-RECIPES = {
-    "paper": Recipe(end_loss=False, scale=True, rounds=0, sweeps=0),
-    "fast": Recipe(samples=40, fisher_windows=16),
-    "best": Recipe(steps=64),
-}
-SLIM_RECIPES = {
-    "paper": Recipe(),
-    "fast": Recipe(samples=64, turns=2),
-    "best": Recipe(staged=True, matched=True, turns=4),
-}
-METHODS = {"skim": RECIPES, "slim": SLIM_RECIPES}
 
 
 def fit_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> Fit:

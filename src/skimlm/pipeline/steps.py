@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from skimlm.format.pack import QuantizedWeight, dequantize, effective, pack
 from skimlm.pipeline import gram, sensitivity
 from skimlm.pipeline.calibrate import BATCH
+from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.gram import Gram
-from skimlm.pipeline.recipes import Recipe, composed_linear, first_fit, fit_linear, settled
+from skimlm.pipeline.recipes import composed_linear, first_fit, fit_linear, settled
 from skimlm.pipeline.walk import Walk, apart, each, follow
 from skimlm.progress import Clock
 from skimlm.quantize import slim

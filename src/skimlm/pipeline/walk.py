@@ -30,7 +30,7 @@ from skimlm.models.hooks import frozen
 from skimlm.models.source import BlockSource, Span
 from skimlm.pipeline import sensitivity
 from skimlm.pipeline.calibrate import BATCH, Statistics, Sums, observed
-from skimlm.pipeline.recipes import Recipe
+from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.states import StateStore
 from skimlm.pipeline.workers import Submit, here
 from skimlm.train.losses import backward, cross_entropy, next_tokens
