@@ -16,7 +16,10 @@ skim goes over the linears with plain values: statistics, curve, fit, quantized 
 new width needs again (statistics, centroids, error curves) goes to the analysis cache, so that a
 second budget for the same model and text needs no calibration. With sparsity or adapters its rows
 lose and gain those first, and what they cost is paid from the same bits. slim goes block by block
-(walk.py): every block is fitted to what the compressed ones before it give it.
+(steps.py): every block is fitted to what the compressed ones before it give it.
+
+All of it is one walk over the blocks (walk.py), of a model in memory or of one that is streamed:
+the folder is the same, byte for byte, but for recipe best of skim.
 """
 
 import dataclasses

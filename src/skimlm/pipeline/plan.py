@@ -93,6 +93,8 @@ def needs(
     part += 4 * s.block if plan.steps else 0  # codes, and weights looked up for the gradient
     analysed = sum(4 * c * c + 2 * r * c + 316 * r for r, c in s.linears)
     stored = round(codes * bits / 8)
+    if plan.matched:  # what the original's linears of a block read, kept beside the states
+        stored += 2 * tokens * sum(c for _, c in s.inside)
     seconds = _seconds(s, plan, tokens)
     return (
         Needs(whole, analysed + stored, seconds),

@@ -2,7 +2,7 @@
 
     OUT.partial/journal.json     the options, model and text of the run, checked by `--resume`
                 lock             held by the process that works on it
-                ...              what is done so far, each file whole (pipeline/stream.py)
+                ...              what is done so far, each file whole (pipeline/walk.py)
                 model/           OUT while it is written
                 report.json      there when model/ is whole, and which folder that is: what is
                                  left is to put it in place
