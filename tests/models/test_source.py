@@ -13,7 +13,7 @@ from skimlm.models import gguf_tensors
 from skimlm.models.checkpoint import load, open_checkpoint
 from skimlm.models.source import BlockSource, open_source
 from skimlm.pipeline.compress import compress
-from skimlm.pipeline.recipes import RECIPES
+from skimlm.pipeline.config import RECIPES, CompressConfig
 
 gguf = pytest.importorskip("gguf")
 IDS = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -106,9 +106,9 @@ def test_a_gguf_streamed_gives_the_folder_that_it_gives_in_memory(
     (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}; " for i in range(60)))
     how = dict(recipe="fast", samples=5, seq_len=24, text=tmp_path / "text.txt") | options
     for name, workers in (("whole", None), ("parts", 1)):
-        report = compress(
-            rounded_file, tmp_path / name, cache_dir=tmp_path / f"c-{name}", workers=workers, **how
-        )
+        cache = tmp_path / f"c-{name}"
+        config = CompressConfig(cache_dir=cache, workers=workers, **how)
+        report = compress(rounded_file, tmp_path / name, config)
         assert report.streamed == (workers is not None)
     names = sorted(f.name for f in (tmp_path / "whole").iterdir())
     assert names == sorted(f.name for f in (tmp_path / "parts").iterdir())
