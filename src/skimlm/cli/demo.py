@@ -63,6 +63,21 @@ def run(
     if out is not None:
         check_out(out, force)
     text, text_name = held_out_text()
+
+    def measured(name: str, model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
+        score = perplexity(
+            model, tokenizer, text, seq_len, windows, lambda _, d, t: step(name, d, t)
+        )
+        sample = generate(model, tokenizer, PROMPT, max_new_tokens, repetition_penalty=PENALTY)
+        return {
+            "bytes": folder_bytes(folder),
+            "perplexity": score.perplexity,
+            "perplexity_stderr": score.perplexity_stderr,
+            "windows": score.windows,
+            "tokens_per_second": sample.tokens_per_second,
+            "sample": sample.text,
+        }
+
     with tempfile.TemporaryDirectory() as scratch:
         full = Path(scratch) / "full"
         step("unpack", 0, 1)
@@ -70,30 +85,14 @@ def run(
         model.save_pretrained(full)
         tokenizer.save_pretrained(full)
         step("unpack", 1, 1)
-
-        def measure(name: str, model: Any, bits_per_weight: float, folder: Path) -> dict[str, Any]:
-            score = perplexity(
-                model, tokenizer, text, seq_len, windows, lambda _, d, t: step(name, d, t)
-            )
-            sample = generate(model, tokenizer, PROMPT, max_new_tokens, repetition_penalty=PENALTY)
-            return {
-                "bytes": folder_bytes(folder),
-                "bits_per_weight": bits_per_weight,
-                "perplexity": score.perplexity,
-                "perplexity_stderr": score.perplexity_stderr,
-                "windows": score.windows,
-                "tokens_per_second": sample.tokens_per_second,
-                "sample": sample.text,
-            }
-
-        before = measure("measure", model, 16.0, full)
+        before = {"bits_per_weight": 16.0} | measured("measure", model, tokenizer, full)
         del model
         small = Path(out) if out is not None else Path(scratch) / "small"
         cache = str(Path(scratch) / "cache")  # its key is a folder that is about to vanish
         config = CompressConfig(recipe="fast", bits=bits, force=force, cache_dir=cache)
         report = compress(full, small, config, progress=progress)
-        model, tokenizer = load(small)
-        after = measure("measure again", model, report.bits_per_weight, small)
+        after = {"bits_per_weight": report.bits_per_weight}
+        after |= measured("measure again", *load(small), small)
     return {
         "model": source.name,
         "text": text_name,
