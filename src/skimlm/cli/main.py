@@ -361,7 +361,7 @@ def generate(
 def finetune(path: str, out: Path, text: str, as_json: bool, **options: Any) -> None:
     """Train the adapters of the compressed folder PATH on a text, into the folder OUT."""
     from skimlm.evaluate.report import facts_text
-    from skimlm.finetune import Settings, finetune
+    from skimlm.pipeline.finetune import Settings, finetune
     from skimlm.progress import progress_bars
 
     names = [field.name for field in dataclasses.fields(Settings)]
@@ -398,7 +398,7 @@ def export(
     import torch
 
     from skimlm.evaluate.report import facts_text
-    from skimlm.export import export
+    from skimlm.pipeline.export import export
 
     kind = None if dtype is None else getattr(torch, dtype)
     report = export(path, out, to, dtype=kind, **options)

@@ -19,7 +19,8 @@ import torch
 
 from skimlm import native
 from skimlm.errors import SkimError
-from skimlm.integrations.transformers import SkimlmConfig, check_files, swap_in
+from skimlm.integrations.swap import check_files, swap_in
+from skimlm.integrations.transformers import SkimlmConfig
 from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import embeddings
 from skimlm.models.checkpoint import open_compressed

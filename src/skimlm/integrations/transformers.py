@@ -5,27 +5,23 @@ fixes the size of every buffer. So the skeleton gets its compressed layers befor
 transformers loads by name as usual, and `save_pretrained` writes the same buffers back.
 
 The files are checked before that: a tampered folder raises a FormatError naming file and tensor.
+
+This is imported while transformers is (`skimlm/__init__.py`), so of transformers and of what needs
+it only `transformers.quantizers` is sure to be there: the rest waits in swap.py for its first use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from skimlm.errors import FormatError
-from skimlm.format.check import check_stored
-from skimlm.format.layer import FORMAT_VERSION, METHOD, Layer, LayerSpec
-from skimlm.models.blocks import embeddings, multiplier_of
-from skimlm.runtime.decode import fuse, unfuse
-from skimlm.runtime.linear import CompressedEmbedding, CompressedHead, CompressedLinear
-from skimlm.storage.safetensors import DTYPES, read_header
+from skimlm.format.layer import FORMAT_VERSION, METHOD, LayerSpec
 
 CONFIG = "config.json"
 
@@ -82,16 +78,19 @@ class SkimlmQuantizer(HfQuantizer):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
+        from skimlm.integrations.swap import check_files, swap_in
+
         swap_in(model, self.quantization_config, dtype or torch.get_default_dtype())
         check_files(model, self.quantization_config, [Path(f) for f in checkpoint_files or ()])
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        table, head, tied = embeddings(model)
-        if head and tied and isinstance(head[1], CompressedHead):
-            head[1].tie(table[1])
-        fuse(model)
+        from skimlm.integrations.swap import complete
+
+        complete(model)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        from skimlm.integrations.swap import swap_out
+
         # config.dtype, which comes here, is a string after a `save_pretrained`
         given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return swap_out(model, given or model.dtype)
@@ -104,126 +103,3 @@ class SkimlmQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Packed codes have no gradient."""
         return False
-
-
-def swap_in(model: Any, config: SkimlmConfig, dtype: torch.dtype) -> None:
-    """Replace linears, embedding and head by empty compressed ones, on the meta device."""
-    for name in config.linears:
-        own = _own_name(model, name)
-        old = model.get_submodule(own)
-        if type(old) is not nn.Linear:
-            raise FormatError("is not a linear of this model", file=CONFIG, tensor=name)
-        spec = config.spec(name, old.out_features, old.in_features)
-        new = CompressedLinear(spec, bias=old.bias is not None, dtype=dtype, device="meta")
-        model.set_submodule(own, new)
-    if config.embed_bits == 16:
-        return
-    (name, table), head, tied = embeddings(model)
-    model.set_submodule(
-        name,
-        CompressedEmbedding(
-            table.weight.shape[0],
-            table.weight.shape[1],
-            config.embed_bits,
-            multiplier=multiplier_of(table),
-            padding_idx=table.padding_idx,
-            dense_type=type(table),
-            dtype=dtype,
-            device="meta",
-        ),
-    )
-    if head:
-        new_head = CompressedHead(
-            head[1].out_features,
-            head[1].in_features,
-            config.embed_bits,
-            tied=tied,
-            bias=head[1].bias is not None,
-            dtype=dtype,
-            device="meta",
-        )
-        model.set_submodule(head[0], new_head)
-
-
-def swap_out(model: Any, dtype: torch.dtype) -> Any:
-    """Replace every compressed layer by the dense one it stands for."""
-    unfuse(model)
-    table, head, tied = embeddings(model)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, (CompressedLinear, CompressedHead, CompressedEmbedding)):
-            model.set_submodule(name, module.dense(dtype))
-    if head and tied:
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    return model
-
-
-def check_files(model: Any, config: SkimlmConfig, files: Sequence[Path]) -> None:
-    """Check the stored tensors of every linear and table before transformers reads them.
-
-    Only the packed codes stay unread: any bytes of the right length are valid codes.
-    """
-    if not files or files[0].suffix != ".safetensors":
-        raise FormatError("a compressed model is safetensors", file=files[0] if files else CONFIG)
-    where = {name: (file, entry) for file in files for name, entry in read_header(file).items()}
-    handles = {file: safe_open(file, framework="pt") for file in files}
-
-    def stored(prefix: str, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        found = {name: where[prefix + name] for name in names if prefix + name in where}
-        return {
-            name: handles[file].get_tensor(prefix + name) if name != "weight" else _meta(entry)
-            for name, (file, entry) in found.items()
-        }
-
-    try:
-        for name in config.linears:
-            layer = model.get_submodule(_own_name(model, name))
-            name = next((n for n in aliases(model, name) if f"{n}.widths" in where), name)
-            tensors = stored(f"{name}.", CompressedLinear.stored)
-            check_stored(Layer(layer.spec, tensors), name=name)
-        for layer_name, module in model.named_modules():
-            if isinstance(module, (CompressedEmbedding, CompressedHead)) and module.owns_scale:
-                names = aliases(model, layer_name)
-                name = next((n for n in names if f"{n}.scale" in where), layer_name)
-                _check_table(name, module, stored(f"{name}.", ("weight", "scale")))
-    except FormatError as error:
-        raise error.at(where[error.tensor][0] if error.tensor in where else files[0]) from None
-
-
-def _check_table(
-    name: str, layer: CompressedEmbedding | CompressedHead, tensors: dict[str, torch.Tensor]
-) -> None:
-    for part in ("weight", "scale"):
-        want, tensor = getattr(layer, part), f"{name}.{part}"
-        if part not in tensors:
-            raise FormatError("is missing", tensor=tensor)
-        got = tensors[part]
-        if (got.dtype, got.shape) != (want.dtype, want.shape):
-            raise FormatError(
-                f"must be {want.dtype} {list(want.shape)}, got {got.dtype} {list(got.shape)}",
-                tensor=tensor,
-            )
-    if not tensors["scale"].isfinite().all():
-        raise FormatError("holds NaN or Inf", tensor=f"{name}.scale")
-
-
-def _meta(entry: Mapping[str, Any]) -> torch.Tensor:
-    """A header entry as a tensor without data."""
-    dtype = {name: dtype for dtype, name in DTYPES.items()}.get(entry["dtype"], torch.complex64)
-    return torch.empty(entry["shape"], dtype=dtype, device="meta")
-
-
-def aliases(model: Any, name: str) -> tuple[str, str]:
-    """A name with and without the prefix under which a causal model holds its decoder."""
-    prefix = model.base_model_prefix + "."
-    return name, name.removeprefix(prefix) if name.startswith(prefix) else prefix + name
-
-
-def _own_name(model: Any, name: str) -> str:
-    """config.json's name of a linear as this model calls it."""
-    for own in aliases(model, name):
-        try:
-            model.get_submodule(own)
-            return own
-        except AttributeError:
-            continue
-    raise FormatError("is not a linear of this model", file=CONFIG, tensor=name)

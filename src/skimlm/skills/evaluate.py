@@ -76,8 +76,7 @@ def open_skill(
         return read_document(file), None
     skill = store.read(file)
     store.check_source(file, skill)
-    if wrong := store.stale(skill, model, tokenizer):
-        raise SkimError(f"{file}: made for another {' and '.join(wrong)}: compress the skill again")
+    store.check_fresh(skill, model, tokenizer, str(file))
     return skill.document, skill
 
 

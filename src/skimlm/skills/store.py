@@ -191,6 +191,14 @@ def read(path: str | os.PathLike[str]) -> Skill:
     )
 
 
+def check_fresh(skill: Skill, model: Any, tokenizer: Any, where: str) -> None:
+    """Refuse a skill that was made for another model or tokenizer."""
+    if wrong := stale(skill, model, tokenizer):
+        raise SkimError(
+            f"{where}: made for another {' and '.join(wrong)}: compress the skill again"
+        )
+
+
 def check_source(path: str | os.PathLike[str], skill: Skill) -> None:
     """Refuse a skill whose SKILL.md, lying beside it, says something else by now.
 
@@ -329,12 +337,17 @@ def served(
         return [token_ids(tokenizer, read_document(path).text)], None
     skill = read(path)
     check_source(path, skill)
+    return fitting(skill, model, tokenizer, str(path))
+
+
+def fitting(skill: Skill, model: Any, tokenizer: Any, where: str) -> tuple[list[Piece], str | None]:
+    """Pieces to serve for a skill, and a warning where its full text stands in for soft tokens."""
     if skill.k is None:
         return pieces(skill, tokenizer), None
     wrong = stale(skill, model, tokenizer)
     if not wrong:
         return pieces(skill, tokenizer), None
-    warning = f"{path}: made for another {' and '.join(wrong)}: its full text is used"
+    warning = f"{where}: made for another {' and '.join(wrong)}: its full text is used"
     return [token_ids(tokenizer, skill.document.text)], warning
 
 

@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from conftest import quantized_linears, tiny_model
-from skimlm import finetune
 from skimlm.cli import main
 from skimlm.errors import SkimError
 from skimlm.format.pack import effective
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load
 from skimlm.models.write import save
+from skimlm.pipeline import finetune
 from skimlm.pipeline.text import read_documents, windows
 from skimlm.quantize import slim
 from skimlm.quantize.mask import Sparsity

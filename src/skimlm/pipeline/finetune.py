@@ -33,7 +33,7 @@ from skimlm.format.pack import (
     Adapter,
     pack_adapter,
 )
-from skimlm.integrations.transformers import aliases
+from skimlm.integrations.swap import aliases
 from skimlm.models.checkpoint import Checkpoint, load, load_tokenizer, open_compressed
 from skimlm.models.tokenizer import check_ids
 from skimlm.models.write import rewrite

@@ -16,9 +16,9 @@ from layer_sample import with_options
 from skimlm.cli import main
 from skimlm.errors import SkimError
 from skimlm.evaluate.report import inspect
-from skimlm.export import export
 from skimlm.models.checkpoint import open_compressed
 from skimlm.models.write import rewrite, save
+from skimlm.pipeline.export import export
 from skimlm.runtime.linear import CompressedLinear
 from skimlm.storage.folder import folder_bytes
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
-from skimlm.integrations.transformers import aliases
+from skimlm.integrations.swap import aliases
 from skimlm.models.checkpoint import Checkpoint, load, open_compressed
 from skimlm.models.side_files import copy_side_files
 from skimlm.models.write import rewrite
