@@ -73,6 +73,8 @@ def compress(
     progress: Progress | None = None,
 ) -> Skill:
     """Compress a skill for a model: to a size, or (`adaptive` without one) as far as it goes."""
+    if method not in (allowed := ("adaptive", "distill", "amortised", *select.METHODS)):
+        raise SkimError(f"method must be one of {', '.join(allowed)}, got {method!r:.60}")
     settings = settings or Settings()
     ids = token_ids(tokenizer, document.text)
     check_reach(model, len(ids) + wrapper_tokens(tokenizer), ROOM + settings.answer, document.name)
