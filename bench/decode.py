@@ -39,9 +39,7 @@ def run(model, repeats, parts):
 
     import skimlm  # noqa: F401
     from skimlm import native
-    from skimlm.models.blocks import decoder_linears
-    from skimlm.models.checkpoint import load
-    from skimlm.runtime import decode, linear
+    from skimlm.models import load
 
     if Path(model).is_dir():
         AutoTokenizer.from_pretrained(model)
@@ -67,39 +65,56 @@ def run(model, repeats, parts):
     rates = [(TOKENS - 1) / (generate(TOKENS) - first) for _ in range(repeats)]
     facts = {"rates": rates, "first": first, "loaded": with_weights, "decoded": rss() - before}
     if parts:
-        spent = {}
-
-        def timed(module, name, key):
-            function = getattr(module, name)
-
-            def call(*args, **kwargs):
-                start = time.perf_counter()
-                result = function(*args, **kwargs)
-                spent[key] = spent.get(key, 0.0) + time.perf_counter() - start
-                return result
-
-            setattr(module, name, call)
-
-        timed(decode, "_one_token", "blocks, native")
-        timed(linear, "table_packed", "head, native")
-        total = generate(TOKENS) - first
-        facts["parts"] = {k: v / (TOKENS - 1) for k, v in spent.items()}
-        facts["parts"]["the rest: Python"] = total / (TOKENS - 1) - sum(facts["parts"].values())
+        facts["parts"] = parts_of_a_token(lambda: generate(TOKENS) - first)
     else:
-        weights = [m.weight for m in decoder_linears(loaded).values()]
-        weights.append(loaded.get_output_embeddings().weight)
-        xs = {w.shape[1]: torch.randn(1, w.shape[1]).bfloat16() for w in weights}
-
-        def products():
-            start = time.perf_counter()
-            for w in weights:
-                torch.nn.functional.linear(xs[w.shape[1]], w)
-            return time.perf_counter() - start
-
-        with torch.inference_mode():
-            facts["products"] = statistics.median(products() for _ in range(20))
+        facts["products"] = products_of_a_token(loaded)
     facts["threads"], facts["kernels"] = torch.get_num_threads(), native.path()
     report(**facts)
+
+
+def parts_of_a_token(decode_seconds):
+    """{part: seconds per token} of what `decode_seconds` times."""
+    from skimlm.runtime import decode, linear
+
+    spent = {}
+
+    def timed(module, name, key):
+        function = getattr(module, name)
+
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent[key] = spent.get(key, 0.0) + time.perf_counter() - start
+            return result
+
+        setattr(module, name, call)
+
+    timed(decode, "_one_token", "blocks, native")
+    timed(linear, "table_packed", "head, native")
+    total = decode_seconds()
+    found = {k: v / (TOKENS - 1) for k, v in spent.items()}
+    found["the rest: Python"] = total / (TOKENS - 1) - sum(found.values())
+    return found
+
+
+def products_of_a_token(model):
+    """Median seconds of all products of one token with dense weights, torch alone."""
+    import torch
+
+    from skimlm.models import decoder_linears
+
+    weights = [m.weight for m in decoder_linears(model).values()]
+    weights.append(model.get_output_embeddings().weight)
+    xs = {w.shape[1]: torch.randn(1, w.shape[1]).bfloat16() for w in weights}
+
+    def products():
+        start = time.perf_counter()
+        for w in weights:
+            torch.nn.functional.linear(xs[w.shape[1]], w)
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        return statistics.median(products() for _ in range(20))
 
 
 def child(model, repeats, parts=False):

@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from provenance import provenance  # noqa: E402
-from skimlm.quantize.kmeans import kmeans_rows  # noqa: E402
+from skimlm.quantize import kmeans_rows  # noqa: E402
 
 COUNTS = (2, 4, 8, 16)
 
@@ -85,6 +85,45 @@ def check(name, w, f, costs, results):
     return max(excess), statistics.fmean(excess)
 
 
+def one_pass(w, weights, count):
+    """skimlm on the first `count` rows: the costs [count, counts]."""
+    return lambda: kmeans_rows(w[:count], weights[:count], 4)[1]
+
+
+def race(w, f, rivals, others, repeats):
+    """{(name, column): rows per second of every repeat}, and {name: a note}."""
+
+    def each(solve, counts):
+        return lambda: {(i, k): solve(i, k) for i in range(others) for k in counts}
+
+    rates: dict[tuple[str, str], list[float]] = {}
+    notes = {"skimlm": "exact, weighted, one pass for all four"}
+    for _ in range(repeats):
+        took, weighted = seconds(one_pass(w, f, len(w)))
+        for column in ("16", "all"):
+            rates.setdefault(("skimlm", column), []).append(len(w) / took)
+        for name, (solve, takes_weights) in rivals.items():
+            results = {}
+            for column, counts in (("16", (16,)), ("all", COUNTS)):
+                took, part = seconds(each(solve, counts))
+                rates.setdefault((name, column), []).append(others / took)
+                results |= part
+            if takes_weights:
+                weight, costs = f[:others], weighted
+            else:
+                weight = torch.ones_like(f[:others])
+                costs = one_pass(w, weight, others)()
+            worst, mean = check(
+                name, w[:others].double().numpy(), weight.double().numpy(), costs, results
+            )
+            above = f"cost {mean:.1e} above skimlm's in the mean, {worst:.1e} at most"
+            notes[name] = (
+                f"{'weighted' if takes_weights else 'no weights'}, on {others} rows; "
+                f"{above if worst > 1e-9 else f'cost equal to {worst:.0e}'}"
+            )
+    return rates, notes
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=4096)
@@ -101,37 +140,7 @@ def main():
         solve(0, 2)  # compiles
     kmeans_rows(w[:8], f[:8], 1)
 
-    def one_pass(weights, count):
-        return lambda: kmeans_rows(w[:count], weights[:count], 4)[1]
-
-    def each(solve, counts):
-        return lambda: {(i, k): solve(i, k) for i in range(others) for k in counts}
-
-    rates: dict[tuple[str, str], list[float]] = {}
-    notes = {"skimlm": "exact, weighted, one pass for all four"}
-    for _ in range(args.repeats):
-        took, weighted = seconds(one_pass(f, args.rows))
-        for column in ("16", "all"):
-            rates.setdefault(("skimlm", column), []).append(args.rows / took)
-        for name, (solve, takes_weights) in rivals.items():
-            results = {}
-            for column, counts in (("16", (16,)), ("all", COUNTS)):
-                took, part = seconds(each(solve, counts))
-                rates.setdefault((name, column), []).append(others / took)
-                results |= part
-            if takes_weights:
-                weight, costs = f[:others], weighted
-            else:
-                weight = torch.ones_like(f[:others])
-                costs = one_pass(weight, others)()
-            worst, mean = check(
-                name, w[:others].double().numpy(), weight.double().numpy(), costs, results
-            )
-            above = f"cost {mean:.1e} above skimlm's in the mean, {worst:.1e} at most"
-            notes[name] = (
-                f"{'weighted' if takes_weights else 'no weights'}, on {others} rows; "
-                f"{above if worst > 1e-9 else f'cost equal to {worst:.0e}'}"
-            )
+    rates, notes = race(w, f, rivals, others, args.repeats)
 
     def cell(name, column):
         values = rates[name, column]

@@ -34,68 +34,78 @@ class InitParams(ctypes.Structure):
     _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
 
 
-def ggml_seconds(folder, kind, rows, cols, threads, repack, seconds=1.0):
-    """Median seconds of one product with a [rows, cols] weight of a ggml type, batch 1."""
-    pointer, c_int64, c_int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    ctypes.CDLL(str(folder / "libggml-base.so"), ctypes.RTLD_GLOBAL)
-    cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), ctypes.RTLD_GLOBAL)
-    ggml = ctypes.CDLL(str(folder / "libggml.so"), ctypes.RTLD_GLOBAL)
+class Ggml:
+    """llama.cpp's libraries, their functions declared as they are called."""
 
-    def function(name, result, *arguments):
-        library = next(lib for lib in (ggml, cpu) if hasattr(lib, name))
-        found = getattr(library, name)
+    def __init__(self, folder, threads):
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        ctypes.CDLL(str(folder / "libggml-base.so"), ctypes.RTLD_GLOBAL)
+        cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"), ctypes.RTLD_GLOBAL)
+        self.libraries = ctypes.CDLL(str(folder / "libggml.so"), ctypes.RTLD_GLOBAL), cpu
+        self.backend = self("backend_cpu_init", pointer)()
+        self("backend_cpu_set_n_threads", None, pointer, integer)(self.backend, threads)
+        self.plain = self("backend_cpu_buffer_type", pointer)()
+
+    def __call__(self, name, result, *arguments):
+        library = next(lib for lib in self.libraries if hasattr(lib, f"ggml_{name}"))
+        found = getattr(library, f"ggml_{name}")
         found.restype, found.argtypes = result, arguments
         return found
 
-    new_2d = function("ggml_new_tensor_2d", pointer, pointer, c_int, c_int64, c_int64)
-    mul_mat = function("ggml_mul_mat", pointer, pointer, pointer, pointer)
-    nbytes = function("ggml_nbytes", ctypes.c_size_t, pointer)
-    expand = function("ggml_build_forward_expand", None, pointer, pointer)
-    allocate = function("ggml_backend_tensor_alloc", c_int, pointer, pointer, pointer)
-    room = function("ggml_backend_buft_alloc_buffer", pointer, pointer, ctypes.c_size_t)
-    base = function("ggml_backend_buffer_get_base", pointer, pointer)
-    put = function("ggml_backend_tensor_set", None, pointer, pointer, *[ctypes.c_size_t] * 2)
-    compute = function("ggml_backend_graph_compute", c_int, pointer, pointer)
-    quantize = function(
-        "ggml_quantize_chunk", ctypes.c_size_t, c_int, pointer, pointer, *[c_int64] * 3, pointer
-    )
-    backend = function("ggml_backend_cpu_init", pointer)()
-    function("ggml_backend_cpu_set_n_threads", None, pointer, c_int)(backend, threads)
-    plain = function("ggml_backend_cpu_buffer_type", pointer)()
-    own = plain
-    if repack:
-        device = function("ggml_backend_get_device", pointer, pointer)(backend)
-        reg = function("ggml_backend_dev_backend_reg", pointer, pointer)(device)
-        look = function("ggml_backend_reg_get_proc_address", pointer, pointer, ctypes.c_char_p)
+    def repacked(self):
+        """The kind of buffer whose layout the processor backend prefers; None if it has none."""
+        pointer = ctypes.c_void_p
+        device = self("backend_get_device", pointer, pointer)(self.backend)
+        reg = self("backend_dev_backend_reg", pointer, pointer)(device)
+        look = self("backend_reg_get_proc_address", pointer, pointer, ctypes.c_char_p)
         extra = look(reg, b"ggml_backend_dev_get_extra_bufts")
         types = ctypes.CFUNCTYPE(ctypes.POINTER(pointer), pointer)(extra)(device)
-        name = function("ggml_backend_buft_name", ctypes.c_char_p, pointer)
+        name = self("backend_buft_name", ctypes.c_char_p, pointer)
         found = [t for t in iter_until_null(types) if b"REPACK" in name(t).upper()]
-        if not found:
-            return None
-        own = found[0]
+        return found[0] if found else None
 
-    init = function("ggml_init", pointer, InitParams)
-    context = init(InitParams(2**24, None, True))
+    def place(self, kind, tensors):
+        """Give tensors memory of a kind of buffer; whether they fit."""
+        pointer, size = ctypes.c_void_p, ctypes.c_size_t
+        nbytes = self("nbytes", size, pointer)
+        allocate = self("backend_tensor_alloc", ctypes.c_int, pointer, pointer, pointer)
+        room = self("backend_buft_alloc_buffer", pointer, pointer, size)
+        base = self("backend_buffer_get_base", pointer, pointer)
+        step = (max(nbytes(t) for t in tensors) + 4096 + 63) // 64 * 64
+        buffer = room(kind, step * len(tensors))
+        return not any(allocate(buffer, t, base(buffer) + i * step) for i, t in enumerate(tensors))
+
+
+def ggml_seconds(folder, kind, rows, cols, threads, repack, seconds=1.0):
+    """Median seconds of one product with a [rows, cols] weight of a ggml type, batch 1."""
+    pointer, c_int64, c_int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    ggml = Ggml(folder, threads)
+    own = ggml.repacked() if repack else ggml.plain
+    if own is None:
+        return None
+    new_2d = ggml("new_tensor_2d", pointer, pointer, c_int, c_int64, c_int64)
+    mul_mat = ggml("mul_mat", pointer, pointer, pointer, pointer)
+    expand = ggml("build_forward_expand", None, pointer, pointer)
+    put = ggml("backend_tensor_set", None, pointer, pointer, *[ctypes.c_size_t] * 2)
+    compute = ggml("backend_graph_compute", c_int, pointer, pointer)
+    quantize = ggml(
+        "quantize_chunk", ctypes.c_size_t, c_int, pointer, pointer, *[c_int64] * 3, pointer
+    )
+    context = ggml("init", pointer, InitParams)(InitParams(2**24, None, True))
     weight = torch.randn(rows, cols)
     number = TYPES[kind][0]
     one = new_2d(context, number, cols, rows)
-    packed = ctypes.create_string_buffer(nbytes(one))
+    packed = ctypes.create_string_buffer(ggml("nbytes", ctypes.c_size_t, pointer)(one))
     quantize(number, weight.data_ptr(), packed, 0, rows, cols, None)
     copies = max(2, -(-bench.FOOTPRINT // len(packed)))
     x = new_2d(context, 0, cols, 1)
     weights = [new_2d(context, number, cols, rows) for _ in range(copies)]
     outs = [mul_mat(context, w, x) for w in weights]
-    graph = function("ggml_new_graph", pointer, pointer)(context)
+    graph = ggml("new_graph", pointer, pointer)(context)
     for out in outs:
         expand(graph, out)
-
-    for kind_of_buffer, tensors in ((own, weights), (plain, [x, *outs])):
-        step = (max(nbytes(t) for t in tensors) + 4096 + 63) // 64 * 64
-        buffer = room(kind_of_buffer, step * len(tensors))
-        for i, tensor in enumerate(tensors):
-            if allocate(buffer, tensor, base(buffer) + i * step):
-                return None
+    if not (ggml.place(own, weights) and ggml.place(ggml.plain, [x, *outs])):
+        return None
     for w in weights:
         put(w, ctypes.cast(packed, pointer), 0, len(packed))
     values = torch.randn(cols)
@@ -104,7 +114,7 @@ def ggml_seconds(folder, kind, rows, cols, threads, repack, seconds=1.0):
     begin = time.perf_counter()
     while len(times) < 5 or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
-        compute(backend, graph)
+        compute(ggml.backend, graph)
         times.append((time.perf_counter() - start) / copies)
     return statistics.median(times)
 
@@ -130,13 +140,10 @@ def ours(rows, cols, mixture, threads):
     """
     torch.set_num_threads(threads)
     before, bench.MIXED = bench.MIXED, mixture
-    stored = bench.random_buffers(rows, cols, None)
+    layer = bench.random_layer(rows, cols, None)
     bench.MIXED = before
-    size = sum(t.nbytes for t in stored if t is not None)
-    copies = [
-        [None if t is None else t.clone() for t in stored]
-        for _ in range(max(2, -(-bench.FOOTPRINT // size)))
-    ]
+    size = layer.nbytes
+    copies = bench.copies_of(layer, max(2, -(-bench.FOOTPRINT // size)))
     x = torch.randn(1, cols).bfloat16()
     exact, eight = (
         bench.median_seconds(partial(bench.product, x, kind), copies, 1.0) for kind in (True, False)

@@ -31,22 +31,21 @@ def run(args, name, **options):
     """One compression into a folder of its own; seconds and phases."""
     import torch
 
-    from skimlm.pipeline.compress import compress
-    from skimlm.pipeline.config import CompressConfig
+    import skimlm
 
     torch.set_num_threads(1)
     out, cache = args.scratch / name, args.scratch / f"{name}-cache"
     for folder in (out, cache):
         shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
-    config = CompressConfig(
+    config = skimlm.CompressConfig(
         recipe=args.recipe,
         text=args.data / "calib/c4_1480docs.jsonl",
         samples=args.samples,
         cache_dir=cache,
         **options,
     )
-    report = compress(args.model, out, config)
+    report = skimlm.compress(args.model, out, config)
     seconds = time.perf_counter() - started
     shutil.rmtree(cache)
     return {"seconds": seconds, "phases": report.seconds}

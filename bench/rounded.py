@@ -16,10 +16,10 @@ import torch
 from torch.nn import functional as F
 
 from provenance import provenance
-from skimlm.evaluate.perplexity import perplexity, wikitext
-from skimlm.models.checkpoint import load
-from skimlm.models.hooks import forwards_replaced
-from skimlm.runtime.linear import CompressedLinear
+from skimlm import Model
+from skimlm.evaluate import wikitext
+from skimlm.models import forwards_replaced, load
+from skimlm.runtime import CompressedLinear
 
 GROUP = 128
 
@@ -44,7 +44,7 @@ def main():
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
 
     def measure():
-        return perplexity(model, tokenizer, text, 2048, args.windows)
+        return Model(model, tokenizer).perplexity(text, limit=args.windows)
 
     exact = measure()
     with forwards_replaced(layers, lambda _, m: lambda x: type(m).forward(m, rounded(x))):

@@ -27,7 +27,7 @@ import torch
 
 from provenance import provenance
 from skimlm.cli import demo
-from skimlm.models.checkpoint import load
+from skimlm.models import load
 from skimlm.progress import peak_rss_bytes
 from skimlm.skills import compression, document, evaluate, select, splice, store
 

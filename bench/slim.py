@@ -25,24 +25,22 @@ from pathlib import Path
 import torch
 
 from provenance import provenance
+from skimlm import Model
 from skimlm.cli import demo
-from skimlm.evaluate.perplexity import perplexity, wikitext
+from skimlm.evaluate import wikitext
 from skimlm.format import effective, pack
-from skimlm.integrations.lm_eval import accuracy, read_task
-from skimlm.models.blocks import decoder_linears
-from skimlm.models.checkpoint import load, open_checkpoint
-from skimlm.models.source import BlockSource
-from skimlm.models.write import save
-from skimlm.pipeline.config import SLIM_RECIPES
-from skimlm.pipeline.states import StateStore
-from skimlm.pipeline.steps import fit_to_inputs
-from skimlm.pipeline.text import read_documents, windows
-from skimlm.pipeline.walk import Walk
-from skimlm.quantize import lowrank
-from skimlm.quantize.mask import Sparsity, wanda
-from skimlm.quantize.slim import Options, fit, fit_paper
-from skimlm.storage.folder import folder_bytes
-from skimlm.storage.safetensors import read_json
+from skimlm.integrations import accuracy, read_task
+from skimlm.models import BlockSource, decoder_linears, load, open_checkpoint, save
+from skimlm.pipeline import (
+    SLIM_RECIPES,
+    StateStore,
+    Walk,
+    fit_to_inputs,
+    read_documents,
+    windows,
+)
+from skimlm.quantize import Options, Sparsity, fit_paper, lowrank, slim, wanda
+from skimlm.storage import folder_bytes, read_json
 
 TASKS = ("piqa", "arc_easy", "winogrande", "openbookqa")
 PAPER = Options(bits=4, group=0, quantizer="slim")
@@ -94,7 +92,7 @@ class Bench:
         """Perplexity and accuracy of `model`, what of them is missing."""
         row = self.rows.setdefault(key, {}) | facts
         if "nll" not in row:
-            result = perplexity(model, tokenizer, self.text, 2048, self.args.windows)
+            result = Model(model, tokenizer).perplexity(self.text, limit=self.args.windows)
             row |= {
                 "perplexity": result.perplexity,
                 "stderr": result.perplexity_stderr,
@@ -148,7 +146,7 @@ class Bench:
 
         def one(name, w, gram):
             if method in JOINT:
-                fits[name] = fit(w, gram.h, options, gram.target(w))
+                fits[name] = slim.fit(w, gram.h, options, gram.target(w))
             else:
                 fits[name] = fit_paper(w, gram.h, options)
             return effective(fits[name])

@@ -18,7 +18,7 @@ import torch
 
 from provenance import provenance
 from skimlm import bench, native
-from skimlm.runtime.ops import matmul
+from skimlm.runtime import matmul
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008")
 KINDS = {  # bits, sparsity, group, rank as a share of the smaller side

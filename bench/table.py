@@ -23,23 +23,28 @@ from pathlib import Path
 import torch
 
 from provenance import provenance
+from skimlm import Model
 from skimlm.cli import demo
-from skimlm.evaluate.perplexity import perplexity, wikitext
-from skimlm.format.pack import dequantize
-from skimlm.models.blocks import decoder_linears
-from skimlm.models.checkpoint import load, open_checkpoint
-from skimlm.models.source import BlockSource
-from skimlm.pipeline import budget, sensitivity
-from skimlm.pipeline.budget import specs_of
-from skimlm.pipeline.config import RECIPES
-from skimlm.pipeline.recipes import settled
-from skimlm.pipeline.states import StateStore
-from skimlm.pipeline.steps import fit_all, train_fits
-from skimlm.pipeline.text import read_documents, windows
-from skimlm.pipeline.walk import Walk, analyse
+from skimlm.evaluate import wikitext
+from skimlm.format import dequantize
+from skimlm.models import BlockSource, decoder_linears, load, open_checkpoint
+from skimlm.pipeline import (
+    RECIPES,
+    StateStore,
+    Walk,
+    analyse,
+    budget,
+    fit_all,
+    read_documents,
+    sensitivity,
+    settled,
+    specs_of,
+    train_fits,
+    windows,
+)
 from skimlm.progress import Clock, peak_rss_bytes
+from skimlm.quantize import dense
 from skimlm.quantize import fit as fitting
-from skimlm.quantize.refine import dense
 
 BITS = (3.19, 3.0, 2.5, 4.0, 3.5, 2.25, 3.2)
 METHODS = ("RTN", "Fisher k-means", "paper", "fast", "best")
@@ -84,9 +89,8 @@ class Bench:
         with torch.no_grad():
             for name, weight in weights.items():
                 self.linears[name].weight.copy_(weight)
-            result = perplexity(
-                self.model, self.tokenizer, self.text, 2048, None if full else self.args.windows
-            )
+            judged = Model(self.model, self.tokenizer)
+            result = judged.perplexity(self.text, limit=None if full else self.args.windows)
             for name, p in self.model.named_parameters():
                 p.copy_(self.original[name])
         self.keep(key, {"bits": bits, "nll": result.nll, "commit": provenance(), **facts})

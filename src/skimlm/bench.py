@@ -84,18 +84,22 @@ def run(
                     }
                 )
             reads.append(read_bandwidth(memory))
-    bandwidth = max(reads)
+    _compare(found, max(reads))
+    return {
+        "bandwidth_bytes_per_second": max(reads),
+        "threads": torch.get_num_threads(),
+        "kernels": native.path(),
+        "rows": found,
+    }
+
+
+def _compare(found: Sequence[dict[str, Any]], bandwidth: float) -> None:
+    """Enter what share of the memory's bandwidth every product reaches."""
     for row in found:
         weights = row["rows"] * row["cols"]
         row["of_bandwidth"] = weights * row["bits"] / 8 / row["seconds"] / bandwidth
         # against dense bf16 if it ran at the full bandwidth, which it never does
         row["of_bf16_bound"] = 2 * weights / bandwidth / row["seconds"]
-    return {
-        "bandwidth_bytes_per_second": bandwidth,
-        "threads": torch.get_num_threads(),
-        "kernels": native.path(),
-        "rows": found,
-    }
 
 
 def random_layer(rows: int, cols: int, width: int | None, **options: Any) -> Layer:

@@ -1,0 +1,1 @@
+"""The command line: it parses, calls `import skimlm` and prints. Nothing is computed here."""

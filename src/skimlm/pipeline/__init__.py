@@ -1,0 +1,28 @@
+"""A model in, a folder out: the config, the plan, the one walk over the blocks, its steps.
+
+`skimlm.compress` starts it. The mathematics is in quantize/, training in train/.
+"""
+
+from typing import Any
+
+from skimlm.exports import exported
+
+HOMES = {
+    "specs_of": "budget",
+    "CompressConfig": "config",
+    "RECIPES": "config",
+    "SLIM_RECIPES": "config",
+    "settled": "recipes",
+    "StateStore": "states",
+    "fit_all": "steps",
+    "fit_to_inputs": "steps",
+    "train_fits": "steps",
+    "read_documents": "text",
+    "windows": "text",
+    "Walk": "walk",
+    "analyse": "walk",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return exported(__name__, HOMES, name)
