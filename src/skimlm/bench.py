@@ -71,18 +71,9 @@ def run(
             copies = copies_of(layer, _copies(layer.nbytes, footprint))
             for batch in batches:
                 took = walk(partial(product, torch.randn(batch, cols).bfloat16(), exact), copies)
-                found.append(
-                    {
-                        "rows": rows,
-                        "cols": cols,
-                        "bits": 8 * layer.nbytes / (rows * cols),
-                        "width": width,
-                        "batch": batch,
-                        "seconds": took,
-                        "torch_bf16_seconds": bf16[batch],
-                        "torch_fp32_seconds": fp32[batch],
-                    }
-                )
+                sizes = {"rows": rows, "cols": cols, "bits": 8 * layer.nbytes / (rows * cols)}
+                times = {"torch_bf16_seconds": bf16[batch], "torch_fp32_seconds": fp32[batch]}
+                found.append(sizes | {"width": width, "batch": batch, "seconds": took} | times)
             reads.append(read_bandwidth(memory))
     _compare(found, max(reads))
     return {
