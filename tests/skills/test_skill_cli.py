@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from conftest import quantized_linears
 from skill_sample import CHAT, TEXT, skill_model
 from skimlm.cli import main
+from skimlm.errors import SkimError
 from skimlm.models.checkpoint import load
 from skimlm.models.write import save
 from skimlm.skills import compression, evaluate, store
@@ -164,7 +165,7 @@ def test_mistakes_are_one_line(folder, source, packed, tmp_path):
 
 def test_a_plot_is_checked_before_the_work(folder, packed, monkeypatch, tmp_path):
     def stop(file):
-        raise main.SkimError(f"{file}: no plot")
+        raise SkimError(f"{file}: no plot")
 
     monkeypatch.setattr(evaluate, "check_plot", stop)
     fails(
