@@ -2,11 +2,15 @@
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+EVERY = 30.0  # seconds between two lines, at most
+WORTH = 1.0  # seconds a phase must take to be worth a line when it is done
 
 
 def peak_rss_bytes(workers: int = 1) -> int:
@@ -29,12 +33,33 @@ def _maxrss(who: int) -> int:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Give a function (phase, done, total) that draws one bar per phase on stderr."""
+    """Give a function (phase, done, total) that shows on stderr how far each phase is.
+
+    Bars on a terminal; elsewhere a plain line every 30 seconds, and one for every phase that is
+    done. Both say how much time is left.
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    with _bars(console) if console.is_terminal else _plain_lines() as update:
+        yield update
+
+
+@contextmanager
+def _bars(console: Any) -> Iterator[Callable[[str, int, int], None]]:
+    """One bar per phase."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+    times = TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+    with Progress(*columns, *times, console=console) as bars:
         tasks: dict[str, Any] = {}
 
         def update(phase: str, done: int, total: int) -> None:
@@ -43,6 +68,67 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[phase], completed=done, total=total)
 
         yield update
+
+
+@contextmanager
+def _plain_lines() -> Iterator[Callable[[str, int, int], None]]:
+    """Lines on stderr; a thread of its own sees to those that are due between two updates."""
+    lines, over = Lines(lambda line: print(line, file=sys.stderr, flush=True)), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1.0):
+            lines.tick()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lines.update
+    finally:
+        over.set()
+        thread.join()
+
+
+class Lines:
+    """Progress as lines of text: `say` gets one at least every 30 seconds, `now` in seconds."""
+
+    def __init__(
+        self, say: Callable[[str], None], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say, self._now, self._lock = say, now, threading.Lock()
+        self._phase, self._done, self._total = "", 0, 0
+        self._first = 0  # what was done when the phase began, in a run that is gone on with
+        self._begun = self._said = now()
+
+    def update(self, phase: str, done: int, total: int) -> None:
+        """So much of a phase is done."""
+        with self._lock:
+            now = self._now()
+            if phase != self._phase:
+                self._phase, self._first, self._begun = phase, min(done, 1) and done - 1, now
+            self._done, self._total = done, total
+            if now - self._said >= EVERY or (done >= total and now - self._begun >= WORTH):
+                self._tell(now)
+
+    def tick(self) -> None:
+        """Tell what is due."""
+        with self._lock:
+            now = self._now()
+            if self._phase and self._done < self._total and now - self._said >= EVERY:
+                self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        taken, made = now - self._begun, self._done - self._first
+        line = f"{self._phase:<12} {self._done}/{self._total}, {_span(taken)}"
+        if made > 0 and self._done < self._total:
+            line += f", about {_span(taken / made * (self._total - self._done))} left"
+        self._said = now
+        self._say(line)
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Clock:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
+from skimlm.models.architecture import check_positions
 from skimlm.models.head import final_hidden, head_logits
 from skimlm.models.tokenizer import check_ids, prefix_ids
 from skimlm.pipeline import text as text_files
@@ -67,9 +68,7 @@ def perplexity(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Perplexity:
     """Score `text` in windows of `seq_len` tokens, the first `limit` of them if given."""
-    reach = getattr(model.config, "max_position_embeddings", None)
-    if seq_len < 2 or (reach and seq_len > reach):
-        raise SkimError(f"seq-len must be 2 to {reach or 'any number'}, got {seq_len}")
+    check_positions(model.config, seq_len)
     prefix = torch.tensor(prefix_ids(tokenizer), dtype=torch.long)
     size = seq_len - len(prefix)  # tokens of text in a window
     if size < 1:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from skimlm.errors import FormatError, one_line
+from skimlm.errors import FormatError, SkimError, one_line
 
 CAUSAL = ("forcausallm", "lmheadmodel")  # how such classes are named, lower case
 
@@ -53,3 +53,15 @@ def skeleton(file: Path, config: Any) -> Any:
 
     with one_line(file, "the model cannot be built"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def positions(config: Any) -> int | None:
+    """Tokens that a model reads at once, None if its config sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
+
+
+def check_positions(config: Any, seq_len: int, least: int = 2) -> None:
+    """Refuse windows that are longer than the model reads; SkimError names the limit."""
+    most = positions(config)
+    if seq_len < least or (most and seq_len > most):
+        raise SkimError(f"seq-len must be {least} to {most or 'any number'}, got {seq_len}")

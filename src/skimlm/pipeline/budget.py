@@ -20,6 +20,7 @@ from skimlm.quantize import slim
 from skimlm.quantize.allocate import allocate
 from skimlm.quantize.fit import WIDTHS
 
+LESS = 1e-4  # bits per weight between two tries at a size, at least
 NEAR = 0.005  # a folder is at most this much smaller than asked
 Widths = dict[str, Tensor]  # uint8 [r] per linear
 
@@ -107,10 +108,18 @@ def check(
             f"{planned_bytes(uniform(linears, top)):,}: give at most that; --embed-bits 16 makes "
             "it larger"
         )
-    if target.size is None and target.bits * price.total < price.bits(least):
+    if target.size is not None:
+        return
+    low, high = (price.bits(uniform(linears, b)) / price.total for b in (1, top))
+    if target.bits < low:
         raise SkimError(
             f"{target.bits:g} bits per weight is below what codebooks and bookkeeping allow here: "
-            f"at least {price.bits(least) / price.total:.3f}"
+            f"at least {low:.3f}"
+        )
+    if target.bits > high:  # rounded down, so that it can be asked for
+        raise SkimError(
+            f"{target.bits:g} bits per weight is more than rows of {top} bits, the widest here, "
+            f"take: at most {int(high * 1000) / 1000:.3f}"
         )
 
 
@@ -131,13 +140,14 @@ def choose(
     low, high = (price.bits(uniform(linears, b)) / price.total for b in (1, price.widest))
     narrow, wide = (planned_bytes(uniform(linears, b)) for b in (1, price.widest))
     bits = low + (high - low) * (target.size - narrow) / (wide - narrow) + 0.05
-    for _ in range(12):
+    while True:
         widths = for_bits(errors, price, min(max(bits, low), high), pooled)
         excess = planned_bytes(widths) - target.size
         if excess <= 0:
             return widths
-        bits = (price.bits(widths) - 8 * excess) / price.total
-    return uniform(linears, 1)
+        if bits <= low:
+            raise SkimError(f"{target.size:,} bytes cannot be reached: {excess:,} bytes too few")
+        bits = min((price.bits(widths) - 8 * excess) / price.total, bits - LESS)
 
 
 def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: bool) -> Widths:

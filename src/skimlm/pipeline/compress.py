@@ -37,17 +37,15 @@ from torch import Tensor, nn
 import skimlm
 from skimlm.errors import SkimError
 from skimlm.format.layer import histogram
-from skimlm.format.row_codes import MAX_WIDTH
-from skimlm.models.architecture import skeleton
+from skimlm.models.architecture import check_positions, skeleton
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load_tokenizer, open_checkpoint
 from skimlm.models.source import BlockSource, open_source
 from skimlm.models.tokenizer import check_ids
 from skimlm.models.write import plan_bytes, write_packed
 from skimlm.pipeline import budget, sensitivity, steps
-from skimlm.pipeline import plan as resources
+from skimlm.pipeline import plan as planning
 from skimlm.pipeline.budget import specs_of
-from skimlm.pipeline.calibrate import BATCH
 from skimlm.pipeline.config import CompressConfig
 from skimlm.pipeline.recipes import packed_linear
 from skimlm.pipeline.states import StateStore
@@ -265,7 +263,7 @@ def _run(
 ) -> "Report":
     """Allocate, fit and write OUT by way of `work`."""
     journal.begin(work, _facts(config, given))
-    tools.notice(resources.describe(given.needs, given.source.streamed))
+    tools.notice(planning.describe(given.needs, config, given.source.streamed))
     if given.left_out:
         tools.notice(f"left out, as transformers does: {', '.join(given.left_out)}")
     _check_disk(given, config, tools, out)
@@ -326,7 +324,7 @@ class Given:
     linears: dict[str, nn.Linear]
     ids: Tensor  # [windows, tokens]
     calibration: dict[str, Any]  # how the windows came about, for the provenance
-    needs: resources.Needs
+    needs: planning.Needs
     left_out: Sequence[str] = ()  # tensors of the checkpoint that the model has no place for
 
     @property
@@ -349,6 +347,7 @@ def _load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -
         opened = open_checkpoint(model, revision=config.revision)
         if opened.compressed:
             raise SkimError(f"{model}: is compressed already; give the original model")
+        check_positions(opened.config, plan.seq_len)
         shape = skeleton(opened.path, opened.config)
         needs, streamed = _way(shape, config)
         tokenizer = load_tokenizer(opened)
@@ -372,14 +371,13 @@ def _load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -
         )
 
 
-def _way(shape: nn.Module, config: CompressConfig) -> tuple[resources.Needs, bool]:
+def _way(shape: nn.Module, config: CompressConfig) -> tuple[planning.Needs, bool]:
     """What the run takes, and whether the model is streamed: shared work always is."""
-    plan, target = config.settings, config.target
-    sizes = resources.sizes(shape, decoder_linears(shape, config.include, config.exclude))
-    workers = config.workers or (0 if config.ray is None else 1)
-    bits = target.bits if target.size is None and target.index_bits is None else MAX_WIDTH
-    whole, part = resources.needs(sizes, plan, plan.samples, BATCH, workers, bits)
-    streamed = resources.streams(whole, part, config.max_memory, plan.samples, bool(workers))
+    sizes = planning.sizes(shape, decoder_linears(shape, config.include, config.exclude))
+    whole, part = planning.needs(sizes, config)
+    shared = config.workers is not None or config.ray is not None
+    samples = config.settings.samples
+    streamed = planning.streams(whole, part, config.max_memory, samples, shared)
     return (part if streamed else whole), streamed
 
 
@@ -391,7 +389,7 @@ def _check_disk(given: Given, config: CompressConfig, tools: Tools, out: Path) -
     left = sum(f.stat().st_size for f in journal.place(out).rglob("*") if f.is_file())
     have = left + sensitivity.nbytes(tools.cache, key)
     place = next(folder for folder in out.resolve().parents if folder.exists())
-    resources.check_disk(place, given.needs.scratch - have)
+    planning.check_disk(place, given.needs.scratch - have)
 
 
 def _provenance(config: CompressConfig, given: Given) -> dict[str, Any]:

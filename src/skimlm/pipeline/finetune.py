@@ -34,6 +34,7 @@ from skimlm.format.pack import (
     pack_adapter,
 )
 from skimlm.integrations.swap import aliases
+from skimlm.models.architecture import check_positions
 from skimlm.models.checkpoint import Checkpoint, load, load_tokenizer, open_compressed
 from skimlm.models.tokenizer import check_ids
 from skimlm.models.write import rewrite
@@ -171,9 +172,7 @@ def _windows(
 ) -> tuple[Tensor, Tensor]:
     """Windows [n, t] to train on and those that are held out."""
     length = settings.seq_len
-    reach = getattr(model.config, "max_position_embeddings", None)
-    if reach and length > reach:
-        raise SkimError(f"seq-len must be at most {reach} for this model, got {length}")
+    check_positions(model.config, length)
     count = settings.windows + HELD_OUT
     ids = windows(documents, tokenizer, count, length, settings.seed, where)
     check_ids(model, ids, tokenizer)

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: memory and processors, limits of its container included.
+"""What this process may use of the machine: memory and processors, within its container.
 
 Inside a container the machine's own figures are not the process's: the control groups it is in say
 how much is left, version 1 or 2, each of them and all above it (Linux, cgroups(7)).

@@ -15,14 +15,23 @@ import torch
 from torch import nn
 
 from skimlm.errors import SkimError
+from skimlm.format.row_codes import MAX_WIDTH
 from skimlm.models.blocks import decoder_blocks
-from skimlm.pipeline.config import Recipe
+from skimlm.pipeline.calibrate import BATCH
+from skimlm.pipeline.config import CompressConfig
+from skimlm.pipeline.machine import available_memory, processors
 from skimlm.train.codebooks import BATCH as STEP
+from skimlm.train.codebooks import CHECKS, HELD_OUT
 from skimlm.train.losses import CHUNK as HEAD_TOKENS
 
 IMPORTED = 800_000_000  # torch and transformers themselves
-KMEANS_PER_THREAD = 3e6  # weights a second, bench/kmeans.py
-REFINE_PER_THREAD = 60e9  # additions and products a second
+# Against SmolLM2-135M on 2 cores, AMD EPYC (docs/results.md): best 281 s of calibration, 36 of
+# k-means, 19 of refinement, 413 of training; fast 91, 33, 16; slim best 1,070 in all.
+REACHED = 0.42  # share of a large product's rate that passes through blocks reach
+KMEANS_PER_THREAD = 1.6e6  # weights a second
+REFINE_PER_THREAD = 40e9  # additions and products a second
+JOINT = 16  # a sweep over mask, codes and adapter takes so many of refinement's
+SLIM_BATCH = 4  # windows that go through together
 
 
 @dataclass(frozen=True)
@@ -64,65 +73,82 @@ def sizes(model: Any, linears: Mapping[str, nn.Linear]) -> Sizes:
     )
 
 
-def needs(
-    s: Sizes, plan: Recipe, windows: int, batch: int, workers: int = 0, bits: float = 8
-) -> tuple[Needs, Needs]:
-    """What it takes to hold the whole model, and to stream it block by block.
-
-    `workers` are processes beside this one, `bits` what is stored of a weight.
-    """
-    tokens = windows * plan.seq_len
+def needs(s: Sizes, config: CompressConfig) -> tuple[Needs, Needs]:
+    """What it takes to hold the whole model, and to stream it block by block."""
+    plan, slim = config.settings, config.method == "slim"
+    workers = config.workers or (0 if config.ray is None else 1)
+    tokens = plan.samples * plan.seq_len
+    at_once = (SLIM_BATCH if slim else BATCH) * plan.seq_len
     states = 2 * tokens * s.width
-    at_once = batch * plan.seq_len
+    logits = 0 if slim else 12 * min(HEAD_TOKENS, at_once) * s.vocabulary
+    one = max(16 * r * c + 12 * c * c for r, c in s.linears)
+    codes = sum(r * c for r, c in s.linears)
+    stored = round(codes * _widest(config) / 8)
 
     def sums(shapes: list[tuple[int, int]]) -> int:
-        squares = 1 if plan.end_loss else 2
-        return sum(4 * squares * c * c + 4 * r * c for r, c in shapes)
+        squares = 1 if plan.end_loss and not slim else 2
+        return sum(4 * squares * c * c + (0 if slim else 4 * r * c) for r, c in shapes)
 
     def activations(shapes: list[tuple[int, int]]) -> int:
         return 4 * at_once * sum(r + c for r, c in shapes)
 
-    logits = 12 * min(HEAD_TOKENS, at_once) * s.vocabulary
-    one = max(16 * r * c + 12 * c * c for r, c in s.linears)
-    codes = sum(r * c for r, c in s.linears)
-    whole = IMPORTED + 2 * s.weights + sums(s.linears)
-    whole += max(activations(s.linears) + logits, one + codes * (12 if plan.steps else 1))
-    outside = s.weights - s.block * s.blocks
-    part = IMPORTED + 2 * max(outside, 0) + 2 * s.block + sums(s.inside) + 3 * states
+    # slim: what the original's linears of a block read, and hidden states of both
+    inputs = 2 * tokens * sum(c for _, c in s.inside) if plan.matched else 0
+    kept = (2 if plan.matched else 1) * states if slim else 0
+    outside = max(s.weights - s.block * s.blocks, 0)
+    whole = IMPORTED + 2 * s.weights + sums(s.inside if slim else s.linears)
+    whole += kept + inputs + (stored if slim else 0)
+    busy = activations(s.inside if slim else s.linears) + logits
+    whole += max(busy, one + (0 if slim else codes * (12 if plan.steps else 1)))
+    part = IMPORTED + 2 * outside + 2 * s.block + sums(s.inside) + 3 * states
     part += max(activations(s.inside), logits, one) + workers * (IMPORTED + one)
     part += 4 * s.block if plan.steps else 0  # codes, and weights looked up for the gradient
-    analysed = sum(4 * c * c + 2 * r * c + 316 * r for r, c in s.linears)
-    stored = round(codes * bits / 8)
-    if plan.matched:  # what the original's linears of a block read, kept beside the states
-        stored += 2 * tokens * sum(c for _, c in s.inside)
-    seconds = _seconds(s, plan, tokens)
-    return (
-        Needs(whole, analysed + stored, seconds),
-        Needs(part, analysed + 2 * stored + (s.blocks + 3) * states, seconds * 4 / 3),
-    )
+    analysed = 0 if slim else sum(4 * c * c + 2 * r * c + 316 * r for r, c in s.linears)
+    seconds = _seconds(s, config)
+    scratch = analysed + 2 * stored + inputs + (s.blocks + 3) * states
+    return Needs(whole, analysed + stored, seconds), Needs(part, scratch, seconds * 4 / 3)
 
 
-def _seconds(s: Sizes, plan: Recipe, tokens: int) -> float:
-    """Forward, gradients, statistics, k-means and refinement."""
+def _widest(config: CompressConfig) -> float:
+    """Bits per weight that OUT holds, at most."""
+    exact = config.size is None and config.index_bits is None and config.method == "skim"
+    return config.target.bits if exact else MAX_WIDTH
+
+
+def _seconds(s: Sizes, config: CompressConfig) -> float:
+    """Walks over the blocks, k-means, refinement, joint fits and training, on these threads."""
+    plan, slim = config.settings, config.method == "slim"
+    threads = min(torch.get_num_threads(), processors())
+    rate = REACHED * _rate()
+    dense = sum(r * c for r, c in s.linears)
+    squares = sum(c * c for _, c in s.linears)
+    tokens = plan.samples * plan.seq_len
+    refined = sum(r * c * c for r, c in s.linears) / (REFINE_PER_THREAD * threads)
+    joint = 2 * plan.iterations * (plan.sweeps + 1) * JOINT * refined  # one fit of every linear
+    if slim:
+        passes = 2 + (3 if plan.staged else 0) + (2 if plan.matched else 0)
+        gram = (3 if plan.matched else 1.5) * squares  # in float32, where a pass is in bfloat16
+        return 2 * tokens * (passes * dense + gram) / rate + joint
+    fisher = min(plan.fisher_windows * plan.seq_len, tokens)
+    seconds = (2 * tokens * (2 * dense + squares) + 2 * fisher * dense) / rate
+    seconds += dense / (KMEANS_PER_THREAD * threads)
+    if config.options is not None:
+        return seconds + 2 * joint  # with an adapter to begin with, then with the widths
+    seconds += 2 * plan.rounds * (plan.sweeps + 1) * refined
+    head = s.vocabulary * s.width
+    step = STEP * plan.seq_len * plan.steps * 8 * (dense + head)  # the original's outputs too
+    checks = plan.steps and (CHECKS + 1) * HELD_OUT * plan.seq_len * (2 * dense + 4 * head)
+    return seconds + (step + checks) / rate
+
+
+def _rate() -> float:
+    """Additions and products a second of a large bfloat16 product, measured for a fifth of one."""
     a = torch.randn(1024, 1024).bfloat16()
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < 0.2:
         a @ a
         count += 1
-    rate = count * 2 * 1024**3 / (time.perf_counter() - started)
-    dense = sum(r * c for r, c in s.linears)
-    squares = sum(c * c for _, c in s.linears)
-    fisher = min(plan.fisher_windows * plan.seq_len, tokens)
-    products = 2 * tokens * (2 * dense + squares) + 2 * fisher * dense
-    products += 8 * STEP * plan.seq_len * plan.steps * dense  # and the original's outputs
-    sweeps = plan.rounds * (plan.sweeps + 1)
-    refined = 2 * sweeps * sum(r * c * c for r, c in s.linears)
-    threads = torch.get_num_threads()
-    return (
-        products / rate
-        + dense / (KMEANS_PER_THREAD * threads)
-        + refined / (REFINE_PER_THREAD * threads)
-    )
+    return count * 2 * 1024**3 / (time.perf_counter() - started)
 
 
 def streams(
@@ -136,7 +162,7 @@ def streams(
 
     `limit` in bytes; None: nine tenths of what is free. `shared` work is always streamed.
     """
-    most = limit or int(0.9 * psutil.virtual_memory().available)
+    most = limit or int(0.9 * available_memory())
     what = "--max-memory allows" if limit else "are free"
     if whole.memory <= most and not shared:
         return False
@@ -157,14 +183,14 @@ def check_disk(place: Any, scratch: int) -> None:
         )
 
 
-def describe(needed: Needs, streamed: bool) -> str:
-    """The plan in one line."""
-    how = "block by block" if streamed else "in memory"
+def describe(needed: Needs, config: CompressConfig, streamed: bool) -> str:
+    """What will run, in one line."""
+    how = "streamed block by block" if streamed else "in memory"
     minutes = needed.seconds / 60
     span = f"{minutes / 60:.1f} h" if minutes > 90 else f"{max(minutes, 1):.0f} min"
     return (
-        f"planned: {how}, at most {_gb(needed.memory)} of memory, {_gb(needed.scratch)} of disk "
-        f"for scratch and cache, about {span}"
+        f"planned: {config.method} {config.recipe}, {how}, at most {_gb(needed.memory)} of memory, "
+        f"{_gb(needed.scratch)} of disk for scratch and cache, about {span}"
     )
 
 

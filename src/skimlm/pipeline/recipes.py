@@ -22,8 +22,11 @@ SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of 
 
 
 def fit_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> Fit:
-    """Codebooks and codes of W float32 [r, c] at its widths, scaled or refined as the plan says."""
-    h = damped(known.hessian)
+    """Codebooks and codes of W float32 [r, c] at its widths, scaled or refined as the plan says.
+
+    The published method uses H as it is: nothing there needs it to be positive definite.
+    """
+    h = known.hessian if plan.scale else damped(known.hessian)
     fit = fitting.start(w, known.fisher.float(), widths, known.centroids)
     if plan.scale:
         fit = _published_scale(w, h, known, widths, fit)

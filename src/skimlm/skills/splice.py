@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
+from skimlm.models.architecture import positions
 from skimlm.models.tokenizer import check_ids, prefix_ids, text_ids
 
 WRAPPER = ("Relevant Skill:\n", "\n---\n", "\n\n")  # before, between and after skills
@@ -136,14 +137,9 @@ def wrapper_tokens(tokenizer: Any) -> int:
     return sum(len(token_ids(tokenizer, text)) for text in (WRAPPER[0], WRAPPER[2]))
 
 
-def reach(model: Any) -> int | None:
-    """Positions the model can read, None if its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def check_fits(model: Any, skills: int, prompt: int, new: int) -> None:
     """Refuse a prompt that leaves no room for `new` tokens; of `prompt`, skills take `skills`."""
-    most = reach(model)
+    most = positions(model.config)
     if most and prompt + new > most:
         raise SkimError(
             f"prompt has {prompt:,} tokens, {skills:,} of them skills, and {new:,} are to come:"

@@ -25,8 +25,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from skimlm.errors import FormatError, SkimError, first_line
+from skimlm.models.architecture import positions
 from skimlm.skills.document import MAX_BYTES, Document, parse
-from skimlm.skills.splice import WRAPPER, Piece, Pin, pieces_of, reach, token_ids, wrapper_tokens
+from skimlm.skills.splice import WRAPPER, Piece, Pin, pieces_of, token_ids, wrapper_tokens
 from skimlm.storage.safetensors import finite, read_header, write_file
 
 FORMAT_VERSION = 1
@@ -315,7 +316,7 @@ def _check_pins(path: Path, facts: Mapping[str, Any], document: Document, rows: 
 
 def check_reach(model: Any, text_tokens: int, room: int, name: str) -> None:
     """Refuse a text that the model cannot read at once with `room` tokens behind it."""
-    most = reach(model)
+    most = positions(model.config)
     if most and text_tokens + room > most:
         raise SkimError(
             f"{name}: {text_tokens:,} tokens, with a question and its answer the model reads"
