@@ -9,6 +9,8 @@ from conftest import random_quantized
 from skimlm.errors import SkimError
 from skimlm.pipeline import budget
 from skimlm.pipeline.budget import specs_of
+from skimlm.quantize import slim
+from skimlm.quantize.mask import Sparsity
 from skimlm.runtime.linear import CompressedLinear
 
 
@@ -82,3 +84,37 @@ def test_impossible_targets_say_what_is_possible():
         budget.check(target, linears(), price, size)
         widths = budget.choose(target, curves(), linears(), price, True, size)
         assert 0 <= size_ - size(widths) <= 64
+
+
+def test_more_bits_than_rows_can_hold_are_refused():
+    options = slim.Options(3, Sparsity(2, 4), 0.0)
+    layers = {"a": nn.Linear(64, 24), "c": nn.Linear(64, 50)}
+    price = budget.prices(specs_of(layers, options, False))
+    assert price.widest == 5  # sparse rows have codebooks
+    most = price.bits(budget.uniform(layers, 5)) / price.total
+    with pytest.raises(SkimError, match=f"the widest here, take: at most {most:.2f}"):
+        budget.check(budget.Target(bits=most + 0.01), layers, price, lambda _: 0)
+    budget.check(budget.Target(bits=most - 0.01), layers, price, lambda _: 0)
+
+
+def test_a_size_is_met_also_where_the_rest_of_a_folder_grows_with_the_widths():
+    """Headers that grow by jumps once sent the search round in circles: it answered 1 bit."""
+    price = budget.prices(specs_of(linears(), None, False))
+    least = price.bits(budget.uniform(linears(), 1)) / 8
+
+    def jumping(widths):
+        stored = price.bits(widths) / 8
+        return round(stored + 40 * ((stored - least) % 200 < 100))
+
+    for size in range(int(least) + 150, int(least) + 900, 50):
+        target = budget.Target(size=size)
+        widths = budget.choose(target, curves(), linears(), price, True, jumping)
+        assert jumping(widths) <= size
+        assert price.bits(widths) / 8 > size - 250
+
+
+def test_a_size_that_nothing_meets_is_an_error():
+    price = budget.prices(specs_of(linears(), None, False))
+    target = budget.Target(size=1000)
+    with pytest.raises(SkimError, match="1,000 bytes cannot be reached: 9,000 bytes too few"):
+        budget.choose(target, curves(), linears(), price, True, lambda _: 10_000)

@@ -139,7 +139,7 @@ def choose(
     # Headers and config grow with the histograms: begin a little high, then correct downwards.
     low, high = (price.bits(uniform(linears, b)) / price.total for b in (1, price.widest))
     narrow, wide = (planned_bytes(uniform(linears, b)) for b in (1, price.widest))
-    bits = low + (high - low) * (target.size - narrow) / (wide - narrow) + 0.05
+    bits = low + (high - low) * (target.size - narrow) / max(wide - narrow, 1) + 0.05
     while True:
         widths = for_bits(errors, price, min(max(bits, low), high), pooled)
         excess = planned_bytes(widths) - target.size
