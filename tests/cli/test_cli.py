@@ -10,12 +10,12 @@ import torch
 from click.testing import CliRunner
 
 from conftest import quantized_linears, tiny_model
+from skimlm import api
 from skimlm.cli import demo, main
 from skimlm.errors import SkimError
 from skimlm.evaluate.perplexity import held_out_text, perplexity
 from skimlm.models.checkpoint import load
 from skimlm.models.write import save
-from skimlm.pipeline import compress as pipeline_compress
 from skimlm.pipeline.config import OPTIONS, CompressConfig
 from skimlm.storage.folder import folder_bytes
 
@@ -39,7 +39,7 @@ def calls(monkeypatch):
         seen.append((model, out, config))
         return Report()
 
-    monkeypatch.setattr(pipeline_compress, "compress", compress)
+    monkeypatch.setattr(api, "run_compress", compress)
     return seen
 
 
@@ -163,7 +163,7 @@ def test_mistakes_and_accidents_are_one_line(monkeypatch, error, line):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(pipeline_compress, "compress", fail)
+    monkeypatch.setattr(api, "run_compress", fail)
     result = run("compress", "model", "out")
     assert (result.exit_code, result.stdout) == (1, "")
     last = result.stderr.splitlines()[-1]
@@ -174,7 +174,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(pipeline_compress, "compress", fail)
+    monkeypatch.setattr(api, "run_compress", fail)
     assert isinstance(run("compress", "model", "out").exception, RuntimeError)
 
 

@@ -4,11 +4,14 @@ Data goes to stdout, progress to stderr; `--json` prints exactly one JSON object
 1: one line `error: ...` and nothing half-written, 2: usage.
 """
 
+from typing import Any
+
 import click
+import wrapt
 
 from skimlm import __version__
 from skimlm.cli.compress import compress, export, finetune
-from skimlm.cli.errors import Commands
+from skimlm.cli.errors import Commands, open_streams
 from skimlm.cli.run import evaluate, generate, inspect
 from skimlm.cli.skill import skill
 from skimlm.cli.tools import bench, cache, demo, info
@@ -18,8 +21,12 @@ from skimlm.cli.tools import bench, cache, demo, info
 @click.version_option(__version__, prog_name="skimlm")
 def main() -> None:
     """Compress a language model to any bit width or file size, on this machine."""
-    from transformers.utils import logging
+    open_streams()
+    wrapt.register_post_import_hook(_quiet, "transformers.utils.logging")
 
+
+def _quiet(logging: Any) -> None:
+    """Have transformers say errors only."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

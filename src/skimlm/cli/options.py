@@ -1,32 +1,16 @@
-"""What the commands share: types and options, loading for use, printing."""
+"""What the commands share: types, options and printing."""
 
 import json
-import re
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from skimlm.cli.errors import OneLine
-from skimlm.errors import SkimError
+from skimlm.pipeline import OPTIONS, default_text, parse_bytes
 
-MIN_BITS, MAX_BITS = 1.5, 8.0
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-class Bits(click.ParamType):
-    """Bits per weight, fractions welcome."""
-
-    name = "bits"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        try:
-            bits = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number", param, ctx)
-        if not MIN_BITS <= bits <= MAX_BITS:
-            raise OneLine(f"bits must be {MIN_BITS:g} to {MAX_BITS:g}, got {value}")
-        return bits
+Command = TypeVar("Command", bound=Callable[..., Any])
+MAX_THREADS = 1024  # far more than that and OpenMP ends the process
 
 
 class Size(click.ParamType):
@@ -35,13 +19,25 @@ class Size(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
-        if not match or match[2].upper() not in UNITS:
-            self.fail(f"{value!r} is not a size such as 80MB, 80_000_000 or 1.2GB", param, ctx)
-        nbytes = round(float(match[1].replace("_", "")) * UNITS[match[2].upper()])
+        try:
+            nbytes = parse_bytes(str(value))
+        except (ValueError, OverflowError) as error:
+            self.fail(str(error), param, ctx)
         if nbytes < 1:
             self.fail("a size must be at least one byte", param, ctx)
         return nbytes
+
+
+class Number(click.ParamType):
+    """A number whose limits CompressConfig checks: `bits must be 1.5 to 8, got 9`."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number", param, ctx)
 
 
 def _threads(ctx: click.Context, param: Any, value: int | None) -> None:
@@ -56,33 +52,63 @@ POSITIVE = click.IntRange(min=1)
 FILE = click.Path(dir_okay=False)
 THREADS = click.option(
     "--threads",
-    type=POSITIVE,
+    type=click.IntRange(1, MAX_THREADS),
     callback=_threads,
     expose_value=False,
     help="CPU threads to use; default: what torch finds.",
 )
 DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 ...")
-CACHE_DIR = click.option(
-    "--cache-dir", type=click.Path(file_okay=False), help="Where analyses are kept."
-)
 FORCE = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 SKILL_SEED = click.option("--seed", type=click.IntRange(min=0), help="[default: 0]")
-REVISION = click.option("--revision", help="Branch, tag or commit of a hub model.")
+
+
+def of_config(name: str, **more: Any) -> Callable[[Command], Command]:
+    """The option of the command line for a field of CompressConfig."""
+    known = OPTIONS[name]
+    texts = [known.help, f"[default: {text}]" if (text := default_text(name)) else ""]
+    values: dict[str, Any] = {"help": "  ".join(filter(None, texts)), "multiple": known.many}
+    if known.kind is bool:
+        values |= {"is_flag": True}
+    else:
+        values |= {"type": _type(known), "default": () if known.many else None}
+        values |= {"metavar": known.metavar}
+    if known.choices and known.kind is int:
+        values |= {"callback": lambda ctx, param, value: value and int(value)}
+    return click.option("--" + name.replace("_", "-"), name, **values | more)
+
+
+def _type(known: Any) -> Any:
+    """What click checks of a field: wrong usage there, the rest CompressConfig says."""
+    if known.choices:
+        return click.Choice([str(choice) for choice in known.choices])
+    if known.in_bytes:
+        return Size()
+    if known.kind is int:
+        return click.IntRange(known.low, known.high)
+    paths = {"FILE": FILE, "DIRECTORY": click.Path(file_okay=False)}
+    return Number() if known.kind is float else paths.get(known.metavar or "", str)
+
+
+REVISION, CACHE_DIR = of_config("revision"), of_config("cache_dir")
+
+
+def config_options(command: Command) -> Command:
+    """An option for each field of CompressConfig, in its order; what was not given is absent."""
+    for name in reversed(OPTIONS):
+        command = of_config(name)(command)
+    return command
 
 
 def show(facts: dict[str, Any], text: Callable[[dict[str, Any]], str], as_json: bool) -> None:
-    click.echo(json.dumps(facts, ensure_ascii=False) if as_json else text(facts))
+    """Print what a command found."""
+    click.echo(json_text(facts) if as_json else text(facts))
 
 
-def load_on(model: str, device: str, revision: str | None) -> tuple[Any, Any]:
-    """Load a model for use on `device`."""
-    import torch
-
-    from skimlm.models.checkpoint import load
-
+def json_text(facts: dict[str, Any]) -> str:
+    """One JSON object, in what stdout can write."""
+    text = json.dumps(facts, ensure_ascii=False)
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SkimError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    loaded, tokenizer = load(model, revision=revision)
-    return loaded.to(device), tokenizer
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(facts)
+    return text

@@ -1,7 +1,7 @@
 """Commands that use a model as it is: eval, generate, inspect."""
 
-import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,9 +13,10 @@ from skimlm.cli.options import (
     POSITIVE,
     REVISION,
     THREADS,
-    load_on,
+    json_text,
     show,
 )
+from skimlm.errors import SkimError
 
 
 @click.command("eval")
@@ -43,23 +44,23 @@ def evaluate(
     """Measure the perplexity of MODEL on a text, or its accuracy on tasks."""
     if (tasks is None) != (task_dir is None):
         raise click.UsageError("give --tasks and --task-dir together")
-    from skimlm.evaluate.perplexity import held_out_text, perplexity, read_text
-    from skimlm.evaluate.report import evaluation_text
-    from skimlm.integrations.lm_eval import accuracy, read_task
+    from skimlm import load
+    from skimlm.evaluate import evaluation_text, held_out_text, read_text
+    from skimlm.integrations import accuracy, read_task
     from skimlm.progress import peak_rss_bytes, progress_bars
 
     rows = {name: read_task(task_dir or "", name) for name in (tasks or "").split(",") if name}
     scored = text is not None or not rows
     if scored:
         words, name = held_out_text() if text is None else (read_text(text), text)
-    loaded, tokenizer = load_on(model, device, revision)
+    loaded = load(model, device, revision=revision)
     facts: dict[str, Any] = {"model": model}
     if scored:
         with progress_bars() as progress:
-            result = perplexity(loaded, tokenizer, words, seq_len, limit, progress)
+            result = loaded.perplexity(words, seq_len=seq_len, limit=limit, progress=progress)
         facts |= {"text": name, **result.to_json()}
     if rows:
-        facts["tasks"] = accuracy(loaded, tokenizer, rows)
+        facts["tasks"] = accuracy(loaded.model, loaded.tokenizer, rows)
     show(facts | {"peak_rss_bytes": peak_rss_bytes()}, evaluation_text, as_json)
 
 
@@ -93,24 +94,28 @@ def generate(
     **options: Any,
 ) -> None:
     """Answer PROMPT with MODEL, streamed; `-` reads the prompt from stdin."""
-    from skimlm.generate import generate
-    from skimlm.skills.store import served
+    from skimlm import load
 
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    prompt = _stdin() if prompt == "-" else prompt
     write = None if as_json else lambda piece: click.echo(piece, nl=False)
-    loaded, tokenizer = load_on(model, device, revision)
-    pieces = []
+    loaded = load(model, device, revision=revision)
+    loaded.notice = lambda line: click.echo(f"warning: {line}", err=True)
     for skill in skills:
-        found, warning = served(skill, loaded, tokenizer)
-        pieces.append(found)
-        if warning:
-            click.echo(f"warning: {warning}", err=True)
-    result = generate(loaded, tokenizer, prompt, skills=pieces, write=write, **options)
+        loaded.add_skill(Path(skill), skill)
+    result = loaded.generate(prompt, skills=skills, write=write, **options)
     if as_json:
-        click.echo(json.dumps({"model": model, **result.to_json()}, ensure_ascii=False))
+        click.echo(json_text({"model": model, **result.to_json()}))
         return
     click.echo()
     click.echo(result.summary(), err=True)
+
+
+def _stdin() -> str:
+    """The text on stdin; nothing where it is closed."""
+    try:
+        return sys.stdin.read() if sys.stdin else ""
+    except UnicodeDecodeError as error:
+        raise SkimError(f"stdin is not UTF-8 text: {error}") from None
 
 
 @click.command()
@@ -118,9 +123,9 @@ def generate(
 @JSON
 def inspect(path: str, as_json: bool) -> None:
     """Show what is in a compressed folder or a .skim: sizes, measurements, provenance."""
-    if path.endswith(".skim"):
-        from skimlm.skills.store import inspect, inspect_text
-    else:
-        from skimlm.evaluate.report import inspect, inspect_text
+    from skimlm import inspect
+    from skimlm.evaluate import inspect_text
+    from skimlm.skills import store
 
-    show(inspect(path), inspect_text, as_json)
+    text = store.inspect_text if Path(path).suffix == store.SUFFIX else inspect_text
+    show(inspect(path), text, as_json)

@@ -17,7 +17,6 @@ from skimlm.cli.options import (
     REVISION,
     SKILL_SEED,
     THREADS,
-    load_on,
     show,
 )
 from skimlm.errors import SkimError
@@ -89,6 +88,7 @@ def skill_compress(
     """Compress a SKILL.md into OUT.skim for one model."""
     if options["tokens"] is not None and options["ratio"] is not None:
         raise click.UsageError("give one of --ratio and --tokens")
+    from skimlm import load
     from skimlm.progress import progress_bars
     from skimlm.skills import compression, document, store
 
@@ -96,11 +96,11 @@ def skill_compress(
     read = document.read(path)
     given = {"train": train, "steps": steps, "seed": seed}
     settings = compression.Settings(**{k: v for k, v in given.items() if v is not None})
-    loaded, tokenizer = load_on(model, device, revision)
+    loaded = load(model, device, revision=revision)
     with progress_bars() as progress:
         made = compression.compress(
-            loaded,
-            tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             read,
             settings=settings,
             progress=progress,
@@ -144,7 +144,8 @@ def skill_train(
 
     What a stopped run has done lies in OUT.partial: the same command goes on.
     """
-    from skimlm.evaluate.report import facts_text
+    from skimlm import load
+    from skimlm.evaluate import facts_text
     from skimlm.progress import progress_bars
     from skimlm.skills import compressor as compressing
     from skimlm.skills import document, train_compressor
@@ -159,11 +160,17 @@ def skill_train(
         seed=usual.seed if seed is None else seed,
     )
     start = compressing.read(compressor) if compressor else None
-    loaded, tokenizer = load_on(model, device, revision)
+    loaded = load(model, device, revision=revision)
     work = out.with_name(out.name + ".partial")
     with progress_bars() as progress:
         made = train_compressor.train(
-            loaded, tokenizer, paths, work, settings=settings, start=start, progress=progress
+            loaded.model,
+            loaded.tokenizer,
+            paths,
+            work,
+            settings=settings,
+            start=start,
+            progress=progress,
         )
     compressing.write(out, made)
     shutil.rmtree(work)
@@ -198,16 +205,17 @@ def skill_eval(
     as_json: bool,
 ) -> None:
     """Measure what compressed skills keep of their full text, on questions never trained on."""
+    from skimlm import load
     from skimlm.progress import progress_bars
     from skimlm.skills import evaluate
 
     if plot:
         evaluate.check_plot(plot)
-    loaded, tokenizer = load_on(model, device, revision)
+    loaded = load(model, device, revision=revision)
     with progress_bars() as progress:
         facts = evaluate.evaluate(
-            loaded,
-            tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             files,
             count=questions,
             answer=answer,

@@ -9,14 +9,14 @@ from skimlm.cli.options import (
     FORCE,
     JSON,
     THREADS,
-    Bits,
+    of_config,
     show,
 )
 
 
 @click.command()
 @click.option("--out", type=click.Path(file_okay=False), help="Keep the compressed model here.")
-@click.option("--bits", type=Bits(), default=3.2, show_default=True)
+@of_config("bits", default=3.2, help="All-in bits per weight, 1.5 to 8.", show_default=True)
 @FORCE
 @THREADS
 @JSON
@@ -47,7 +47,7 @@ def bench(as_json: bool) -> None:
 @JSON
 def info(as_json: bool) -> None:
     """Show versions, threads and which native code runs."""
-    from skimlm.evaluate.report import environment, facts_text
+    from skimlm.evaluate import environment, facts_text
 
     show(environment(), facts_text, as_json)
 
@@ -58,7 +58,7 @@ def info(as_json: bool) -> None:
 @JSON
 def cache(prune: bool, cache_dir: str | None, as_json: bool) -> None:
     """List the analyses kept for further budgets of the same model, or delete them."""
-    from skimlm.evaluate.report import cache_facts, cache_text
+    from skimlm.evaluate import cache_facts, cache_text
     from skimlm.pipeline import sensitivity
 
     place = sensitivity.folder(cache_dir)

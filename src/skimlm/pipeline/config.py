@@ -139,7 +139,7 @@ class Option:
             high = math.inf if self.high is None else self.high
             bad = not low <= converted <= high
         if bad:
-            shown = repr(value) if isinstance(value, str) else value
+            shown = repr(value) if isinstance(value, str) else str(value).removesuffix(".0")
             raise SkimError(f"{flag(name)[2:]} must be {self.allowed}, got {shown}")
         return (converted,) if self.many else converted
 
