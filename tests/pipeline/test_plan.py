@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers
 
+from skimlm.models.architecture import positions
 from skimlm.pipeline import plan
 from skimlm.pipeline.config import CompressConfig
 
@@ -73,3 +75,16 @@ def test_the_line_says_what_will_run():
         "planned: slim fast, streamed block by block, at most 1.2 GB of memory, 0.4 GB of disk "
         "for scratch and cache, about 7 min"
     )
+
+
+@pytest.mark.parametrize(
+    "config, limit",
+    [
+        (transformers.GPT2Config(n_positions=96), 96),
+        (transformers.OPTConfig(max_position_embeddings=80), 80),
+        (transformers.MptConfig(max_seq_len=64), 64),
+        (transformers.BloomConfig(), None),
+    ],
+)
+def test_what_a_model_can_read_is_found_under_every_name(config, limit):
+    assert positions(config) == limit

@@ -10,6 +10,7 @@ import torch
 from skimlm.errors import FormatError, SkimError, one_line
 
 CAUSAL = ("forcausallm", "lmheadmodel")  # how such classes are named, lower case
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # of a text config
 
 
 def check_causal(file: Path, config: Any) -> None:
@@ -57,7 +58,8 @@ def skeleton(file: Path, config: Any) -> Any:
 
 def positions(config: Any) -> int | None:
     """Tokens that a model reads at once, None if its config sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or None
+    text = config.get_text_config()
+    return next((limit for name in POSITIONS if (limit := getattr(text, name, None))), None)
 
 
 def check_positions(config: Any, seq_len: int, least: int = 2) -> None:
