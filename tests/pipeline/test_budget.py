@@ -116,5 +116,34 @@ def test_a_size_is_met_also_where_the_rest_of_a_folder_grows_with_the_widths():
 def test_a_size_that_nothing_meets_is_an_error():
     price = budget.prices(specs_of(linears(), None, False))
     target = budget.Target(size=1000)
-    with pytest.raises(SkimError, match="1,000 bytes cannot be reached: 9,000 bytes too few"):
+    with pytest.raises(SkimError, match="takes 10,000 bytes at 1 bit and 10,000 at 8"):
         budget.choose(target, curves(), linears(), price, True, lambda _: 10_000)
+
+
+def test_a_size_is_met_as_closely_in_a_model_of_many_rows():
+    many = {"a": nn.Linear(16, 100_000, device="meta")}
+    price = budget.prices(specs_of(many, None, False))
+    g = torch.Generator().manual_seed(0)
+    falling = 4.0 ** -torch.arange(8, dtype=torch.float64)
+    errors = {"a": torch.rand(100_000, 1, generator=g).double() * falling}
+
+    def size(widths):  # a byte less of codes takes less than one off the folder
+        return 1000 + round(0.9 * price.bits(widths) / 8)
+
+    ends = [size(budget.uniform(many, b)) for b in (1, 8)]
+    for share in (0.3, 0.5, 0.7):
+        asked = round(ends[0] + share * (ends[1] - ends[0]))
+        widths = budget.choose(budget.Target(size=asked), errors, many, price, True, size)
+        assert 0 <= asked - size(widths) <= 8
+
+
+def test_a_size_is_met_where_corrections_are_slow():
+    price = budget.prices(specs_of(linears(), None, False))
+
+    def size(widths):
+        return 1000 + round(price.bits(widths) / 8 / 50)
+
+    low, high = (size(budget.uniform(linears(), b)) for b in (1, 8))
+    asked = (low + high) // 2 - 1
+    widths = budget.choose(budget.Target(size=asked), curves(), linears(), price, True, size)
+    assert 0 <= asked - size(widths) <= 2

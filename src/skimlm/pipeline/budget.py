@@ -6,6 +6,7 @@ tokenizer. The answer never exceeds the target and lies within one edge of a row
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ from skimlm.quantize import slim
 from skimlm.quantize.allocate import allocate
 from skimlm.quantize.fit import WIDTHS
 
-LESS = 1e-4  # bits per weight between two tries at a size, at least
+EXACT = 12  # tries at a size that are corrected by what the last one was over
+LESS = 1e-3  # bits per weight between two later tries, at least: the search ends
 NEAR = 0.005  # a folder is at most this much smaller than asked
 Widths = dict[str, Tensor]  # uint8 [r] per linear
 
@@ -140,14 +142,19 @@ def choose(
     low, high = (price.bits(uniform(linears, b)) / price.total for b in (1, price.widest))
     narrow, wide = (planned_bytes(uniform(linears, b)) for b in (1, price.widest))
     bits = low + (high - low) * (target.size - narrow) / max(wide - narrow, 1) + 0.05
-    while True:
+    for attempt in itertools.count():
         widths = for_bits(errors, price, min(max(bits, low), high), pooled)
         excess = planned_bytes(widths) - target.size
         if excess <= 0:
             return widths
         if bits <= low:
-            raise SkimError(f"{target.size:,} bytes cannot be reached: {excess:,} bytes too few")
-        bits = min((price.bits(widths) - 8 * excess) / price.total, bits - LESS)
+            break
+        closer = (price.bits(widths) - 8 * excess) / price.total
+        bits = closer if attempt < EXACT else min(closer, bits - LESS)
+    raise SkimError(
+        f"{target.size:,} bytes cannot be reached: the folder takes {narrow:,} bytes at 1 bit "
+        f"and {wide:,} at {price.widest}"
+    )
 
 
 def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: bool) -> Widths:
