@@ -113,8 +113,10 @@ def generate(
 def _stdin() -> str:
     """The text on stdin; nothing where it is closed."""
     try:
-        return sys.stdin.read() if sys.stdin else ""
-    except UnicodeDecodeError as error:
+        text = sys.stdin.read() if sys.stdin else ""
+        text.encode()  # some locales let bytes that are no text through
+        return text
+    except UnicodeError as error:
         raise SkimError(f"stdin is not UTF-8 text: {error}") from None
 
 
