@@ -305,7 +305,7 @@ def test_sliding_windows(pair, calls):
 
 
 def test_rows_in_a_code_that_native_code_does_not_know(pair, calls, monkeypatch):
-    monkeypatch.setattr(plan, "ROW_CODES", {"table", "grid"})
+    monkeypatch.setattr(plan, "KNOWN_ROW_CODES", {"table", "grid"})
     model, dense = pair()
     assert close(follow(model)[0], follow(dense)[0])
     assert not calls

@@ -283,7 +283,7 @@ def test_an_implementation_can_be_registered_for_a_device(monkeypatch):
 
 def test_a_row_code_that_native_code_does_not_know_is_left_to_torch(monkeypatch):
     layer, x = pack(random_quantized(9, 17, widths=[3, 7])), torch.randn(2, 17)
-    monkeypatch.setattr(cpu, "ROW_CODES", {"table"})
+    monkeypatch.setattr(cpu, "KNOWN_ROW_CODES", {"table"})
     monkeypatch.setattr(native, "call", None)
     monkeypatch.setattr(native, "layer_matmul", None)
     monkeypatch.setattr(native, "layer_unpack", None)

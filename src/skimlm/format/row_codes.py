@@ -73,5 +73,5 @@ ROW_CODES = (
     ),
 )
 MAX_WIDTH = max(code.widths[-1] for code in ROW_CODES)
-MAX_TABLE_WIDTH = ROW_CODES[0].widths[-1]
+MAX_TABLE_WIDTH = next(code.widths[-1] for code in ROW_CODES if code.name == "table")
 TABLE = 2**MAX_TABLE_WIDTH  # columns of a codebook that is not packed

@@ -11,7 +11,7 @@ enum Sparsity { DENSE, PAIRS, BITMAP };  // as layer.h counts them
 
 // How the codes of a row become levels (format/layer.py has the formulas). What a code decides stands in
 // three places: here, `lay_out` for what its rows add to the stored tensors, and `multiply_rows` in
-// layer.cpp for the kernels.
+// sparse.cpp for the kernels.
 enum RowCode { TABLE, AFFINE, GRID };
 
 inline RowCode code_of(const SkimlmLayer& w, int64_t width) {

@@ -22,14 +22,14 @@ FEW_TOKENS = 32  # from here on torch's product, unless `native.many`
 FEW_SPARSE = 256  # the same beyond version 1, with VBMI (4096x4096: torch takes 240 ms)
 TILE = 2**21  # weights de-quantized at a time for many tokens
 DTYPES = (torch.float32, torch.bfloat16)
-ROW_CODES = {"table", "affine", "grid"}
+KNOWN_ROW_CODES = {"table", "affine", "grid"}
 
 
 def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
     """`ops.matmul`."""
     spec = layer.spec
     count = x.numel() // spec.cols
-    known = spec.row_codes <= ROW_CODES
+    known = spec.row_codes <= KNOWN_ROW_CODES
     if x.dtype not in DTYPES or not count or not known or native.missing():
         return NotImplemented
     plain = spec.version == 1
@@ -53,7 +53,7 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
 
 def dequantize(layer: Layer, dtype: torch.dtype) -> Any:
     """`ops.dequantize`."""
-    known = layer.spec.row_codes <= ROW_CODES
+    known = layer.spec.row_codes <= KNOWN_ROW_CODES
     if dtype not in DTYPES or not known or native.missing():
         return NotImplemented
     out = torch.empty(layer.spec.rows, layer.spec.cols, dtype=dtype)

@@ -30,7 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from skimlm.native.structs import BodyStruct
-from skimlm.runtime.cpu import ROW_CODES
+from skimlm.runtime.cpu import KNOWN_ROW_CODES
 from skimlm.runtime.linear import CompressedLinear
 from skimlm.runtime.structs import body_struct
 from skimlm.runtime.watched import events, start
@@ -171,7 +171,7 @@ def parts(file: ModuleType, block: Any) -> tuple[list[Any], list[Any]] | None:
     linears = [*into, attention.o_proj, *gate_up, mlp.down_proj]
     if type(act) not in ACTIVATIONS or any(type(m) is not CompressedLinear for m in linears):
         return None
-    if any(m.in_scale is not None or not m.spec.row_codes <= ROW_CODES for m in linears):
+    if any(m.in_scale is not None or not m.spec.row_codes <= KNOWN_ROW_CODES for m in linears):
         return None
     norms = [block.input_layernorm, getattr(attention, "q_norm", None)]
     norms += [getattr(attention, "k_norm", None), block.post_attention_layernorm]
