@@ -244,7 +244,7 @@ def test_bits_outside_the_range_are_refused(run, bits):
         ({"samples": -2}, "samples"),
         ({"seq_len": 0}, "seq"),
         ({"seq_len": 1}, "seq"),
-        ({"seq_len": 10**5}, "fewer than one window of 100000"),
+        ({"seq_len": 10**5}, "seq-len must be 2 to 256, got 100000"),
     ],
 )
 def test_impossible_requests_are_one_line_errors(run, tmp_path, options, match):

@@ -375,7 +375,7 @@ def test_what_a_user_can_get_wrong_is_one_line(run, folder, llama_folder, tmp_pa
     refused(folder, "out", "7 tokens are fewer than one window of 32", text=short)
     refused(folder, "out", "one window of 6 is too little", text=short, seq_len=6)
     refused(folder, "out", "31 tokens are less than one window of 32", tokens=31)
-    refused(folder, "out", "seq-len must be at most 256", seq_len=300)
+    refused(folder, "out", "seq-len must be 2 to 256", seq_len=300)
     refused(folder, "out", "seq-len must be at least 2", seq_len=1)
     assert not (tmp_path / "out").exists()
 
