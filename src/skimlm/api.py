@@ -288,13 +288,15 @@ class Model:
         skills: Sequence[str | Skill | os.PathLike[str]] = (),
         raw: bool = False,
         temperature: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int = 0,
         write: Callable[[str], None] | None = None,
     ) -> Generation:
         """Answer `prompt`, or with `raw` continue it as it is; the text is in `.text`.
 
         `skills` stand before it: names of added ones, Skills or files. A `temperature` of 0 is
-        greedy. `write` receives each piece of text as soon as it is whole.
+        greedy; a `repetition_penalty` above 1 makes tokens that were said before less likely.
+        `write` receives each piece of text as soon as it is whole.
         """
         return generate_text(
             self.model,
@@ -304,6 +306,7 @@ class Model:
             skills=[self._named(skill) for skill in skills],
             raw=raw,
             temperature=temperature,
+            repetition_penalty=repetition_penalty,
             seed=seed,
             write=write,
         )

