@@ -92,7 +92,7 @@ def test_compress_prints_a_line_per_fact(calls):
 
 
 def test_json_is_one_object_and_progress_is_not_on_stdout(calls, monkeypatch):
-    monkeypatch.setattr("skimlm.progress.WORTH", 0.0)  # every phase gets a line
+    monkeypatch.setattr("skimlm.progress.EVERY", 0.0)  # every step gets a line
     result = run("compress", "model", "out", "--json")
     assert json.loads(result.stdout) == Report().to_json()
     assert result.stdout.count("\n") == 1
