@@ -21,7 +21,7 @@ test: .venv/test
 	rm -rf build/elsewhere
 	$(PIP) --no-deps --target build/elsewhere build/dist/*.whl
 	cd build/elsewhere && PYTHONPATH=. ../../$(BIN)/python ../../tests/smoke.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 format: .venv/test
 	$(BIN)/ruff format .
