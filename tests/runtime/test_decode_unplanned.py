@@ -203,7 +203,7 @@ def test_a_change_between_two_tokens_acts_on_the_next(model, name):
         (torch.nn.functional, "silu"),
         (llama.ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", "functions"),
 )
 @pytest.mark.parametrize("when", ["before the first", "afterwards", "between tokens"])
 def test_code_that_was_replaced_acts(model, monkeypatch, owner, name, when):
