@@ -11,6 +11,7 @@ from skimlm.models.checkpoint import load
 from skimlm.models.tokenizer import check_ids
 from skimlm.models.write import save
 from skimlm.pipeline.compress import compress
+from skimlm.pipeline.config import CompressConfig
 from skimlm.skills.splice import embed
 
 TEXT = "some words <|extra|> here. " * 100
@@ -78,7 +79,5 @@ def test_calibration_text_with_such_a_token_is_refused_before_the_model_is_loade
         "transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loaded")
     )
     with pytest.raises(SkimError, match=ONE_LINE):
-        compress(
-            tmp_path, tmp_path / "out", recipe="fast", text=tmp_path / "text.txt", samples=4,
-            seq_len=64,
-        )  # fmt: skip
+        how = CompressConfig(recipe="fast", text=tmp_path / "text.txt", samples=4, seq_len=64)
+        compress(tmp_path, tmp_path.with_name(f"{tmp_path.name}-out"), how)

@@ -537,8 +537,10 @@ def test_a_model_that_fits_is_not_streamed(folders, text, tmp_path):
     with pytest.raises(SkimError, match=r"0.8 GB of memory are needed block by block, --max-mem"):
         started(folders("llama"), tmp_path / "d", max_memory=least - 1, **how)
     sparse = how | dict(method="slim", bits=4)
-    report = started(folders("llama"), tmp_path / "c", max_memory=least, **sparse)
-    assert report.streamed
+    slim = started(folders("llama"), tmp_path / "c", max_memory=2 * free, dry_run=True, **sparse)
+    assert not slim.streamed
+    report = started(folders("llama"), tmp_path / "c", max_memory=3 * free, workers=1, **sparse)
+    assert report.streamed and report.planned["memory"] < 3 * free
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b", "c", "cache", "text.txt"]
 
 

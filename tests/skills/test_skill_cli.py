@@ -63,7 +63,8 @@ def fails(result, line, code=1):
     assert result.stderr.splitlines()[-1].startswith(line), result.stderr
 
 
-def test_the_default_is_adaptive_and_prints_its_evidence(folder, source, quick):
+def test_the_default_is_adaptive_and_prints_its_evidence(folder, source, quick, monkeypatch):
+    monkeypatch.setattr("skimlm.progress.EVERY", 0.0)  # every step gets a line
     out = source.with_name("a.skim")
     options = "--train 6 --steps 2 --json".split()
     result = run("skill", "compress", source, out, "--model", folder, *options)
