@@ -55,6 +55,7 @@ def test_hours_are_hours(lines):
 
 
 def test_without_a_terminal_there_are_no_control_codes(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # colours are asked for: still no terminal
     error = io.StringIO()
     monkeypatch.setattr(sys, "stderr", error)
     monkeypatch.setattr("skimlm.progress.WORTH", 0.0)

@@ -40,8 +40,9 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """
     from rich.console import Console
 
-    console = Console(stderr=True)
-    with _bars(console) if console.is_terminal else _plain_lines() as update:
+    # not rich's own answer: FORCE_COLOR makes a terminal of a log file
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    with _bars(Console(stderr=True)) if terminal else _plain_lines() as update:
         yield update
 
 

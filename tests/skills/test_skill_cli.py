@@ -144,6 +144,11 @@ def test_mistakes_are_one_line(folder, source, packed, tmp_path):
     fails(compress(tmp_path / "none.md", out), f"error: {tmp_path / 'none.md'}: No such file")
     fails(compress(source, tmp_path / "x.bin"), f"error: {tmp_path / 'x.bin'}: a compressed skill")
     fails(compress(source, packed), f"error: {packed}: exists, use --force to replace it")
+    out.write_text("notes of mine")
+    fails(compress(source, out), f"error: {out}: exists, use --force to replace it")
+    fails(compress(source, out, "--force"), f"error: {out}: was not written by skimlm")
+    assert out.read_text() == "notes of mine"
+    out.unlink()
     fails(compress(source, out, "--method", "head"), "error: --method head needs a size")
     fails(compress(source, out, "--tokens", 9999), "error: 9,999 soft tokens for a text of")
     fails(compress(source, out, "--tokens", 4, "--ratio", 0.5), "Error: give one of --ratio", 2)

@@ -313,6 +313,11 @@ def test_the_command_trains_and_compress_uses_it(skills, tokenizer, tmp_path, mo
     assert sorted(f.name for f in tmp_path.iterdir()) == ["c.safetensors", "model"]
     again = run("skill", "train", out, "--model", folder, "--skills", skills[0].parent)
     assert again.exit_code == 1 and "exists, use --force" in again.stderr
+    weights = folder / "model.safetensors"  # of the model: skimlm did not write that
+    before = weights.read_bytes()
+    again = run("skill", "train", weights, "--model", folder, "--skills", skills[0], "--force")
+    assert again.exit_code == 1 and "was not written by skimlm" in again.stderr
+    assert weights.read_bytes() == before
     train = ("skill", "train", tmp_path / "d.safetensors", "--model", folder)
     more = run(*train, "--skills", skills[0].parent, "--compressor", out)
     assert more.exit_code == 0, more.output

@@ -19,7 +19,6 @@ from skimlm.cli.options import (
     THREADS,
     show,
 )
-from skimlm.errors import SkimError
 
 
 @click.group(cls=Commands)
@@ -150,8 +149,7 @@ def skill_train(
     from skimlm.skills import compressor as compressing
     from skimlm.skills import document, train_compressor
 
-    if out.exists() and not force:
-        raise SkimError(f"{out}: exists, use --force to replace it")
+    compressing.check_out(out, force)
     paths = document.find(skills)
     usual = train_compressor.Settings()
     settings = dataclasses.replace(

@@ -124,6 +124,7 @@ def finetune(
     """
     start, settings = time.perf_counter(), settings or Settings()
     opened = _opened(path, out, force)
+    check_positions(opened.config, settings.seq_len)
     tokenizer = load_tokenizer(opened)
     documents = read_documents(text, text_key, tokenizer)
     model, _ = load(opened, tokenizer=tokenizer)
@@ -172,7 +173,6 @@ def _windows(
 ) -> tuple[Tensor, Tensor]:
     """Windows [n, t] to train on and those that are held out."""
     length = settings.seq_len
-    check_positions(model.config, length)
     count = settings.windows + HELD_OUT
     ids = windows(documents, tokenizer, count, length, settings.seed, where)
     check_ids(model, ids, tokenizer)

@@ -45,7 +45,7 @@ from skimlm.skills.document import Document
 from skimlm.skills.rollout import read as read_pieces
 from skimlm.skills.splice import opening
 from skimlm.skills.store import HASHES, fingerprints, stale
-from skimlm.storage.safetensors import write_file
+from skimlm.storage.safetensors import check_out_file, write_file
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 KEY, FORMAT_VERSION = "skim_compressor", 1
@@ -179,6 +179,11 @@ def _with_adapters(values: Mapping[str, Tensor]) -> Callable[[str, Any], Callabl
 
 
 # ---- the file
+
+
+def check_out(path: Path, force: bool) -> None:
+    """Refuse an OUT that stands there already; with `force`, whatever is no compressor."""
+    check_out_file(path, KEY, force)
 
 
 def write(path: str | os.PathLike[str], compressor: Compressor) -> None:

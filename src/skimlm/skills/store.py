@@ -28,7 +28,7 @@ from skimlm.errors import FormatError, SkimError, first_line
 from skimlm.models.architecture import positions
 from skimlm.skills.document import MAX_BYTES, Document, parse
 from skimlm.skills.splice import WRAPPER, Piece, Pin, pieces_of, token_ids, wrapper_tokens
-from skimlm.storage.safetensors import finite, read_header, write_file
+from skimlm.storage.safetensors import check_out_file, finite, read_header, write_file
 
 FORMAT_VERSION = 1
 KEY = "skim"  # of the metadata of the file
@@ -133,11 +133,10 @@ def tokens(skill: Skill, tokenizer: Any, k: int | None = None) -> int:
 
 
 def check_out(path: Path, force: bool) -> None:
-    """Refuse an OUT that is no .skim, or exists without `force`: before minutes of work."""
+    """Refuse an OUT that is no .skim, or stands there already: before minutes of work."""
     if path.suffix != SUFFIX:
         raise SkimError(f"{path}: a compressed skill is named *{SUFFIX}")
-    if path.exists() and not force:
-        raise SkimError(f"{path}: exists, use --force to replace it")
+    check_out_file(path, KEY, force)
 
 
 def write(path: str | os.PathLike[str], skill: Skill) -> None:
