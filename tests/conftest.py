@@ -31,6 +31,18 @@ CONFIGS = {
     "opt": ("OPTConfig", SIZE | dict(ffn_dim=72, word_embed_proj_dim=64)),
     "gpt_neox": ("GPTNeoXConfig", SIZE | dict(intermediate_size=72)),
     "mixtral": ("MixtralConfig", GATED | dict(num_local_experts=4)),
+    "gpt_oss": (
+        "GptOssConfig",
+        GATED | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16),
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        GATED
+        | dict(num_local_experts=4, intermediate_size_mlp=72, head_dim=16)
+        | dict(interleave_moe_layer_step=1),
+    ),
+    "jetmoe": ("JetMoeConfig", GATED | dict(num_local_experts=4, kv_channels=16)),
+    "falcon": ("FalconConfig", SIZE | dict(alibi=False, new_decoder_architecture=False)),
     "gpt2": ("GPT2Config", dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4)),
 }
 FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "phi3", "opt", "gpt_neox")

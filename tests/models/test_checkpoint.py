@@ -100,15 +100,12 @@ def test_include_and_exclude_are_shell_patterns():
         decoder_linears(model, ["*.mlp.*"], ["*.mlp.*"])
 
 
-def test_a_model_of_conv1d_has_no_linears(tmp_path):
-    tiny_model("gpt2").save_pretrained(tmp_path)
-    refuse(tmp_path, f"{tmp_path}: no nn.Linear in the decoder blocks of GPT2LMHeadModel")
-
-
-def test_fused_experts_are_refused_by_name(tmp_path):
-    tiny_model("mixtral").save_pretrained(tmp_path)
-    text = refuse(tmp_path, "mixtures of experts are not supported", FormatError)
-    assert "model.layers.0.mlp.experts.gate_up_proj: fused experts [4, 144, 64]" in text
+def test_linears_that_stay_dense_are_not_found():
+    model = tiny_model()
+    every = list(decoder_linears(model))
+    assert list(decoder_linears(model, dense=every[1:])) == every[:1]
+    with pytest.raises(SkimError, match="no nn.Linear in the decoder blocks of LlamaForCausalLM"):
+        decoder_linears(model, dense=every)
 
 
 # ---- reading

@@ -8,18 +8,22 @@ swap_out(model, dtype)            dense layers again
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from skimlm.errors import FormatError
 from skimlm.format.check import check_stored
 from skimlm.format.layer import Layer
 from skimlm.models.blocks import embeddings, multiplier_of
+from skimlm.models.structure import join, separate
 from skimlm.runtime.decode import fuse, unfuse
 from skimlm.runtime.linear import CompressedEmbedding, CompressedHead, CompressedLinear
 from skimlm.storage.safetensors import DTYPES, read_header
@@ -32,6 +36,7 @@ CONFIG = "config.json"
 
 def swap_in(model: Any, config: SkimlmConfig, dtype: torch.dtype) -> None:
     """Replace linears, embedding and head by empty compressed ones, on the meta device."""
+    separate(model, _layout(model, config))
     for name in config.linears:
         own = _own_name(model, name)
         old = model.get_submodule(own)
@@ -77,8 +82,8 @@ def complete(model: Any) -> None:
     fuse(model)
 
 
-def swap_out(model: Any, dtype: torch.dtype) -> Any:
-    """Replace every compressed layer by the dense one it stands for."""
+def swap_out(model: Any, dtype: torch.dtype, config: SkimlmConfig) -> Any:
+    """Replace every compressed layer by the dense one it stands for, kept as the family does."""
     unfuse(model)
     table, head, tied = embeddings(model)
     for name, module in list(model.named_modules()):
@@ -86,7 +91,27 @@ def swap_out(model: Any, dtype: torch.dtype) -> Any:
             model.set_submodule(name, module.dense(dtype))
     if head and tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    if layout := getattr(config, "layout", None):
+        with init_empty_weights():
+            like = type(model)(copy.deepcopy(model.config))
+        join(model, layout, like)
     return model
+
+
+def _layout(model: Any, config: SkimlmConfig) -> dict[str, bool]:
+    """What config.json says of matrices that the family keeps otherwise; FormatError if it lies."""
+    layout = getattr(config, "layout", {})
+    if not isinstance(layout, dict):
+        raise FormatError("layout must be a map of names", file=CONFIG)
+    parameters = dict(model.named_parameters())
+    for name, transposed in layout.items():
+        kept = parameters.get(name)
+        module = model.get_submodule(name.rpartition(".")[0]) if kept is not None else None
+        if kept is None or (kept.ndim != 3 and not isinstance(module, (nn.Linear, Conv1D))):
+            raise FormatError("layout: is no matrix of this model", file=CONFIG, tensor=name)
+        if not isinstance(transposed, bool):
+            raise FormatError("layout must be true or false", file=CONFIG, tensor=name)
+    return layout
 
 
 def check_files(model: Any, config: SkimlmConfig, files: Sequence[Path]) -> None:

@@ -37,9 +37,12 @@ class SkimlmConfig(QuantizationConfigMixin):
         embed_bits: int = 16,
         linears: dict[str, dict[str, Any]] | None = None,
         provenance: dict[str, Any] | None = None,
+        layout: dict[str, bool] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = METHOD
+        if layout:  # how the family keeps matrices that are linears here (models/structure.py)
+            self.layout = layout
         self.format_version, self.bits, self.embed_bits = format_version, bits, embed_bits
         self.linears, self.provenance = linears or {}, provenance or {}
         if not isinstance(self.linears, dict):
@@ -83,6 +86,10 @@ class SkimlmQuantizer(HfQuantizer):
         swap_in(model, self.quantization_config, dtype or torch.get_default_dtype())
         check_files(model, self.quantization_config, [Path(f) for f in checkpoint_files or ()])
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """What is stored has the model's own names: nothing is renamed, stacked or split."""
+        return []
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from skimlm.integrations.swap import complete
 
@@ -93,7 +100,7 @@ class SkimlmQuantizer(HfQuantizer):
 
         # config.dtype, which comes here, is a string after a `save_pretrained`
         given = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return swap_out(model, given or model.dtype)
+        return swap_out(model, given or model.dtype, self.quantization_config)
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved again."""

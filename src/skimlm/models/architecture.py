@@ -21,12 +21,12 @@ def check_causal(file: Path, config: Any) -> None:
     """
     from transformers.models.auto import modeling_auto as auto
 
-    kind = config.model_type
-    if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+    kind, auto_kind = config.model_type, auto_class(config)
+    if auto_kind is None:
         raise FormatError(
             f"unknown architecture: {kind!r} is not a causal language model", file=file
         )
-    built = auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__
+    built = auto_kind._model_mapping[type(config)].__name__
     for name in config.architectures or ():
         if str(name).lower() != built.lower() and not str(name).lower().endswith(CAUSAL):
             raise FormatError(
@@ -48,12 +48,31 @@ def check_causal(file: Path, config: Any) -> None:
         )
 
 
-def skeleton(file: Path, config: Any) -> Any:
-    """The model without its numbers, on the meta device; an error names `file`."""
-    from transformers import AutoModelForCausalLM
+def auto_class(config: Any) -> Any:
+    """The auto class that builds a model which continues a text; None if transformers has none.
 
-    with one_line(file, "the model cannot be built"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    The one that has the class the checkpoint was saved from, else the first that knows the config.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    known = {
+        kind: kind._model_mapping[type(config)]
+        for kind in kinds
+        if type(config) in kind._model_mapping
+    }
+    saved = set(config.architectures or ())
+    same = (kind for kind, built in known.items() if built.__name__ in saved)
+    return next(same, next(iter(known), None))
+
+
+def skeleton(file: Path, config: Any, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model without its numbers, on the meta device; an error names `file`."""
+    from accelerate import init_empty_weights
+
+    with one_line(file, "the model cannot be built"):
+        with init_empty_weights(include_buffers=False):  # buffers are made, not stored
+            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def positions(config: Any) -> int | None:

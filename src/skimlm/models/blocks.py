@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from skimlm.errors import FormatError, SkimError
+from skimlm.errors import SkimError
 
 
 def decoder_blocks(model: Any) -> list[tuple[str, nn.Module]]:
@@ -48,14 +48,18 @@ def decoder_linears(
     model: nn.Module,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
+    dense: Collection[str] = (),
 ) -> dict[str, nn.Linear]:
-    """The `nn.Linear`s inside the blocks by name, in model order; patterns as in a shell."""
-    found = {}
-    for block_name, block in decoder_blocks(model):
-        for name, module in block.named_modules(prefix=block_name):
-            _refuse_fused(name, module)
-            if type(module) is nn.Linear:
-                found[name] = module
+    """The `nn.Linear`s inside the blocks by name, in model order, without those that stay `dense`.
+
+    `include` and `exclude` are patterns as in a shell.
+    """
+    found = {
+        name: module
+        for prefix, block in decoder_blocks(model)
+        for name, module in block.named_modules(prefix=prefix)
+        if type(module) is nn.Linear and name not in dense
+    }
     if not found:
         raise SkimError(f"no nn.Linear in the decoder blocks of {type(model).__name__}")
     for option, patterns in (("include", include), ("exclude", exclude)):
@@ -74,18 +78,6 @@ def decoder_linears(
     if not wanted:
         raise SkimError(f"include and exclude leave none of the {len(found)} linears")
     return wanted
-
-
-def _refuse_fused(name: str, module: nn.Module) -> None:
-    """Experts fused into one 3-D parameter are refused: to skip them would fool the user."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return
-    for own, parameter in module.named_parameters(name, recurse=False):
-        if parameter.ndim == 3:
-            raise FormatError(
-                f"fused experts {list(parameter.shape)}: mixtures of experts are not supported",
-                tensor=own,
-            )
 
 
 def embeddings(model: Any) -> tuple[tuple[str, Any], tuple[str, Any] | None, bool]:

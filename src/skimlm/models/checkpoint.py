@@ -20,11 +20,12 @@ from torch import nn
 
 from skimlm.errors import FormatError, SkimError, first_line, naming, one_line
 from skimlm.format.layer import METHOD
-from skimlm.models.architecture import check_causal, skeleton
+from skimlm.models.architecture import auto_class, check_causal, skeleton
 from skimlm.models.blocks import decoder_linears, embeddings
 from skimlm.models.gguf import alone, check_model_finite, gguf_options, read_gguf_config
 from skimlm.models.gguf_metadata import check_gguf_tensors, read_metadata
 from skimlm.models.side_files import CARRIED
+from skimlm.models.structure import Structure, separate, structure_of
 from skimlm.models.tensors import check_extra, left_out, untie, untie_stored
 from skimlm.storage.safetensors import (
     check_finite,
@@ -45,6 +46,7 @@ class Checkpoint:
     files: dict[str, Path] = field(repr=False)
     compressed: bool = False
     left_out: tuple[str, ...] = ()  # stored, and no part of what transformers makes of them
+    structure: Structure = field(default_factory=Structure, repr=False)  # of one to compress
 
     @property
     def gguf(self) -> bool:
@@ -68,10 +70,8 @@ def open_checkpoint(
         config = read_gguf_config(path, metadata)
         check_causal(path, config)
         model = skeleton(path, config)
-        with naming(path):
-            decoder_linears(model)
         check_gguf_tensors(path, metadata, model)
-        return Checkpoint(path, config, {})
+        return Checkpoint(path, config, {}, structure=_structure(path, model))
     config, compressed = _read_config(path)
     entries = tensor_files(path)
     files = {name: file for name, (file, _) in entries.items()}
@@ -79,11 +79,11 @@ def open_checkpoint(
         check_finite(entries)
         return Checkpoint(path, config, files, compressed)
     model = skeleton(path / CONFIG, config)
-    with naming(path):
-        _check_shapes(decoder_linears(model), entries)
+    _check_shapes(model, entries)
     check_finite(entries)
     untie_stored(model, config, files)
-    return Checkpoint(path, config, files, left_out=tuple(left_out(model, files)))
+    left = tuple(left_out(model, files))
+    return Checkpoint(path, config, files, left_out=left, structure=_structure(path, model))
 
 
 def open_compressed(source: str | os.PathLike[str]) -> Checkpoint:
@@ -103,14 +103,12 @@ def load(
     tokenizer: Any = None,
 ) -> tuple[Any, Any]:
     """Load a model, compressed or not, and its tokenizer unless that is at hand."""
-    from transformers import AutoModelForCausalLM
-
     if not isinstance(source, Checkpoint):
         source = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     tokenizer = tokenizer or load_tokenizer(source)
     options = gguf_options(source.path) if source.gguf else {}
     with one_line(source.path, "cannot be loaded"), alone(source.path) as folder:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(source.config).from_pretrained(
             folder,
             config=source.config,
             dtype=dtype,
@@ -199,9 +197,20 @@ def _read_config(path: Path) -> tuple[Any, bool]:
     return config, method == METHOD
 
 
-def _check_shapes(layers: Mapping[str, nn.Linear], files: Mapping[str, Any]) -> None:
+def _structure(path: Path, model: Any) -> Structure:
+    """How the blocks keep their matrices; SkimError if there is nothing to compress."""
+    with naming(path):
+        found = structure_of(model)
+        separate(model, found.layout)
+        decoder_linears(model, dense=found.dense)
+    return found
+
+
+def _check_shapes(model: Any, files: Mapping[str, Any]) -> None:
     """Refuse linears whose stored shape is not the model's."""
-    for name, layer in layers.items():
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear):
+            continue
         file, entry = files.get(f"{name}.weight", (None, {}))
         shape = [layer.out_features, layer.in_features]
         if file and entry["shape"] != shape:

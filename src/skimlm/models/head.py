@@ -14,6 +14,14 @@ from skimlm.errors import SkimError
 from skimlm.models.hooks import forward_replaced
 
 
+class BodyOutput(BaseModelOutputWithPast):
+    """What a body returns: hidden states, and None for whatever else a family's head looks for."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 def final_hidden(model: Any, ids: Tensor) -> Tensor:
     """Hidden states [n, t, d] that the body of `model` hands to its head for `ids` [n, t]."""
     return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -23,7 +31,7 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits [..., vocab] of hidden states [..., d], in the model's dtype and differentiable."""
     states = hidden.reshape(1, -1, hidden.shape[-1])
     ids = states.new_zeros(states.shape[:2]).long()  # only their shape is looked at
-    output = BaseModelOutputWithPast(last_hidden_state=states)
+    output = BodyOutput(last_hidden_state=states)
     calls = []  # the replaced body notes that it was asked
 
     def body(*_args: Any, **_kwargs: Any) -> Any:

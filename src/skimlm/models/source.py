@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from skimlm.errors import FormatError, one_line
+from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import decoder_blocks
 from skimlm.models.checkpoint import Checkpoint, load
+from skimlm.models.folder_tensors import FolderTensors
 from skimlm.models.gguf_tensors import GgufTensors
 from skimlm.models.hooks import forwards_replaced
+from skimlm.models.structure import Origin, separate
 from skimlm.models.tensors import check_extra
 
 Span = range  # numbers of blocks that follow each other
@@ -172,15 +174,19 @@ def open_source(
     Raises SkimError for a checkpoint to stream whose tensors are not named as the model names them.
     """
     if not streamed:
-        return BlockSource(load(source, dtype, tokenizer=tokenizer)[0])
+        whole = load(source, dtype, tokenizer=tokenizer)[0]
+        separate(whole, source.structure.layout)
+        return BlockSource(whole)
     model = _skeleton(source, dtype)
-    tensors: Tensors = FolderTensors(source.path, source.files, dtype)
+    tensors: Tensors
     if source.gguf:
         tensors = GgufTensors.open(source.path, model, dtype)
-    _put_outside(model, tensors)
-    if not source.gguf:
-        check_extra(model, source.files.keys() - model.state_dict(), source.files, source.path)
-    return BlockSource(model.eval(), tensors)
+    else:
+        tensors = FolderTensors.open(source.path, source.files, model)
+        check_extra(model, tensors.unused, source.files, source.path)
+    apart = Separated(tensors, separate(model, source.structure.layout))
+    _put_outside(model, apart)
+    return BlockSource(model.eval(), apart)
 
 
 def _put_outside(model: Any, tensors: Tensors) -> None:
@@ -202,45 +208,44 @@ def _put_outside(model: Any, tensors: Tensors) -> None:
 
 def _skeleton(source: Checkpoint, dtype: torch.dtype) -> Any:
     """A model whose parameters are on the meta device."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    with one_line(source.path, "cannot be loaded"):
-        with init_empty_weights(include_buffers=False):  # buffers are made, not stored
-            model: Any = AutoModelForCausalLM.from_config(
-                source.config, dtype=dtype, trust_remote_code=False
-            )
-        if (source.path / "generation_config.json").is_file():
+    model = skeleton(source.path, source.config, dtype)
+    if (source.path / "generation_config.json").is_file():
+        with one_line(source.path, "cannot be loaded"):
             model.generation_config = GenerationConfig.from_pretrained(source.path)
     return model
 
 
 @dataclass(frozen=True)
-class FolderTensors:
-    """The tensors of a folder of safetensors."""
+class Separated:
+    """The tensors of a checkpoint where matrices that a family keeps otherwise are apart."""
 
-    path: Path
-    files: Mapping[str, Path]
-    dtype: torch.dtype
+    tensors: Tensors
+    origins: Mapping[str, Origin]  # of weights, by their names in the separated model
 
     @property
+    def path(self) -> Path:
+        """Where the checkpoint is."""
+        return self.tensors.path
+
+    @cached_property
     def names(self) -> Collection[str]:
         """The names of all tensors."""
-        return self.files.keys()
+        there = self.tensors.names
+        apart = {name for name, origin in self.origins.items() if origin.name in there}
+        return (set(there) - {origin.name for origin in self.origins.values()}) | apart
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, Path]]:
-        """These tensors, each with its file."""
-        by_file: dict[Path, list[str]] = {}
+        """These tensors, each with its file; what is kept together is read once."""
+        wanted: dict[str, list[str]] = {}
         for name in names:
-            by_file.setdefault(self.files[name], []).append(name)
-        for file, here in by_file.items():
-            with safe_open(file, framework="pt") as stream:
-                for name in here:
-                    tensor = stream.get_tensor(name)
-                    # a copy: views of a file are not aligned, and stay in memory while they are
-                    # used
-                    floats = tensor.is_floating_point()
-                    yield name, tensor.to(self.dtype, copy=True) if floats else tensor, file
+            own = self.origins[name].name if name in self.origins else name
+            wanted.setdefault(own, []).append(name)
+        for kept, tensor, file in self.tensors.read(list(wanted)):
+            for name in wanted[kept]:
+                origin = self.origins.get(name)
+                yield name, origin.take(tensor) if origin else tensor, file
 
 
 def _put(model: nn.Module, names: Sequence[str], tensors: Tensors) -> None:

@@ -97,15 +97,16 @@ def write_packed(
     bits: float,
     provenance: Mapping[str, Any] | None = None,
     source: Path | None = None,
+    layout: Mapping[str, bool] | None = None,
     max_shard_size: int | str = MAX_SHARD,
 ) -> None:
     """The same files where what the blocks hold is had by `read(name)`, a tensor at a time.
 
-    `specs` has every compressed linear; what its blocks hold is had by `read(name)`, a tensor at a
-    time.
+    `specs` has every compressed linear, `layout` where the family keeps its matrices otherwise
+    (structure.py).
     """
     tensors = _other_tensors(model, specs, embed_bits, quantize_table) | _packed_plan(specs)
-    _write_texts(folder, model, tokenizer, specs, embed_bits, bits, provenance, source)
+    _write_texts(folder, model, tokenizer, specs, embed_bits, bits, provenance, source, layout)
     write_shards(folder, split_shards(tensors, max_shard_size), read)
 
 
@@ -151,6 +152,7 @@ def plan_bytes(
     bits: float,
     provenance: Mapping[str, Any] | None = None,
     source: Path | None = None,
+    layout: Mapping[str, bool] | None = None,
     max_shard_size: int | str = MAX_SHARD,
 ) -> int:
     """Bytes that `write_model` will write besides the tensors of the compressed linears, exactly.
@@ -160,7 +162,9 @@ def plan_bytes(
     packed = _packed_plan(specs)
     tensors = _other_tensors(model, specs, embed_bits, _table_plan) | packed
     with tempfile.TemporaryDirectory() as folder:
-        _write_texts(Path(folder), model, tokenizer, specs, embed_bits, bits, provenance, source)
+        _write_texts(
+            Path(folder), model, tokenizer, specs, embed_bits, bits, provenance, source, layout
+        )
         total = folder_bytes(folder)
     files = split_shards(tensors, max_shard_size)
     total += sum(file_bytes(file) for file in files.values())
@@ -225,6 +229,7 @@ def _write_texts(
     bits: float,
     provenance: Mapping[str, Any] | None,
     source: Path | None,
+    layout: Mapping[str, bool] | None = None,
 ) -> None:
     """Write config.json, generation_config.json, the tokenizer's and all other small files.
 
@@ -240,6 +245,7 @@ def _write_texts(
         "embed_bits": embed_bits,
         "linears": {name: spec.entry() for name, spec in specs.items()},
         "provenance": dict(provenance or {}),
+        **({"layout": dict(layout)} if layout else {}),
     }
     config.save_pretrained(folder)
     if model.can_generate():

@@ -12,10 +12,11 @@ Fisher diagonal settles on far fewer windows than H~ does (SqueezeLLM: 10 sequen
 first `fisher_windows` pay for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from skimlm.models.hooks import forwards_replaced
 from skimlm.storage.safetensors import finite
 
 BATCH = 2  # windows that go through the model together
+FEW = 64  # tokens, below which an expert has no statistics of its own
 Observe = Callable[[str, Tensor, Tensor], None]
 
 
@@ -39,11 +41,40 @@ class Statistics:
     tokens: int = 0
 
     @property
+    def sums(self) -> list[Tensor]:
+        """All of them."""
+        found = [self.end_hessian, self.fisher, self.row_weight, self.hessian]
+        return [tensor for tensor in found if tensor is not None]
+
+    @property
     def input_rms(self) -> Tensor:
         """Root mean square of every input channel [c] (needs `hessian`)."""
         if self.hessian is None:
             raise ValueError("input_rms needs the layer-wise hessian, which was not collected")
         return (self.hessian.diagonal() / max(self.tokens, 1)).clamp(min=0).sqrt()
+
+
+class Summed(Protocol):
+    """Sums over the tokens that an expert saw."""
+
+    tokens: int
+
+    @property
+    def sums(self) -> list[Tensor]: ...
+
+
+def share(experts: Sequence[Summed]) -> None:
+    """Give experts of a stack that saw hardly a token those of all together, by their tokens."""
+    total = sum(expert.tokens for expert in experts)
+    if not total or all(expert.tokens >= FEW for expert in experts):
+        return
+    for sums in zip(*(expert.sums for expert in experts), strict=True):
+        whole = torch.zeros_like(sums[0])
+        for one in sums:
+            whole += one
+        for one, expert in zip(sums, experts, strict=True):
+            if expert.tokens < FEW:
+                one.copy_(whole * (max(expert.tokens, 1) / total))
 
 
 class _Observe(torch.autograd.Function):
@@ -110,8 +141,15 @@ class Sums:
             s.hessian += (x.T @ x).float().cpu()
         s.tokens += len(x)
 
-    def finished(self, dtype: torch.dtype) -> dict[str, Statistics]:
-        """The sums, row weights with mean 1; SkimError where the model overflowed its `dtype`."""
+    def finished(
+        self, dtype: torch.dtype, stacks: Sequence[Sequence[str]] = ()
+    ) -> dict[str, Statistics]:
+        """The sums, row weights with mean 1; SkimError where the model overflowed its `dtype`.
+
+        `stacks` are the linears that are experts of a layer, for `share`.
+        """
+        for names in stacks:
+            share([self.of[n] for n in names])
         for name, s in self.of.items():
             mean = s.row_weight.mean()
             s.row_weight = s.row_weight / mean if mean > 0 else torch.ones_like(s.row_weight)

@@ -35,12 +35,14 @@ import torch
 from torch import Tensor, nn
 
 import skimlm
-from skimlm.errors import SkimError
+from skimlm.errors import SkimError, naming
 from skimlm.format.layer import histogram
 from skimlm.models.architecture import check_positions, skeleton
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load_tokenizer, open_checkpoint
+from skimlm.models.coverage import Coverage, coverage
 from skimlm.models.source import BlockSource, open_source
+from skimlm.models.structure import Structure, separate
 from skimlm.models.tokenizer import check_ids
 from skimlm.models.write import plan_bytes, write_packed
 from skimlm.pipeline import budget, sensitivity, steps
@@ -76,6 +78,7 @@ class Report:
     analysis_kept: bool  # no calibration was needed: the analysis was there from another run
     analysis_bytes: int  # what it takes in the cache; `skimlm cache --prune` frees it
     streamed: bool  # block by block, the model never being in memory
+    coverage: dict[str, Any]  # how much of the model is compressed, what stays as it is and why
     planned: dict[str, float]  # memory and scratch in bytes, seconds
     seconds: dict[str, float]  # per phase
     held_out_kl: list[float] = field(default_factory=list)  # nats per token along the training
@@ -194,6 +197,7 @@ def _prices(
             bits=price.bits(widths) / price.total,
             provenance=provenance,
             source=given.path,
+            layout=given.structure.layout,
         )
         return others + round(price.bits(widths) / 8)
 
@@ -252,6 +256,7 @@ def _report(
         analysis_kept=chosen.kept,
         analysis_bytes=sensitivity.nbytes(tools.cache, chosen.key) if chosen.key else 0,
         streamed=given.source.streamed,
+        coverage=given.coverage.facts(),
         planned=dataclasses.asdict(given.needs),
         seconds=tools.clock.seconds,
         peak_rss_bytes=peak_rss_bytes(),
@@ -264,6 +269,7 @@ def _run(
     """Allocate, fit and write OUT by way of `work`."""
     journal.begin(work, _facts(config, given))
     tools.notice(planning.describe(given.needs, config, given.source.streamed))
+    tools.notice(given.coverage.text())
     if given.left_out:
         tools.notice(f"left out, as transformers does: {', '.join(given.left_out)}")
     _check_disk(given, config, tools, out)
@@ -285,6 +291,7 @@ def _run(
             bits=chosen.bits,
             provenance=_provenance(config, given),
             source=given.path,
+            layout=given.structure.layout,
         )
         report.bytes = folder_bytes(folder)
         journal.write_report(work, report.to_json())
@@ -325,6 +332,8 @@ class Given:
     ids: Tensor  # [windows, tokens]
     calibration: dict[str, Any]  # how the windows came about, for the provenance
     needs: planning.Needs
+    structure: Structure
+    coverage: Coverage
     left_out: Sequence[str] = ()  # tensors of the checkpoint that the model has no place for
 
     @property
@@ -348,8 +357,15 @@ def _load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -
         if opened.compressed:
             raise SkimError(f"{model}: is compressed already; give the original model")
         check_positions(opened.config, plan.seq_len)
-        shape = skeleton(opened.path, opened.config)
-        needs, streamed = _way(shape, config)
+        structure, shape = opened.structure, skeleton(opened.path, opened.config)
+        separate(shape, structure.layout)
+        chosen = config.include, config.exclude, structure.dense
+        linears = decoder_linears(shape, *chosen)
+        every = decoder_linears(shape, dense=structure.dense)
+        covered = coverage(shape, linears, every, structure, config.embed_bits)
+        with naming(opened.path):
+            covered.check(config.allow_partial)
+        needs, streamed = _way(shape, linears, config)
         tokenizer = load_tokenizer(opened)
         origin = "the built-in text" if text is None else text
         key = config.text_key
@@ -365,15 +381,26 @@ def _load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -
             "seq_len": ids.shape[1],
             "seed": config.seed,
         }
-        linears = decoder_linears(source.model, config.include, config.exclude)
+        linears = decoder_linears(source.model, *chosen)
         return Given(
-            opened.path, source, tokenizer, linears, ids, calibration, needs, opened.left_out
+            opened.path,
+            source,
+            tokenizer,
+            linears,
+            ids,
+            calibration,
+            needs,
+            structure,
+            covered,
+            opened.left_out,
         )
 
 
-def _way(shape: nn.Module, config: CompressConfig) -> tuple[planning.Needs, bool]:
+def _way(
+    shape: nn.Module, linears: Mapping[str, nn.Linear], config: CompressConfig
+) -> tuple[planning.Needs, bool]:
     """What the run takes, and whether the model is streamed: shared work always is."""
-    sizes = planning.sizes(shape, decoder_linears(shape, config.include, config.exclude))
+    sizes = planning.sizes(shape, linears)
     whole, part = planning.needs(sizes, config)
     shared = config.workers is not None or config.ray is not None
     samples = config.settings.samples
@@ -397,7 +424,7 @@ def _provenance(config: CompressConfig, given: Given) -> dict[str, Any]:
     facts = {"skimlm": skimlm.__version__, "config": config.provenance()}
     if config.settings.steps:
         facts["trained"] = "block by block" if given.source.streamed else "the model"
-    return facts | {"calibration": given.calibration}
+    return facts | {"calibration": given.calibration, "coverage": given.coverage.facts()}
 
 
 def _facts(config: CompressConfig, given: Given) -> dict[str, Any]:

@@ -253,6 +253,12 @@ class CompressConfig:
         metavar="ADDRESS",
         result=False,
     )
+    allow_partial: bool = _option(
+        False,
+        "Also where less than half of a model can be compressed.",
+        kind=bool,
+        result=False,
+    )
     dry_run: bool = _option(
         False, "Say what would be done, write nothing.", kind=bool, result=False
     )

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from skimlm.errors import SkimError
 from skimlm.models.hooks import forwards_replaced
+from skimlm.models.structure import stacks
+from skimlm.pipeline.calibrate import share
 from skimlm.pipeline.walk import Walk, batches
 from skimlm.storage.safetensors import finite
 
@@ -27,6 +29,11 @@ class Gram:
     h: Tensor  # X^^T X^ [c, c] float32
     cross: Tensor | None  # X^T X^: of the original's inputs with those at hand
     tokens: int
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What is summed."""
+        return [self.h]
 
     @property
     def rms(self) -> Tensor:
@@ -59,17 +66,18 @@ def grams(
     shared: dict[str, str] = {}  # linear -> the one whose matrix it shares
     latest: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
-    number = 0
+    experts = stacks(walk.source.model, linears)
+    routed = {name for names in experts for name in names}
 
     def see(name: str, x: Tensor) -> None:
-        if number == 0:
+        if name not in shared:
             shared[name] = next((n for n, old in latest.items() if old is x), name)
             latest[name] = x
         if shared[name] != name:
             return
         # float32: rounded to bfloat16, as in calibrate, the sums are not positive definite
         flat = x.reshape(-1, x.shape[-1]).float()
-        gram = found.setdefault(name, _empty(linears[name], crossed))
+        gram = found.setdefault(name, _empty(linears[name], crossed and name not in routed))
         gram.h += flat.T @ flat
         gram.tokens += len(flat)
         if gram.cross is not None:
@@ -83,6 +91,10 @@ def grams(
     for name, gram in found.items():
         if not finite(gram.h):
             raise SkimError(f"{name}: calibration overflowed (not finite); use other text")
+    for name in routed - found.keys():
+        found[name] = _empty(linears[name], False)
+    for names in experts:
+        share([found[name] for name in names])
     return {n: found.get(shared.get(n, n)) or _empty(m, crossed) for n, m in linears.items()}
 
 
@@ -93,31 +105,39 @@ def advance_original(walk: Walk, i: int, hidden: Tensor | None, batch: int) -> T
     """Hidden states behind block `i` as it was; what its linears read is kept, batch by batch."""
     seen: dict[str, Tensor] = {}
 
+    linears = walk.inside(range(i, i + 1))
+    routed = {name for names in stacks(walk.source.model, linears) for name in names}
+
     def see(name: str, x: Tensor) -> None:
-        if not any(x is old for old in seen.values()):  # one that is shared is kept once
+        # compressed, other tokens go to an expert; what is shared is kept once
+        if name not in routed and not any(x is old for old in seen.values()):
             seen[name] = x
 
     def keep(number: int) -> None:
         walk.store.keep(INPUTS, number, seen)
         seen.clear()
 
-    with watched(walk.inside(range(i, i + 1)), see):
+    with watched(linears, see):
         return walk.advance(range(i, i + 1), hidden, batch, after=keep)
 
 
 def stages(
     walk: Walk, i: int, linears: Mapping[str, nn.Linear], hidden: Tensor | None
 ) -> list[list[str]]:
-    """Linears of block `i` in the order they run, those that read the same input together."""
+    """Linears of block `i` in the order they run; together: one input, or experts of one stack."""
     found: list[list[str]] = []
     inputs: list[Tensor] = []  # kept, so that no address is used twice
+    experts = stacks(walk.source.model, linears)
+    together = {name: names for names in experts for name in names}
 
     def see(name: str, x: Tensor) -> None:
-        if inputs and any(x is old for old in inputs):
-            found[next(i for i, old in enumerate(inputs) if x is old)].append(name)
-        else:
+        if any(name in stage for stage in found):
+            return
+        if not any(x is old for old in inputs):
             inputs.append(x)
-            found.append([name])
+            found.append([])
+        stage = found[next(i for i, old in enumerate(inputs) if x is old)]
+        stage += together.get(name, [name])
 
     with watched(linears, see):
         walk.run(range(i, i + 1), slice(0, 1), hidden)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from skimlm.format.pack import QuantizedWeight, dequantize, effective, pack
 from skimlm.pipeline import gram, sensitivity
-from skimlm.pipeline.calibrate import BATCH
 from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.gram import Gram
 from skimlm.pipeline.recipes import composed_linear, first_fit, fit_linear, settled
@@ -121,7 +120,8 @@ def fit_trained(
             linear.weight.copy_(dequantize(q))
         return tensors
 
-    follow(walk, block, BATCH, lambda i, x: walk.advance(range(i, i + 1), x, BATCH))
+    batch = walk.batch
+    follow(walk, block, batch, lambda i, x: walk.advance(range(i, i + 1), x, batch))
 
 
 def _output_weight(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from skimlm.models.hooks import frozen
 from skimlm.models.source import BlockSource, Span
+from skimlm.models.structure import stacks
 from skimlm.pipeline import sensitivity
 from skimlm.pipeline.calibrate import BATCH, Statistics, Sums, observed
 from skimlm.pipeline.config import Recipe
@@ -49,6 +50,11 @@ class Walk:
     store: StateStore
     submit: Submit = here
     progress: Progress = lambda *_: None
+
+    @property
+    def batch(self) -> int:
+        """Windows that go through together; one alone where experts would mix their tokens."""
+        return 1 if stacks(self.source.model, self.linears) else BATCH
 
     def inside(self, span: Span) -> dict[str, nn.Linear]:
         """The linears of these blocks that are to be compressed."""
@@ -114,7 +120,7 @@ def _forward(walk: Walk, last: int) -> None:
     begin = next((k for k in range(1, last + 1) if not store.has("inputs", k)), last + 1)
     for k in range(begin, last + 1):
         with walk.source.loaded(spans[k - 1]):
-            hidden = walk.advance(spans[k - 1], walk.hidden("inputs", k - 1), BATCH)
+            hidden = walk.advance(spans[k - 1], walk.hidden("inputs", k - 1), walk.batch)
         store.keep("inputs", k, {"x": hidden})
         walk.progress("forward", k, last)
 
@@ -172,7 +178,6 @@ def statistics(
     *,
     layerwise: bool = False,
     fisher_windows: int = 64,
-    batch: int = BATCH,
 ) -> tuple[dict[str, Statistics], Tensor | None]:
     """Statistics of the linears of span `k`, run with gradients, and d loss / d its inputs.
 
@@ -184,7 +189,7 @@ def statistics(
     linears = walk.inside(spans[k])
     sums = Sums(linears, layerwise, fisher_windows)
     with observed(linears, sums.observe), frozen(source.model), torch.enable_grad():
-        for rows in batches(count, batch):
+        for rows in batches(count, walk.batch):
             ids = walk.ids[rows]
             x = None if inputs is None else inputs[rows].clone().requires_grad_()
             sums.begin(rows.start, len(ids))
@@ -197,7 +202,8 @@ def statistics(
                 passed.append(x.grad)
             done = (len(spans) - 1 - k) * count + rows.stop
             walk.progress("calibrate", done, len(spans) * count)
-    return sums.finished(source.model.dtype), torch.cat(passed) if passed else None
+    found = sums.finished(source.model.dtype, stacks(source.model, linears))
+    return found, torch.cat(passed) if passed else None
 
 
 # ---- fit

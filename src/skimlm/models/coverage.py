@@ -1,0 +1,121 @@
+"""How much of a model is compressed, what stays as it is and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from skimlm.errors import SkimError
+from skimlm.models.blocks import embeddings
+from skimlm.models.structure import Structure
+
+NAMED = 4  # matrices that a message names
+LEAST = 0.5  # of what reads and writes text, below which nothing is done unasked
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Numbers of parameters: each of a model's is in one of these."""
+
+    linears: int  # compressed
+    tables: int  # embeddings and head, compressed
+    excluded: int  # left out by the user
+    beside: int  # parts beside the decoder that reads text: vision, audio
+    dense: Mapping[str, tuple[int, str]]  # other matrices, layers taken together: count, reason
+    small: int  # vectors: norms, biases
+
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        matrices = sum(count for count, _ in self.dense.values())
+        return self.linears + self.tables + self.excluded + self.beside + matrices + self.small
+
+    @property
+    def share(self) -> float:
+        """What is compressed, of all that could be: without what is beside or left out."""
+        could = self.parameters - self.beside - self.excluded
+        return (self.linears + self.tables) / could if could else 0.0
+
+    def check(self, allow_partial: bool) -> None:
+        """Refuse a model of which less than half would be compressed, unless that is allowed."""
+        if self.share < LEAST and not allow_partial:
+            raise SkimError(
+                f"only {self.share:.0%} of this model's weights can be compressed: "
+                f"{self.named()}; --allow-partial does it all the same"
+            )
+
+    def named(self) -> str:
+        """The largest matrices that stay as they are, with the reason."""
+        largest = sorted(self.dense.items(), key=lambda item: -item[1][0])
+        texts = [f"{name} ({count:,}) {why}" for name, (count, why) in largest[:NAMED]]
+        more = len(largest) - NAMED
+        return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
+
+    def text(self) -> str:
+        """One line for the user."""
+        line = f"compressed: {self.share:.1%} of {self.parameters:,} parameters"
+        if self.beside:
+            line += f" without {self.beside:,} beside the text"
+        return line + (f"; as they are: {self.named()}" if self.dense else "")
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values, for reports."""
+        return {
+            "parameters": self.parameters,
+            "compressed": self.linears + self.tables,
+            "share": round(self.share, 4),
+            "beside": self.beside,
+            "dense": {name: {"parameters": n, "why": why} for name, (n, why) in self.dense.items()},
+        }
+
+
+def coverage(
+    model: Any, linears: Collection[str], every: Collection[str], structure: Structure, bits: int
+) -> Coverage:
+    """What becomes of the parameters of a separated model.
+
+    `linears` are compressed, of `every` one that could be; tables are stored in `bits`.
+    """
+    (table, _), head, _ = embeddings(model)
+    tables = {f"{table}.weight"} | ({f"{head[0]}.weight"} if head else set())
+    decoder = next(n for n, m in model.named_modules() if m is model.get_decoder())
+    inside = (f"{decoder}." if decoder else "", *tables)
+    counts = {"linears": 0, "tables": 0, "excluded": 0, "beside": 0, "small": 0}
+    dense: dict[str, tuple[int, str]] = {}
+    for name, parameter in model.named_parameters():
+        owner, count = name.rpartition(".")[0], parameter.numel()
+        kind = "small" if parameter.ndim < 2 else ""
+        if name in tables and bits < 16:
+            kind = "tables"
+        elif name.endswith(".weight") and owner in linears:
+            kind = "linears"
+        elif name.endswith(".weight") and owner in every:
+            kind = "excluded"
+        elif not name.startswith(inside):
+            kind = "beside"
+        if kind:
+            counts[kind] += count
+            continue
+        alike = re.sub(r"\.\d+(?=\.)", ".*", name)
+        known = dense.get(alike, (0, _why(model, name, tables, structure)))
+        dense[alike] = (known[0] + count, known[1])
+    return Coverage(**counts, dense=dense)
+
+
+def _why(model: nn.Module, name: str, tables: Collection[str], structure: Structure) -> str:
+    owner = name.rpartition(".")[0]
+    if name in tables:
+        return "is stored in 16 bits"
+    if owner in structure.by_hand:
+        return "is multiplied by hand"
+    if owner in structure.routers:
+        return "chooses experts"
+    if isinstance(model.get_submodule(owner), nn.Embedding):
+        return "is looked up"
+    if isinstance(model.get_submodule(owner), nn.modules.conv._ConvNd):
+        return "is a convolution"
+    return "is no linear" if not structure.failed else f"is not known ({structure.failed})"

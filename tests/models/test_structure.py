@@ -1,0 +1,205 @@
+"""Matrices that families keep in other ways: found by a run without numbers, taken apart, put back.
+
+The oracle is transformers' own model: apart or together, the logits are the same.
+"""
+
+import copy
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torch.nn import functional as F
+
+from conftest import CONFIGS, tiny_model
+from skimlm.models.blocks import decoder_linears
+from skimlm.models.experts import Matrix, Stack
+from skimlm.models.structure import join, separate, stacks, structure_of
+
+# parameter -> is it transposed, in one block
+KEPT = {
+    "mixtral": {"mlp.experts.gate_up_proj": False, "mlp.experts.down_proj": False},
+    "gpt_oss": {"mlp.experts.gate_up_proj": True, "mlp.experts.down_proj": True},
+    "llama4": {"feed_forward.experts.gate_up_proj": True, "feed_forward.experts.down_proj": True},
+    "jetmoe": {
+        "self_attention.experts.input_linear.weight": False,
+        "self_attention.experts.output_linear.weight": False,
+        "mlp.input_linear.weight": False,
+        "mlp.output_linear.weight": False,
+    },
+    "gpt2": {f"{n}.weight": True for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+    "falcon": {
+        f"{n}.weight": False
+        for n in (
+            "self_attention.query_key_value",
+            "self_attention.dense",
+            "mlp.dense_h_to_4h",
+            "mlp.dense_4h_to_h",
+        )
+    },
+    "llama": {},
+}
+IDS = torch.arange(24)[None]
+
+
+def eager(model):
+    """Experts as the family's own code runs them: how they are added up changes roundings."""
+    if any(hasattr(m, "has_gate") for m in model.modules()):
+        model.config._experts_implementation = "eager"
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def shell(model):
+    with init_empty_weights(include_buffers=False):
+        return type(model)(copy.deepcopy(model.config))
+
+
+@pytest.mark.parametrize("family", KEPT)
+def test_what_is_kept_otherwise_is_found_without_numbers(family):
+    model = tiny_model(family)
+    empty = shell(model)
+    before = {name: id(p) for name, p in empty.named_parameters()}
+    found = structure_of(empty)
+    assert not found.failed and not found.by_hand
+    blocks = {name.split(".", 3)[3] for name in found.layout if ".1." in name}
+    assert {n: found.layout[name] for name in found.layout for n in blocks if name.endswith(n)} == {
+        n: KEPT[family][n] for n in blocks
+    }
+    assert blocks == KEPT[family].keys()
+    # and it is left as it was
+    assert {name: id(p) for name, p in empty.named_parameters()} == before
+    assert not any("forward" in vars(module) for module in empty.modules())
+
+
+@pytest.mark.parametrize("family", KEPT)
+def test_taken_apart_a_model_computes_what_it_did(family):
+    model = eager(tiny_model(family))
+    want, layout = logits(model), structure_of(shell(model)).layout
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    origins = separate(model, layout)
+    torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
+
+    linears = decoder_linears(model)
+    assert {f"{n}.weight" for n in linears} >= origins.keys()
+    for name, origin in origins.items():
+        assert torch.equal(model.get_parameter(name), origin.take(state[origin.name])), name
+
+    join(model, layout, shell(model))
+    assert model.state_dict().keys() == state.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("family", KEPT)
+def test_without_numbers_it_comes_apart_alike(family):
+    model = tiny_model(family)
+    empty, layout = shell(model), structure_of(shell(model)).layout
+    assert separate(empty, layout) == separate(model, layout)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in empty.state_dict().items()} == shapes
+
+
+def test_a_router_stays_as_it_is():
+    model = tiny_model("jetmoe")
+    found = structure_of(shell(model))
+    assert {n.split(".", 3)[3] for n in found.routers} == {
+        "self_attention.experts.router.layer",
+        "mlp.router.layer",
+    }
+    separate(model, found.layout)
+    chosen = decoder_linears(model, dense=found.dense)
+    assert not any("router" in name for name in chosen)
+    assert {len(names) for names in stacks(model, chosen)} == {4}
+
+
+def test_a_weight_that_its_parent_multiplies_is_noted():
+    class Mine(nn.Linear):
+        """A linear in another way."""
+
+        def forward(self, x):
+            return x @ self.weight.T
+
+    class Scaled(nn.Linear):
+        """No linear."""
+
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = tiny_model()
+    first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
+    first.up_proj.__class__ = Mine
+    second.up_proj.__class__ = Scaled
+    kept = second.down_proj
+
+    def by_hand(x):
+        return F.linear(second.act_fn(second.gate_proj(x)) * second.up_proj(x), kept.weight)
+
+    second.forward = by_hand
+    found = structure_of(model)
+    assert found.layout == {"model.layers.0.mlp.up_proj.weight": False}
+    assert found.by_hand == {"model.layers.1.mlp.down_proj"}
+
+
+def test_a_run_that_fails_says_why():
+    model = tiny_model()
+    model.model.layers[1].forward = lambda *_, **__: 1 / 0
+    found = structure_of(model)
+    assert found.failed == "division by zero" and not found.layout
+
+
+# ---- experts
+
+
+@pytest.fixture(params=[False, True], ids=["rows", "transposed"])
+def stack(request):
+    torch.manual_seed(0)
+    return Stack([nn.Linear(4, 6, bias=False) for _ in range(3)], request.param)
+
+
+def test_a_stack_is_what_it_stands_for(stack):
+    whole = stack.dense(torch.float32)
+    assert stack.shape == whole.shape == torch.Size([3, 4, 6] if stack.transposed else [3, 6, 4])
+    assert (len(stack), stack.size(1), stack.dtype) == (3, whole.shape[1], whole.dtype)
+    for index in (0, torch.tensor(2), -1):
+        assert isinstance(stack[index], Matrix)
+        assert torch.equal(stack[index].dense(torch.float32), whole[int(index)])
+        assert stack[index].shape == whole[int(index)].shape
+
+
+def test_products_run_the_linear_of_the_expert(stack):
+    ran = []
+    for i, linear in enumerate(stack.children()):
+        linear.register_forward_hook(lambda *_, i=i: ran.append(i))
+    x, bias, whole = torch.randn(5, 4), torch.randn(6), stack.dense(torch.float32)
+    if stack.transposed:
+        pairs = [(x @ stack[1], x @ whole[1]), (torch.matmul(x, stack[1]), x @ whole[1])]
+        pairs += [(F.linear(x, stack[1].T), x @ whole[1])]
+        many = torch.randn(3, 5, 4)
+        got, expected = torch.bmm(many, stack), torch.bmm(many, whole)
+        torch.testing.assert_close(got, expected)
+        assert ran == [1, 1, 1, 0, 1, 2]
+    else:
+        pairs = [(F.linear(x, stack[1]), F.linear(x, whole[1]))]
+        pairs += [(F.linear(x, stack[1], bias), F.linear(x, whole[1], bias))]
+        pairs += [(x @ stack[1].T, x @ whole[1].T), (x @ stack[1].t(), x @ whole[1].T)]
+        assert ran == [1, 1, 1, 1]
+    for got, expected in pairs:
+        torch.testing.assert_close(got, expected)
+
+
+def test_other_functions_get_the_numbers(stack):
+    whole = stack.dense(torch.float32)
+    assert torch.equal(torch.sum(stack), whole.sum())
+    assert torch.equal(torch.square(stack[2]), whole[2].square())
+    other = torch.randn(2, whole.shape[1])
+    torch.testing.assert_close(other @ stack[0], other @ whole[0])
+
+
+def test_every_family_here_is_in_the_table():
+    assert KEPT.keys() <= CONFIGS.keys()
