@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from conftest import CONFIGS, tiny_model
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.experts import Matrix, Stack
-from skimlm.models.structure import join, separate, stacks, structure_of
+from skimlm.models.probe import structure_of
+from skimlm.models.structure import join, separate, stacks
 
 # parameter -> is it transposed, in one block
 KEPT = {

@@ -12,12 +12,23 @@ from transformers import PreTrainedModel
 from skimlm.errors import SkimError
 
 
+def decoder_of(model: Any) -> Any:
+    """The body of a model: what makes hidden states of token ids."""
+    found = model.get_decoder()
+    if found is not model:
+        return found
+    bodies = [m for m in model.children() if isinstance(m, PreTrainedModel)]
+    if len(bodies) != 1:
+        raise SkimError(f"{type(model).__name__} has no body of its own: it cannot be compressed")
+    return bodies[0]
+
+
 def decoder_blocks(model: Any) -> list[tuple[str, nn.Module]]:
     """The decoder blocks with their names: of the lists in its decoder, the largest.
 
     A tower beside the text (vision, audio) is a model with a config of its own kind: passed over.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     names = {id(module): name for name, module in model.named_modules()}
     towers = [
         f"{name}."

@@ -24,8 +24,9 @@ from skimlm.models.architecture import auto_class, check_causal, skeleton
 from skimlm.models.blocks import decoder_linears, embeddings
 from skimlm.models.gguf import alone, check_model_finite, gguf_options, read_gguf_config
 from skimlm.models.gguf_metadata import check_gguf_tensors, read_metadata
+from skimlm.models.probe import structure_of
 from skimlm.models.side_files import CARRIED
-from skimlm.models.structure import Structure, separate, structure_of
+from skimlm.models.structure import Structure, separate
 from skimlm.models.tensors import check_extra, left_out, untie, untie_stored
 from skimlm.storage.safetensors import (
     check_finite,

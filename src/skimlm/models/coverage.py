@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from skimlm.errors import SkimError
-from skimlm.models.blocks import embeddings
+from skimlm.models.architecture import positions
+from skimlm.models.blocks import decoder_of, embeddings
 from skimlm.models.structure import Structure
 
 NAMED = 4  # matrices that a message names
@@ -26,7 +27,7 @@ class Coverage:
     excluded: int  # left out by the user
     beside: int  # parts beside the decoder that reads text: vision, audio
     dense: Mapping[str, tuple[int, str]]  # other matrices, layers taken together: count, reason
-    small: int  # vectors: norms, biases
+    small: int  # vectors: norms, biases; tables of positions
 
     @property
     def parameters(self) -> int:
@@ -82,13 +83,13 @@ def coverage(
     """
     (table, _), head, _ = embeddings(model)
     tables = {f"{table}.weight"} | ({f"{head[0]}.weight"} if head else set())
-    decoder = next(n for n, m in model.named_modules() if m is model.get_decoder())
+    decoder = next(n for n, m in model.named_modules() if m is decoder_of(model))
     inside = (f"{decoder}." if decoder else "", *tables)
     counts = {"linears": 0, "tables": 0, "excluded": 0, "beside": 0, "small": 0}
     dense: dict[str, tuple[int, str]] = {}
     for name, parameter in model.named_parameters():
         owner, count = name.rpartition(".")[0], parameter.numel()
-        kind = "small" if parameter.ndim < 2 else ""
+        kind = "small" if parameter.ndim < 2 or _of_positions(model, owner) else ""
         if name in tables and bits < 16:
             kind = "tables"
         elif name.endswith(".weight") and owner in linears:
@@ -106,12 +107,24 @@ def coverage(
     return Coverage(**counts, dense=dense)
 
 
+def _of_positions(model: nn.Module, name: str) -> bool:
+    """Whether a module is a table of as many rows as the model has positions, or hardly more."""
+    table, most = model.get_submodule(name), positions(model.config)
+    return (
+        isinstance(table, nn.Embedding)
+        and most is not None
+        and (most <= table.num_embeddings <= most + 8)
+    )
+
+
 def _why(model: nn.Module, name: str, tables: Collection[str], structure: Structure) -> str:
     owner = name.rpartition(".")[0]
     if name in tables:
-        return "is stored in 16 bits"
+        return f"stays in 16 bits: {structure.tables}" if structure.tables else "is in 16 bits"
     if owner in structure.by_hand:
         return "is multiplied by hand"
+    if owner in structure.shared:
+        return "is shared between blocks"
     if owner in structure.routers:
         return "chooses experts"
     if isinstance(model.get_submodule(owner), nn.Embedding):

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skimlm.errors import SkimError
+from skimlm.models.blocks import decoder_of
 from skimlm.models.hooks import forward_replaced
 
 
@@ -24,7 +25,7 @@ class BodyOutput(BaseModelOutputWithPast):
 
 def final_hidden(model: Any, ids: Tensor) -> Tensor:
     """Hidden states [n, t, d] that the body of `model` hands to its head for `ids` [n, t]."""
-    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
         calls.append(1)
         return output
 
-    with forward_replaced(model.get_decoder(), body):
+    with forward_replaced(decoder_of(model), body):
         logits = model(input_ids=ids, use_cache=False).logits
     if not calls:  # its logits would be those of the made-up ids
         raise SkimError(f"{type(model).__name__} does not call its decoder: it cannot be scored")

@@ -20,14 +20,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from skimlm.errors import FormatError, one_line
+from skimlm.errors import FormatError, SkimError, one_line
 from skimlm.models.architecture import skeleton
-from skimlm.models.blocks import decoder_blocks
+from skimlm.models.blocks import decoder_blocks, decoder_of
 from skimlm.models.checkpoint import Checkpoint, load
 from skimlm.models.folder_tensors import FolderTensors
 from skimlm.models.gguf_tensors import GgufTensors
 from skimlm.models.hooks import forwards_replaced
-from skimlm.models.structure import Origin, separate
+from skimlm.models.probe import passing, structure_of
+from skimlm.models.structure import Origin, Structure, separate
 from skimlm.models.tensors import check_extra
 
 Span = range  # numbers of blocks that follow each other
@@ -53,6 +54,7 @@ class BlockSource:
 
     model: Any
     tensors: Tensors | None = None  # None: the model is in memory
+    structure: Structure | None = None  # None: it is found when it is needed
 
     @property
     def streamed(self) -> bool:
@@ -78,7 +80,7 @@ class BlockSource:
     def loaded(self, span: Span) -> Iterator[None]:
         """Within the block these decoder blocks have their numbers."""
         if len(span) < len(self.blocks):
-            _ = self.tupled  # found before the caller watches what runs
+            _ = self.known  # found before the caller watches what runs
         with self._filled(span):
             yield
 
@@ -106,15 +108,13 @@ class BlockSource:
         count, ends = len(self.blocks), []
         names = {self.blocks[i]: i for i in range(count) if i not in span}
         names |= {self.blocks[i]: i for i in (span[0], span[-1])}
-        tupled = self.tupled if len(span) < count else False
 
         def make(name: str, block: Any) -> Callable[..., Any]:
             usual, i = block.forward, names[name]
+            if i not in span:
+                return passing(self.returns(i))
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if i not in span:
-                    given = args[0] if args else kwargs["hidden_states"]
-                    return (given,) if tupled else given
                 if i == span[0] and hidden is not None:
                     args, kwargs = _replaced(hidden, args, kwargs)
                 out = usual(*args, **kwargs)
@@ -130,32 +130,25 @@ class BlockSource:
             if hidden is None and torch.is_grad_enabled():  # so that the blocks have gradients
                 hook = self.model.get_input_embeddings().register_forward_hook(_asks_gradient)
                 stack.callback(hook.remove)
-            final = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            final = decoder_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         return ends[-1], final
 
     @cached_property
-    def tupled(self) -> bool:
-        """Whether blocks return tuples: the first one is run to see."""
-        found: list[bool] = []
+    def known(self) -> Structure:
+        """What the blocks give each other."""
+        return self.structure or structure_of(self.model)
 
-        def make(name: str, block: Any) -> Callable[..., Any]:
-            usual = block.forward
+    def returns(self, i: int) -> int:
+        """How many values block `i` returns, 0 for hidden states alone.
 
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if not found:
-                    out = usual(*args, **kwargs)
-                    found.append(isinstance(out, tuple))
-                    return out
-                given = args[0] if args else kwargs["hidden_states"]
-                return (given,) if found[0] else given
-
-            return forward
-
-        ids = torch.zeros(1, 2, dtype=torch.long)
-        with torch.no_grad(), self._filled(range(1)):
-            with forwards_replaced({n: self.model.get_submodule(n) for n in self.blocks}, make):
-                self.model.get_decoder()(input_ids=ids, use_cache=False)
-        return found[0]
+        Where blocks hand each other more than those, none can be run alone: a SkimError.
+        """
+        if why := self.known.joined:
+            raise SkimError(
+                f"{type(self.model).__name__} cannot be run block by block, as method slim and "
+                f"models that are streamed are: {why}"
+            )
+        return self.known.returns[self.blocks[i]]
 
 
 def _asks_gradient(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
@@ -176,7 +169,7 @@ def open_source(
     if not streamed:
         whole = load(source, dtype, tokenizer=tokenizer)[0]
         separate(whole, source.structure.layout)
-        return BlockSource(whole)
+        return BlockSource(whole, None, source.structure)
     model = _skeleton(source, dtype)
     tensors: Tensors
     if source.gguf:
@@ -186,7 +179,17 @@ def open_source(
         check_extra(model, tensors.unused, source.files, source.path)
     apart = Separated(tensors, separate(model, source.structure.layout))
     _put_outside(model, apart)
-    return BlockSource(model.eval(), apart)
+    _empty_buffers(model)
+    return BlockSource(model.eval(), apart, source.structure)
+
+
+def _empty_buffers(model: Any) -> None:
+    """Buffers of blocks that a checkpoint stores are read with them, like parameters."""
+    inside = tuple(f"{prefix}." for prefix, _ in decoder_blocks(model))
+    for name in model.state_dict():
+        if name.startswith(inside):
+            place, own = _slot(model, name)
+            place[own] = place[own].to("meta")
 
 
 def _put_outside(model: Any, tensors: Tensors) -> None:

@@ -193,7 +193,7 @@ def _prices(
             given.model,
             given.tokenizer,
             {n: specs[n].with_widths(w) for n, w in widths.items()},
-            embed_bits=config.embed_bits,
+            embed_bits=given.embed_bits,
             bits=price.bits(widths) / price.total,
             provenance=provenance,
             source=given.path,
@@ -287,7 +287,7 @@ def _run(
             given.tokenizer,
             {n: specs[n].with_widths(w) for n, w in chosen.widths.items()},
             packed(walk),
-            embed_bits=config.embed_bits,
+            embed_bits=given.embed_bits,
             bits=chosen.bits,
             provenance=_provenance(config, given),
             source=given.path,
@@ -333,6 +333,7 @@ class Given:
     calibration: dict[str, Any]  # how the windows came about, for the provenance
     needs: planning.Needs
     structure: Structure
+    embed_bits: int
     coverage: Coverage
     left_out: Sequence[str] = ()  # tensors of the checkpoint that the model has no place for
 
@@ -362,7 +363,8 @@ def _load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -
         chosen = config.include, config.exclude, structure.dense
         linears = decoder_linears(shape, *chosen)
         every = decoder_linears(shape, dense=structure.dense)
-        covered = coverage(shape, linears, every, structure, config.embed_bits)
+        bits = 16 if structure.tables else config.embed_bits
+        covered = coverage(shape, linears, every, structure, bits)
         with naming(opened.path):
             covered.check(config.allow_partial)
         needs, streamed = _way(shape, linears, config)
@@ -391,6 +393,7 @@ def _load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -
             calibration,
             needs,
             structure,
+            bits,
             covered,
             opened.left_out,
         )

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from skimlm.errors import FormatError, SkimError, first_line
+from skimlm.models.blocks import decoder_of
 from skimlm.models.hooks import forwards_replaced
 from skimlm.runtime.decode import CACHE
 from skimlm.skills import select
@@ -122,7 +123,7 @@ def soft_tokens(
     seen = torch.cat([seen.new_ones(len(kept), text.length), seen], 1)
     mask = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, -torch.inf)
     with forwards_replaced(_adapted(model), _with_adapters(values)):
-        hidden = model.get_decoder()(
+        hidden = decoder_of(model)(
             inputs_embeds=slots.to(model.dtype)[None],
             attention_mask=mask[None, None].to(model.device),
             position_ids=(text.length + inside)[None].to(model.device),
@@ -161,7 +162,7 @@ def check_fits(compressor: Compressor, model: Any, tokenizer: Any, where: str) -
 
 
 def _adapted(model: Any) -> dict[str, Any]:
-    found = model.get_decoder().named_modules()
+    found = decoder_of(model).named_modules()
     return {name: m for name, m in found if name.rpartition(".")[2] in ADAPTED}
 
 

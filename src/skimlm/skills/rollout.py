@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from skimlm.models.blocks import decoder_of
 from skimlm.runtime.decode import CACHE
 from skimlm.skills import attention
 from skimlm.skills.attention import SharedCache, causal_mask, shared
@@ -101,7 +102,7 @@ def read(model: Any, pieces: Sequence[Piece], after: Prefix | None = None) -> Pr
         return after or Prefix(DynamicCache(), 0)
     cache = after.lend(1) if after else DynamicCache()  # no config: keep all, windows are masks
     embedded = embed(model, pieces)
-    model.get_decoder()(inputs_embeds=embedded, use_cache=True, **{CACHE: cache})
+    decoder_of(model)(inputs_embeds=embedded, use_cache=True, **{CACHE: cache})
     return Prefix(cache, (after.length if after else 0) + embedded.shape[1])
 
 
@@ -188,7 +189,7 @@ def score(
     rows = [torch.cat([q, a[:-1]]) for q, a in zip(questions, answers, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     cache = lent(model, prefix, len(rows))
-    hidden = run(model.get_decoder(), model, prefix, cache, ids).last_hidden_state
+    hidden = run(decoder_of(model), model, prefix, cache, ids).last_hidden_state
     parts = [
         hidden[i, len(q) - 1 : len(q) - 1 + len(a)]
         for i, (q, a) in enumerate(zip(questions, answers, strict=True))
