@@ -152,7 +152,8 @@ def test_what_determines_the_result_comes_back_from_a_folder(tmp_path):
     changes = {name: DEFAULTS[name] for name, option in OPTIONS.items() if not option.result}
     assert back == dataclasses.replace(config, text="words.jsonl", **changes)
     assert set(changes) == {
-        *("cache_dir", "force", "resume", "max_memory", "workers", "ray", "dry_run")
+        *("cache_dir", "force", "resume", "max_memory", "workers", "ray"),
+        *("allow_partial", "dry_run"),
     }
     plain = CompressConfig(method="slim")
     back = CompressConfig.from_folder(folder(tmp_path, {"config": plain.provenance()}))

@@ -37,8 +37,8 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """What is compressed, of all that could be: without what is beside or left out."""
-        could = self.parameters - self.beside - self.excluded
+        """What is compressed of the matrices, without those that are beside or left out."""
+        could = self.parameters - self.beside - self.excluded - self.small
         return (self.linears + self.tables) / could if could else 0.0
 
     def check(self, allow_partial: bool) -> None:
@@ -58,9 +58,9 @@ class Coverage:
 
     def text(self) -> str:
         """One line for the user."""
-        line = f"compressed: {self.share:.1%} of {self.parameters:,} parameters"
-        if self.beside:
-            line += f" without {self.beside:,} beside the text"
+        whole = self.linears + self.tables
+        line = f"compressed: {whole:,} of {self.parameters:,} parameters, {self.share:.1%}"
+        line += f" of the matrices without {self.beside:,} beside the text" if self.beside else ""
         return line + (f"; as they are: {self.named()}" if self.dense else "")
 
     def facts(self) -> dict[str, Any]:
@@ -88,6 +88,8 @@ def coverage(
     counts = {"linears": 0, "tables": 0, "excluded": 0, "beside": 0, "small": 0}
     dense: dict[str, tuple[int, str]] = {}
     for name, parameter in model.named_parameters():
+        if name in model.all_tied_weights_keys:  # counted with the one it is
+            continue
         owner, count = name.rpartition(".")[0], parameter.numel()
         kind = "small" if parameter.ndim < 2 or _of_positions(model, owner) else ""
         if name in tables and bits < 16:

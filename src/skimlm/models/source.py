@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from skimlm.errors import FormatError, SkimError, one_line
 from skimlm.models.architecture import skeleton
-from skimlm.models.blocks import decoder_blocks, decoder_of
+from skimlm.models.blocks import decoder_blocks, decoder_of, embeddings
 from skimlm.models.checkpoint import Checkpoint, load
 from skimlm.models.folder_tensors import FolderTensors
 from skimlm.models.gguf_tensors import GgufTensors
 from skimlm.models.hooks import forwards_replaced
 from skimlm.models.probe import passing, structure_of
 from skimlm.models.structure import Origin, Structure, separate
-from skimlm.models.tensors import check_extra
+from skimlm.models.tensors import check_extra, untie
 
 Span = range  # numbers of blocks that follow each other
 
@@ -175,11 +175,15 @@ def open_source(
     if source.gguf:
         tensors = GgufTensors.open(source.path, model, dtype)
     else:
-        tensors = FolderTensors.open(source.path, source.files, model)
+        # as the family builds it: conversions look at its parameters
+        built = skeleton(source.path, source.config, dtype) if source.structure.layout else model
+        tensors = FolderTensors.open(source.path, source.files, built)
         check_extra(model, tensors.unused, source.files, source.path)
     apart = Separated(tensors, separate(model, source.structure.layout))
     _put_outside(model, apart)
     _empty_buffers(model)
+    if not embeddings(model)[2]:
+        untie(model.config)
     return BlockSource(model.eval(), apart, source.structure)
 
 

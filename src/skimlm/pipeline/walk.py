@@ -178,6 +178,7 @@ def statistics(
     *,
     layerwise: bool = False,
     fisher_windows: int = 64,
+    batch: int | None = None,
 ) -> tuple[dict[str, Statistics], Tensor | None]:
     """Statistics of the linears of span `k`, run with gradients, and d loss / d its inputs.
 
@@ -189,7 +190,7 @@ def statistics(
     linears = walk.inside(spans[k])
     sums = Sums(linears, layerwise, fisher_windows)
     with observed(linears, sums.observe), frozen(source.model), torch.enable_grad():
-        for rows in batches(count, walk.batch):
+        for rows in batches(count, batch or walk.batch):
             ids = walk.ids[rows]
             x = None if inputs is None else inputs[rows].clone().requires_grad_()
             sums.begin(rows.start, len(ids))
