@@ -154,6 +154,55 @@ def test_a_run_that_fails_says_why():
     assert found.failed == "division by zero" and not found.layout
 
 
+def test_tables_whose_dtype_is_cast_to_stay_as_they_are():
+    model = tiny_model()
+    assert not structure_of(model).tables
+    usual = model.model.forward
+
+    def cast(*args, **kwargs):
+        out = usual(*args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state.to(model.lm_head.weight.dtype)
+        return out
+
+    model.model.forward = cast
+    assert structure_of(model).tables == "lm_head is looked at by other code"
+
+
+def test_a_linear_that_is_written_into_stays_dense():
+    model = tiny_model()
+    mlp = model.model.layers[0].mlp
+    usual = mlp.forward
+
+    def halved(x):
+        mlp.down_proj.weight.div_(2)
+        return usual(x)
+
+    mlp.forward = halved
+    before = mlp.down_proj.weight.detach().clone()
+    assert structure_of(model).by_hand == {"model.layers.0.mlp.down_proj"}
+    assert torch.equal(mlp.down_proj.weight, before)
+
+
+def test_blocks_that_need_each_other_are_known():
+    model = tiny_model()
+    first, second = model.model.layers
+    usual, later, kept = first.forward, second.forward, []
+    model.model.embed_tokens.register_forward_hook(lambda *_: kept.clear())
+
+    def gives(*args, **kwargs):
+        kept.append(1)
+        return usual(*args, **kwargs)
+
+    def takes(*args, **kwargs):
+        kept.pop()
+        return later(*args, **kwargs)
+
+    first.forward, second.forward = gives, takes
+    found = structure_of(model)
+    assert not found.failed and found.joined == "model.layers.1: pop from empty list"
+    assert structure_of(tiny_model()).returns == {"model.layers.0": 0, "model.layers.1": 0}
+
+
 # ---- experts
 
 

@@ -15,8 +15,8 @@ from skimlm.errors import SkimError
 def decoder_of(model: Any) -> Any:
     """The body of a model: what makes hidden states of token ids."""
     found = model.get_decoder()
-    if found is not model:
-        return found
+    if found is not model:  # that of llama4 with vision has a head of its own
+        return found if getattr(found, "lm_head", None) is None else decoder_of(found)
     bodies = [m for m in model.children() if isinstance(m, PreTrainedModel)]
     if len(bodies) != 1:
         raise SkimError(f"{type(model).__name__} has no body of its own: it cannot be compressed")

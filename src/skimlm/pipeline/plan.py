@@ -81,7 +81,8 @@ def needs(s: Sizes, config: CompressConfig) -> tuple[Needs, Needs]:
     at_once = (SLIM_BATCH if slim else BATCH) * plan.seq_len
     states = 2 * tokens * s.width
     logits = 0 if slim else 12 * min(HEAD_TOKENS, at_once) * s.vocabulary
-    one = max(16 * r * c + 12 * c * c for r, c in s.linears)
+    # H~ beside its factor, in refinement, and as the bytes of a file: 24 c^2 where c is 8960
+    one = max(16 * r * c + 24 * c * c for r, c in s.linears)
     codes = sum(r * c for r, c in s.linears)
     stored = round(codes * _widest(config) / 8)
 
