@@ -143,7 +143,8 @@ class BlockSource:
 
         Where blocks hand each other more than those, none can be run alone: a SkimError.
         """
-        if why := self.known.joined:
+        unrun = sorted(set(self.blocks) - self.known.returns.keys())
+        if why := self.known.joined or (unrun and f"{unrun[0]} does not run on text alone"):
             raise SkimError(
                 f"{type(self.model).__name__} cannot be run block by block, as method slim and "
                 f"models that are streamed are: {why}"
@@ -170,6 +171,11 @@ def open_source(
         whole = load(source, dtype, tokenizer=tokenizer)[0]
         separate(whole, source.structure.layout)
         return BlockSource(whole, None, source.structure)
+    if shared := sorted(source.structure.shared):
+        raise SkimError(
+            f"{source.path}: blocks share weights ({shared[0]}): such a model must fit in memory "
+            "to be compressed"
+        )
     model = _skeleton(source, dtype)
     tensors: Tensors
     if source.gguf:
