@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,29 +71,33 @@ class FolderTensors:
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor, Path]]:
         """These tensors, each with a file that it comes from."""
         left = dict.fromkeys(names)
-        for name in names:
-            if name not in left:
-                continue
-            group = self.groups[name]
-            for made, tensor in self._converted(group).items():
-                if made in left:
-                    del left[made]
-                    yield made, tensor, self.files[group.sources[0][0]]
+        with ExitStack() as opened:
+            # once, however many tensors come from it: a block of experts has hundreds
+            stream = cache(lambda file: opened.enter_context(safe_open(file, framework="pt")))
+            for name in names:
+                if name not in left:
+                    continue
+                group = self.groups[name]
+                for made, tensor in self._converted(group, stream).items():
+                    if made in left:
+                        del left[made]
+                        yield made, tensor, self.files[group.sources[0][0]]
 
-    def _converted(self, group: _Group) -> dict[str, Tensor]:
+    def _converted(self, group: _Group, stream: Callable[[Path], Any]) -> dict[str, Tensor]:
         dtype = self.dtypes[group.first]
         if group.converter is None:
-            return {group.first: self._read(group.sources[0][0], dtype)}
+            return {group.first: self._read(group.sources[0][0], dtype, stream)}
         converter = copy.deepcopy(group.converter)
         for name, pattern in group.sources:
-            converter.add_tensor(group.first, name, pattern, partial(self._read, name, dtype))
+            converter.add_tensor(
+                group.first, name, pattern, partial(self._read, name, dtype, stream)
+            )
         with one_line(self.path, f"{group.first}: cannot be put together"):
             made = converter.convert(group.first, model=self.model, config=self.model.config)
         return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
 
-    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
-        with safe_open(self.files[name], framework="pt") as stream:
-            tensor = stream.get_tensor(name)
+    def _read(self, name: str, dtype: torch.dtype, stream: Callable[[Path], Any]) -> Tensor:
+        tensor = stream(self.files[name]).get_tensor(name)
         # a copy: views of a file are not aligned, and stay in memory while they are used
         return tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor
 

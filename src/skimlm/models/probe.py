@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from skimlm.errors import first_line
 from skimlm.models.blocks import decoder_blocks, decoder_of, embeddings
-from skimlm.models.experts import PRODUCTS
+from skimlm.models.experts import BATCHED, PRODUCTS
 from skimlm.models.hooks import forwards_replaced
 from skimlm.models.structure import Structure
 
@@ -100,7 +100,7 @@ def _product(func: Callable[..., Any], args: Sequence[Any]) -> _Product | None:
         return _Product((*x.shape[:-1], w.shape[0]), w.turned)
     if func in PRODUCTS and w.ndim == 2:
         return _Product((*x.shape[:-1], w.shape[1]), not w.turned)
-    if func in (torch.bmm, Tensor.bmm, *PRODUCTS) and w.ndim == 3 == x.ndim:
+    if func in BATCHED and w.ndim == 3 == x.ndim:
         return _Product((*x.shape[:-1], w.shape[2]), True)
     return None
 
@@ -154,7 +154,7 @@ def structure_of(model: Any) -> Structure:
         with forwards_replaced(dict(blocks), _counting(found.returns)):
             found.failed = _raised(lambda: model(input_ids=ids, use_cache=False))
         found.joined = found.failed or _alone(model, dict(blocks), ids, found.returns)
-    _read_notes(model, linears, notes, found)
+    _read_notes(model, blocks, linears, notes, found)
     tied = {n.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for n in pair}
     found.shared = tied & linears.keys()
     for name in tables:
@@ -209,9 +209,13 @@ def _alone(model: Any, blocks: Mapping[str, Any], ids: Tensor, returns: Mapping[
 
 
 def _read_notes(
-    model: Any, linears: Mapping[str, nn.Module], notes: _Notes, found: Structure
+    model: Any,
+    blocks: Sequence[tuple[str, nn.Module]],
+    linears: Mapping[str, nn.Module],
+    notes: _Notes,
+    found: Structure,
 ) -> None:
-    for prefix, block in decoder_blocks(model):
+    for prefix, block in blocks:
         for name, parameter in block.named_parameters(prefix=prefix):
             ways = notes.ways.get(name, set())
             if parameter.ndim == 3 and len(ways) == 1 and name not in notes.others:

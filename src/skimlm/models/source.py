@@ -186,25 +186,24 @@ def open_source(
         tensors = FolderTensors.open(source.path, source.files, built)
         check_extra(model, tensors.unused, source.files, source.path)
     apart = Separated(tensors, separate(model, source.structure.layout))
-    _put_outside(model, apart)
-    _empty_buffers(model)
+    inside = tuple(f"{prefix}." for prefix, _ in decoder_blocks(model))
+    _put_outside(model, apart, inside)
+    _empty_buffers(model, inside)
     if not embeddings(model)[2]:
         untie(model.config)
     return BlockSource(model.eval(), apart, source.structure)
 
 
-def _empty_buffers(model: Any) -> None:
+def _empty_buffers(model: Any, inside: tuple[str, ...]) -> None:
     """Buffers of blocks that a checkpoint stores are read with them, like parameters."""
-    inside = tuple(f"{prefix}." for prefix, _ in decoder_blocks(model))
     for name in model.state_dict():
         if name.startswith(inside):
             place, own = _slot(model, name)
             place[own] = place[own].to("meta")
 
 
-def _put_outside(model: Any, tensors: Tensors) -> None:
+def _put_outside(model: Any, tensors: Tensors, inside: tuple[str, ...]) -> None:
     """Read everything that stands outside the blocks; tied tensors are one."""
-    inside = tuple(f"{prefix}." for prefix, _ in decoder_blocks(model))
     names = [name for name in model.state_dict() if not name.startswith(inside)]
     tied = model.all_tied_weights_keys
     # of two tied tensors either may be stored; both, if stored, are equal (`untie_stored`)

@@ -21,6 +21,7 @@ Before the first block hidden states are the embeddings, which are not kept.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Walk:
     submit: Submit = here
     progress: Progress = lambda *_: None
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """Windows that go through together; one alone where experts would mix their tokens."""
         return 1 if stacks(self.source.model, self.linears) else BATCH

@@ -46,7 +46,8 @@ from skimlm.skills.document import Document
 from skimlm.skills.rollout import read as read_pieces
 from skimlm.skills.splice import opening
 from skimlm.skills.store import HASHES, fingerprints, stale
-from skimlm.storage.safetensors import check_out_file, write_file
+from skimlm.storage.folder import check_out_file
+from skimlm.storage.safetensors import write_file
 
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 KEY, FORMAT_VERSION = "skim_compressor", 1

@@ -28,7 +28,8 @@ from skimlm.errors import FormatError, SkimError, first_line
 from skimlm.models.architecture import positions
 from skimlm.skills.document import MAX_BYTES, Document, parse
 from skimlm.skills.splice import WRAPPER, Piece, Pin, pieces_of, token_ids, wrapper_tokens
-from skimlm.storage.safetensors import check_out_file, finite, read_header, write_file
+from skimlm.storage.folder import check_out_file
+from skimlm.storage.safetensors import finite, read_header, write_file
 
 FORMAT_VERSION = 1
 KEY = "skim"  # of the metadata of the file

@@ -16,13 +16,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from skimlm.errors import SkimError, first_line
 from skimlm.format.layer import METHOD
@@ -190,9 +190,27 @@ def check_out(out: str | os.PathLike[str], force: bool = False) -> None:
         if os.path.ismount(target):
             raise SkimError(f"{out}: is a mount point; name a folder inside it")
         return
+    _check_replaced(out, force, lambda: is_ours(target))
+
+
+def check_out_file(file: Path, key: str, force: bool) -> None:
+    """The same for a single file of safetensors: skimlm's have `key` in their metadata."""
+
+    def ours() -> bool:
+        try:
+            with safe_open(file, framework="pt") as stream:
+                return key in (stream.metadata() or {})
+        except (SafetensorError, OSError):
+            return False
+
+    if file.exists():
+        _check_replaced(file, force, ours)
+
+
+def _check_replaced(out: str | os.PathLike[str], force: bool, ours: Callable[[], bool]) -> None:
     if not force:
         raise SkimError(f"{out}: exists, use --force to replace it")
-    if not is_ours(target):
+    if not ours():
         raise SkimError(f"{out}: was not written by skimlm, --force does not replace it")
 
 

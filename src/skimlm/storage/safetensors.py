@@ -105,21 +105,6 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def check_out_file(file: Path, key: str, force: bool) -> None:
-    """Refuse an OUT that exists; with `force`, one without `key` in its metadata: not ours."""
-    if not file.exists():
-        return
-    if not force:
-        raise SkimError(f"{file}: exists, use --force to replace it")
-    try:
-        with safe_open(file, framework="pt") as stream:
-            ours = key in (stream.metadata() or {})
-    except (SafetensorError, OSError):
-        ours = False
-    if not ours:
-        raise SkimError(f"{file}: was not written by skimlm, --force does not replace it")
-
-
 def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
