@@ -9,8 +9,10 @@ family by skim, slim and streamed, and judges what comes out.
 import re
 import sys
 from pathlib import Path
+from textwrap import fill
 
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from provenance import provenance
 
@@ -31,6 +33,13 @@ What comes out of a tiny random model of each architecture of transformers {vers
 |---|---|---|
 """
 
+OTHERS = """
+Other causal language models of this transformers were not run: most are encoders, models of several
+parts, or the wrapper of a family above.
+
+{names}
+"""
+
 
 def main() -> None:
     found: dict[str, tuple[str, str]] = {}
@@ -44,6 +53,8 @@ def main() -> None:
     print(HEAD.format(counts=f"{len(found)} families: {counts}", **made_by), end="")
     for name, (verdict, why) in sorted(found.items()):
         print(f"| {name} | {verdict} | {why.replace('|', ' ')} |")
+    others = ", ".join(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - found.keys()))
+    print(OTHERS.format(names=fill(others, 120, break_on_hyphens=False)), end="")
 
 
 if __name__ == "__main__":

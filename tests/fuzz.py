@@ -82,6 +82,11 @@ def layer_call(choose):
     layer = Layer(spec, {n: t for n, t in stored.items() if t is not None})
     if choose.random() < 0.2:
         return ops.dequantize(layer, x.dtype).shape == (rows, cols)
+    if x is not None and x.dim() == 2 and choose.random() < 0.2:
+        layers = [
+            choose.choice([layer, layer, pack(q)]) for _ in range(choose.choice([1, 2, len(x)]))
+        ]
+        return len(ops.matmul_each(x, layers)) == len(layers)
     out = ops.matmul(x, layer, bias, exact=choose.random() < 0.7)
     return out.shape[:-1] == x.shape[:-1]
 

@@ -16,21 +16,13 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 """
 # what our integration needs of transformers, and what is most often imported first
 FIRST = [
-    "transformers.cache_utils",
-    "transformers.quantizers",
     "transformers.quantizers.auto",
     "transformers.utils.quantization_config",
     "transformers.modeling_utils",
-    "transformers.modeling_outputs",
-    "transformers.masking_utils",
-    "transformers.activations",
-    "transformers.generation",
     "transformers.models.llama.modeling_llama",
-    "skimlm.models.blocks",
-    "skimlm.runtime.plan",
+    "skimlm.models.experts",
     "skimlm.integrations.swap",
     "skimlm.integrations.transformers",
-    "skimlm.skills.attention",
 ]
 
 

@@ -4,6 +4,7 @@ The oracle is transformers' own model: apart or together, the logits are the sam
 """
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.nn import functional as F
 
-from conftest import CONFIGS, tiny_model
+from conftest import CONFIGS, GATED, random_quantized, tiny_model
+from skimlm.models import experts
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.experts import Matrix, Stack
 from skimlm.models.probe import structure_of
 from skimlm.models.structure import join, separate, stacks
+from skimlm.runtime.linear import CompressedLinear
 
 # parameter -> is it transposed, in one block
 KEPT = {
@@ -253,3 +256,106 @@ def test_other_functions_get_the_numbers(stack):
 
 def test_every_family_here_is_in_the_table():
     assert KEPT.keys() <= CONFIGS.keys()
+
+
+# ---- one token
+
+
+def compressed(family, **changes):
+    """A model whose experts are compressed, all else as it is."""
+    model = tiny_model(family, dtype=torch.bfloat16, **changes)
+    layout = structure_of(model).layout
+    separate(model, {n: t for n, t in layout.items() if model.get_parameter(n).ndim == 3})
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Stack):
+            for i, linear in enumerate(module._modules.values()):
+                q = random_quantized(*linear.weight.shape, seed=i)
+                model.set_submodule(f"{name}.{i}", CompressedLinear.from_quantized(q))
+    return model.eval()
+
+
+def experts_of(model):
+    return [m for m in model.modules() if hasattr(m, "has_gate")]
+
+
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40)
+LATENT = dict(
+    kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16
+)
+GROUPED = dict(n_group=1, topk_group=1, n_routed_experts=4, first_k_dense_replace=0)
+MIXTURES = {
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
+    "olmoe": ("OlmoeConfig", EXPERTS),
+    "glm4_moe": ("Glm4MoeConfig", EXPERTS | GROUPED),
+    "deepseek_v3": ("DeepseekV3Config", EXPERTS | GROUPED | LATENT),
+    "granitemoehybrid": ("GraniteMoeHybridConfig", EXPERTS | dict(layer_types=["attention"] * 2)),
+}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", *MIXTURES])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_one_token_gives_what_the_family_s_own_code_gives(family, dtype, monkeypatch):
+    if family in MIXTURES:
+        name, options = MIXTURES[family]
+        monkeypatch.setitem(CONFIGS, family, (name, GATED | options))
+    model = compressed(family).to(dtype)
+    taken = []
+    usual = experts.one_token
+    monkeypatch.setattr(experts, "one_token", lambda *a: taken.append(1) or usual(*a))
+    token = IDS[:, :1]
+    with torch.inference_mode():
+        model(input_ids=token)  # compared with the family's own code
+        got = model(input_ids=token).logits
+        for module in experts_of(model):
+            module.config._experts_implementation = "eager"
+        want = model(input_ids=token).logits
+    assert len(taken) == 2 * len(experts_of(model)) > 0
+    assert torch.equal(got, want)
+
+
+def test_one_token_takes_the_usual_way_where_anything_differs(monkeypatch):
+    model = compressed("mixtral")
+    token = IDS[:, :1]
+    with torch.inference_mode():
+        want = [model(input_ids=token).logits for _ in range(2)][1]
+    monkeypatch.setattr(experts, "one_token", lambda *a: pytest.fail("not the usual way"))
+    own = experts_of(model)[0].gate_up_proj
+
+    def same():
+        with torch.inference_mode():
+            return torch.equal(model(input_ids=token).logits, want)
+
+    seen = []
+    for expert in own._modules.values():
+        expert.register_forward_hook(lambda *_: seen.append(1))
+    for module in experts_of(model)[1:]:
+        module._is_expert_parallel = True
+    assert same() and len(seen) == 2
+    for expert in own._modules.values():
+        expert._forward_hooks.clear()
+        expert.forward = expert.forward
+    assert same()
+    for expert in own._modules.values():
+        del expert.forward
+        expert.train()
+    assert same()
+    for expert in own._modules.values():
+        expert.eval()
+    with torch.inference_mode(), pytest.raises(pytest.fail.Exception):
+        model(input_ids=token)
+    x = torch.randn(1, 64, dtype=torch.bfloat16, requires_grad=True)
+    index, weights = torch.tensor([[1, 0]]), torch.ones(1, 2, dtype=torch.bfloat16)
+    experts_of(model)[0](x, index, weights).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_family_that_does_more_than_its_interface_says_keeps_its_own_way():
+    model = compressed("mixtral")
+    module = experts_of(model)[0]
+    module.act_fn = nn.Tanh()
+    module._apply_gate = lambda x: x.chunk(2, dim=-1)[1]  # not what its forward does
+    x = torch.randn(1, 64, dtype=torch.bfloat16)
+    index, weights = torch.tensor([[1, 0]]), torch.ones(1, 2, dtype=torch.bfloat16)
+    want = inspect.unwrap(type(module).forward)(module, x, index, weights)
+    for _ in range(3):
+        assert torch.equal(module(x, index, weights), want)

@@ -150,3 +150,15 @@ def test_less_than_half_is_refused_unless_it_is_asked_for(tmp_path, text):
     # what the user leaves out does not count
     some = ["--exclude", "*.0.*", "--embed-bits", 8, "--force"]
     assert skimlm("compress", source, out, *options, *some).exit_code == 0
+
+
+def test_experts_that_see_hardly_a_token_are_counted(tmp_path, text):
+    source = tmp_path / "source"
+    tiny_model("mixtral", dtype=torch.bfloat16).save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    done = compress(source, tmp_path / "few", text, "--samples", 1, "--json")
+    assert json.loads(done.stdout)["experts_sharing"] == 2 * 2 * 4  # 32 tokens, and 64 are few
+    assert "16 matrices of experts saw under 64 tokens" in done.stderr
+    done = compress(source, tmp_path / "more", text, "--samples", 40, "--json")
+    assert json.loads(done.stdout)["experts_sharing"] == 0
+    assert "matrices of experts" not in done.stderr

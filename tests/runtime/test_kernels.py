@@ -109,6 +109,40 @@ def test_one_token_is_exact_to_the_bit_everywhere(isa, widths, scaled):
             assert torch.equal(got, exact_product(x, q).to(dtype)), (rows, cols, dtype)
 
 
+def test_a_product_for_each_of_several_layers_is_that_of_each_alone(pool):
+    kinds = [dict(), dict(), *OPTIONS[::7], dict()]
+    scaled = [False, True, *[bool(i % 2) for i in range(len(kinds) - 3)], False]
+    qs = [
+        with_options(random_quantized(70, 140, seed=i, in_scale=s), **kind)
+        for i, (kind, s) in enumerate(zip(kinds, scaled, strict=True))
+    ]
+    layers = [pack(q) for q in qs]
+    for dtype in (torch.float32, torch.bfloat16):
+        for x in (inputs(len(layers), 140, dtype), inputs(1, 140, dtype)):
+            got = ops.matmul_each(x, layers)
+            rows = x.expand(len(layers), -1)
+            assert got.dtype == dtype
+            for row, q, layer, y in zip(rows, qs, layers, got, strict=True):
+                assert torch.equal(y, ops.matmul(row, layer))
+                want, size = row.double() @ effective(q).double().T, row.double().abs().sum()
+                assert ((y.double() - want).abs() <= 2**-7 * want.abs() + 1e-5 * size).all()
+    assert torch.equal(got, ops.matmul_each_reference(x, layers))
+
+
+def test_layers_that_cannot_go_together_are_refused(isa):
+    a, b, c = (pack(random_quantized(*shape)) for shape in ((6, 70), (6, 71), (7, 70)))
+    x = torch.randn(2, 70)
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 71\]"):
+        ops.matmul_each(x, [a, b])
+    with pytest.raises(RuntimeError, match="equal size"):
+        ops.matmul_each(x, [a, c])
+    short = Layer(a.spec, a.tensors | {"row_scale": a.tensors["row_scale"][:5]})
+    with pytest.raises(FormatError, match="row_scale"):
+        ops.matmul_each(x, [a, short])
+    with pytest.raises(RuntimeError, match="expanded size"):
+        ops.matmul_each(torch.randn(3, 70), [a, a])
+
+
 def test_rows_longer_than_sums_of_bytes_in_32_bits(isa):
     q = random_quantized(5, 70_000)
     x = torch.full((1, 70_000), 3.0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,16 @@ class Checkpoint:
     files: dict[str, Path] = field(repr=False)
     compressed: bool = False
     left_out: tuple[str, ...] = ()  # stored, and no part of what transformers makes of them
-    structure: Structure = field(default_factory=Structure, repr=False)  # of one to compress
+
+    @cached_property
+    def structure(self) -> Structure:
+        """How the blocks keep their matrices; SkimError if there is nothing to compress."""
+        with naming(self.path):
+            model = skeleton(self.path, self.config)
+            found = structure_of(model)
+            separate(model, found.layout)
+            decoder_linears(model, dense=found.dense)
+        return found
 
     @property
     def gguf(self) -> bool:
@@ -64,7 +74,7 @@ def open_checkpoint(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Checkpoint:
-    """Check a model: files whole, numbers finite, architecture known, something to compress."""
+    """Check a model: files whole, numbers finite, architecture known."""
     path = _resolve(source, revision, cache_dir)
     if path.is_file():
         metadata = read_metadata(path)
@@ -72,7 +82,7 @@ def open_checkpoint(
         check_causal(path, config)
         model = skeleton(path, config)
         check_gguf_tensors(path, metadata, model)
-        return Checkpoint(path, config, {}, structure=_structure(path, model))
+        return Checkpoint(path, config, {})
     config, compressed = _read_config(path)
     entries = tensor_files(path)
     files = {name: file for name, (file, _) in entries.items()}
@@ -83,8 +93,7 @@ def open_checkpoint(
     _check_shapes(model, entries)
     check_finite(entries)
     untie_stored(model, config, files)
-    left = tuple(left_out(model, files))
-    return Checkpoint(path, config, files, left_out=left, structure=_structure(path, model))
+    return Checkpoint(path, config, files, left_out=tuple(left_out(model, files)))
 
 
 def open_compressed(source: str | os.PathLike[str]) -> Checkpoint:
@@ -196,15 +205,6 @@ def _read_config(path: Path) -> tuple[Any, bool]:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     check_causal(file, config)
     return config, method == METHOD
-
-
-def _structure(path: Path, model: Any) -> Structure:
-    """How the blocks keep their matrices; SkimError if there is nothing to compress."""
-    with naming(path):
-        found = structure_of(model)
-        separate(model, found.layout)
-        decoder_linears(model, dense=found.dense)
-    return found
 
 
 def _check_shapes(model: Any, files: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skimlm.models.experts import Stack
+from skimlm.models.experts import APART, Stack
 
 # a parameter that is kept in another way than as the weight of an nn.Linear -> is it transposed?
 Layout = Mapping[str, bool]
@@ -65,7 +65,7 @@ def separate(model: Any, layout: Layout) -> dict[str, Origin]:
             module.add_module(own, Stack(linears, transposed).train(module.training))
             origins |= {f"{name}.{i}.weight": Origin(name, i, transposed) for i in range(len(kept))}
             if hasattr(module, "config"):  # or it would be dispatched to code for whole stacks
-                module.config._experts_implementation = "eager"
+                module.config._experts_implementation = APART
         else:
             model.set_submodule(path, _linear(kept.detach(), transposed, module.bias))
             origins[name] = Origin(name, None, transposed)

@@ -13,7 +13,7 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from skimlm.format.layer import Layer
 from skimlm.native.structs import POINTER, SIZE, STRUCTS, BodyStruct, layer_struct
 
 ISAS = ("portable", "avx2", "avx512")
-ABI = 1  # of kernels.h; raised whenever a function or a struct there changes
+ABI = 2  # of kernels.h; raised whenever a function or a struct there changes
 FOLDER = Path(__file__).parent  # where the libraries are
 SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}  # elsewhere .so: as CMake names shared libraries
 REINSTALL = "reinstall skimlm with `pip install --force-reinstall .`"
@@ -176,6 +176,7 @@ def _function(loaded: ctypes.CDLL, name: str, arguments: tuple[Any, ...]) -> Cal
 
 
 _MATMUL = (ctypes.c_char_p, POINTER, SIZE, POINTER, SIZE, SIZE)
+_EACH = (ctypes.c_char_p, SIZE, POINTER, SIZE, SIZE, POINTER)
 _UNPACK = (ctypes.c_char_p, POINTER, SIZE, SIZE, SIZE, SIZE)
 _DECODE = (POINTER, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE, SIZE, POINTER)
 
@@ -201,6 +202,27 @@ def layer_matmul(
         torch.get_num_threads(),
     )
     return status == 0 or _done("layer_matmul", status)
+
+
+def layers_matmul(x: torch.Tensor, layers: Sequence[Layer], out: torch.Tensor) -> bool:
+    """`skimlm_layers_matmul`: False if tensors do not fit.
+
+    `x` [layers, cols], or [1, cols] for all of them, and `out` [layers, rows] are contiguous, on
+    the CPU, float32 or bfloat16 alike.
+    """
+    fields = [layer_struct(layer, None) for layer in layers]
+    if None in fields:
+        return False
+    status = _function(library(), "skimlm_layers_matmul", _EACH)(
+        b"".join(fields),  # type: ignore[arg-type]
+        len(layers),
+        x.data_ptr(),
+        x.dtype == torch.bfloat16,
+        len(x) == 1,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return status == 0 or _done("layers_matmul", status)
 
 
 def layer_unpack(out: torch.Tensor, layer: Layer, begin: int = 0, end: int | None = None) -> bool:

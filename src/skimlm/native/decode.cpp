@@ -65,6 +65,7 @@ struct Shared {
 struct Own {
   std::vector<float> state, normed, weight, turn;
   std::vector<Matrix> matrices{3};
+  Integers x;
   std::vector<Product> products;
   std::vector<SparseProduct> sparse;
 };
@@ -84,12 +85,14 @@ void times(const SkimlmLayer* const* layers, int64_t count, const float* x, Own&
            Team& team, std::atomic<int64_t>* next) {
   own.products.clear();
   own.sparse.clear();
+  const bool plain = std::any_of(layers, layers + count, [](auto* w) { return is_plain(*w); });
+  if (plain) own.x = to_integers(x, 1, layers[0]->cols);
   for (int64_t i = 0; i < count; ++i) {
     const SkimlmLayer& w = *layers[i];
     const Output to{out, false, w.rows, w.bias};
     if (is_plain(w)) {
       lay_out(w, own.matrices[i]);
-      own.products.push_back({w, own.matrices[i], to});
+      own.products.push_back({w, own.matrices[i], own.x, to});
     } else {
       own.sparse.push_back({w, u, to});
       u += w.rank;
@@ -97,8 +100,7 @@ void times(const SkimlmLayer* const* layers, int64_t count, const float* x, Own&
     out += w.rows;
   }
   if (!own.products.empty())
-    multiply(own.products.data(), int64_t(own.products.size()), to_integers(x, 1, layers[0]->cols),
-             team.size, next);
+    multiply(own.products.data(), int64_t(own.products.size()), team.size, next);
   if (!own.sparse.empty())
     multiply(own.sparse.data(), int64_t(own.sparse.size()), x, team, next + 1);
 }

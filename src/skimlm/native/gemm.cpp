@@ -284,9 +284,9 @@ void all_lines(const Times* times, int64_t most, const uint16_t* weights, int64_
 bool is_few(const Pieces& x, int64_t c) { return x.n * x.pieces <= (c > LONG ? FEW_LONG : FEW); }
 
 // Up to 32 rows from `begin`; `scratch` holds ROWS * SPAN, `sums` [lines, ROWS].
-void rows_many(const Product& p, const Place* places, int64_t begin, int64_t count,
-               const Controls* controls, const Pieces& x, uint16_t* scratch, float* sums) {
-  const int64_t c = p.layer.cols, chunks = (c + CHUNK - 1) / CHUNK;
+void rows_many(const SkimlmLayer& w, const Place* places, int64_t begin, int64_t count,
+               const Controls* controls, const Pieces& x, uint16_t* scratch, float* sums, const Output& out) {
+  const int64_t c = w.cols, chunks = (c + CHUNK - 1) / CHUNK;
   const bool few = is_few(x, c);
   const int64_t span = (few ? FEW_SPAN : SPAN) / CHUNK;
   places += begin;
@@ -309,7 +309,7 @@ void rows_many(const Product& p, const Place* places, int64_t begin, int64_t cou
   float scale[ROWS] = {}, zero[ROWS] = {};
   for (int64_t r = 0; r < count; ++r) {
     const auto& [group, at] = places[r];
-    scale[r] = from_bf16(p.layer.row_scale[group->first + at]);
+    scale[r] = from_bf16(w.row_scale[group->first + at]);
     zero[r] = group->code == TABLE ? 0.f : float(group->zeros[at] - (1 << (group->width - 1)));
   }
   for (int64_t t = 0; t < x.n; ++t) {
@@ -319,7 +319,7 @@ void rows_many(const Product& p, const Place* places, int64_t begin, int64_t cou
     if (!x.sums.empty())
       for (int r = 0; r < ROWS; ++r) value[r] -= zero[r] * x.sums[t];
     for (int r = 0; r < ROWS; ++r) value[r] *= scale[r];
-    p.out.put(t, begin, value, count);
+    out.put(t, begin, value, count);
   }
 }
 
@@ -434,29 +434,28 @@ void multiply_many(const ByteRows& w, const void* x, bool bf16, const uint16_t* 
 #endif
 }
 
-void multiply_many(const Product& product, const void* x, bool bf16, int64_t n, int threads) {
+void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n,
+                   const Output& out, int threads) {
 #if defined(__AVX512F__)
-  const SkimlmLayer& layer = product.layer;
-  const Pieces pieces =
-      to_pieces(x, bf16, layer.in_scale, n, layer.cols, product.matrix.affine > 0, threads);
-  std::vector<Place> places(layer.rows);
+  const Pieces pieces = to_pieces(x, bf16, w.in_scale, n, w.cols, m.affine > 0, threads);
+  std::vector<Place> places(w.rows);
   Controls controls_of[MAX_B + 1] = {controls(1), controls(1)};
-  for (const Group& group : product.matrix.groups) {
+  for (const Group& group : m.groups) {
     controls_of[group.width] = controls(group.width);
     for (int64_t i = 0; i < group.rows; ++i)
-      places[product.matrix.order[group.first + i]] = {&group, i};
+      places[m.order[group.first + i]] = {&group, i};
   }
   // Rows in the model's order, so that threads write to places far from each other.
-  const int64_t panels = (layer.rows + ROWS - 1) / ROWS;
+  const int64_t panels = (w.rows + ROWS - 1) / ROWS;
   const int64_t turn = std::max<int64_t>(1, panels / (8 * threads));
   parallel_rows(panels, turn, threads, [&](int64_t from, int64_t to) {
-    const Lines<uint16_t> scratch(ROWS * std::min(SPAN, 64 + (layer.cols + CHUNK - 1) / CHUNK * CHUNK));
+    const Lines<uint16_t> scratch(ROWS * std::min(SPAN, 64 + (w.cols + CHUNK - 1) / CHUNK * CHUNK));
     const Lines<float> sums(n * pieces.pieces * ROWS);
     for (int64_t at = from; at < to; ++at)
-      rows_many(product, places.data(), at * ROWS, std::min<int64_t>(ROWS, layer.rows - at * ROWS),
-                controls_of, pieces, scratch.data(), sums.data());
+      rows_many(w, places.data(), at * ROWS, std::min<int64_t>(ROWS, w.rows - at * ROWS), controls_of,
+                pieces, scratch.data(), sums.data(), out);
   });
 #else
-  (void)product, (void)x, (void)bf16, (void)n, (void)threads;
+  (void)w, (void)m, (void)x, (void)bf16, (void)n, (void)out, (void)threads;
 #endif
 }

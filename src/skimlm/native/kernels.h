@@ -78,6 +78,12 @@ SKIMLM_API int skimlm_has_vbmi();
 SKIMLM_API int skimlm_layer_matmul(const SkimlmLayer* layer, const void* x, int64_t x_bf16, void* out,
                                    int64_t n, int64_t exact, int threads);
 
+// One token for each of `count` layers of one shape, such as the experts a token is sent to: row i of
+// out [count, rows] is row i of x [count, cols] (or, if `shared`, the one row there is) times layers[i]
+// transposed, exactly as above.
+SKIMLM_API int skimlm_layers_matmul(const SkimlmLayer* layers, int64_t count, const void* x, int64_t x_bf16,
+                                    int64_t shared, void* out, int threads);
+
 // The dense matrix of a layer without its adapter, out [rows, cols] as float or bfloat16 bits, 0 where pruned.
 // Only the stored rows begin..end: each at its own place in out or, if `stored`, one after the other from
 // the start of out.

@@ -1,4 +1,7 @@
 // A stored layer times x, and as a dense matrix: checked, then handed to the code for its kind.
+#include <algorithm>
+#include <deque>
+
 #include "guard.h"
 #include "product.h"
 
@@ -13,6 +16,40 @@ int skimlm_layer_matmul(const SkimlmLayer* layer, const void* x, int64_t x_bf16,
       matmul_plain(w, m, x, x_bf16, n, exact, output, threads);
     else if (n)
       matmul_any(w, m, a, x, x_bf16, n, output, threads);
+    return DONE;
+  });
+}
+
+int skimlm_layers_matmul(const SkimlmLayer* layers, int64_t count, const void* x, int64_t x_bf16,
+                         int64_t shared, void* out, int threads) {
+  return guarded([&] {
+    std::vector<Matrix> m(std::max<int64_t>(count, 0)), a(m.size());
+    for (int64_t i = 0; i < count; ++i) {
+      const bool alike = layers[i].rows == layers->rows && layers[i].cols == layers->cols;
+      if (!alike || !lay_out(layers[i], m[i]) || !lay_out_adapter(layers[i], a[i])) return MISFIT;
+    }
+    std::deque<Integers> made;
+    const Integers* common = nullptr;  // of the one row there is
+    std::vector<Product> products;
+    for (int64_t i = 0; i < count; ++i) {
+      const SkimlmLayer& w = layers[i];
+      const int64_t size = x_bf16 ? 2 : 4;
+      const void* from = static_cast<const char*>(x) + (shared ? 0 : i * w.cols * size);
+      const Output to{static_cast<char*>(out) + i * w.rows * size, x_bf16 != 0, w.rows, w.bias};
+      if (!is_plain(w)) {
+        matmul_any(w, m[i], a[i], from, x_bf16, 1, to, threads);
+        continue;
+      }
+      const bool plain = shared && !w.in_scale;
+      const Integers* whole = plain ? common : nullptr;
+      if (!whole) {
+        const std::vector<float> values = to_floats(from, x_bf16, w.in_scale, 1, w.cols);
+        whole = &made.emplace_back(to_integers(values.data(), 1, w.cols));
+      }
+      if (plain) common = whole;
+      products.push_back({w, m[i], *whole, to});
+    }
+    multiply(products.data(), int64_t(products.size()), threads);
     return DONE;
   });
 }

@@ -321,35 +321,35 @@ std::vector<Slice> split(const Product* products, int64_t count, int* threads) {
 
 }  // namespace
 
-static void multiply(const Slice& s, const Integers& x) {
+static void multiply(const Slice& s) {
   const Product& p = *s.product;
 #if defined(__AVX512F__)
-  if (x.planes)
-    return exact_of_width[s.group->width](*s.group, s.begin, s.end, x,
-                                             p.layer.row_scale, p.matrix.order, p.out);
+  if (p.x.planes)
+    return exact_of_width[s.group->width](*s.group, s.begin, s.end, p.x, p.layer.row_scale,
+                                          p.matrix.order, p.out);
 #endif
-  exact_any(*s.group, s.begin, s.end, x, p.layer.row_scale, p.matrix.order, p.out);
+  exact_any(*s.group, s.begin, s.end, p.x, p.layer.row_scale, p.matrix.order, p.out);
 }
 
-void multiply(const Product* products, int64_t count, const Integers& x, int threads,
-              std::atomic<int64_t>* next) {
+void multiply(const Product* products, int64_t count, int threads, std::atomic<int64_t>* next) {
   const std::vector<Slice> slices = split(products, count, &threads);
   const int64_t all = int64_t(slices.size());
   if (next) {
-    for (int64_t at; (at = next->fetch_add(1)) < all;) multiply(slices[at], x);
+    for (int64_t at; (at = next->fetch_add(1)) < all;) multiply(slices[at]);
     return;
   }
   parallel_rows(all, 1, threads, [&](int64_t from, int64_t to) {
-    for (int64_t at = from; at < to; ++at) multiply(slices[at], x);
+    for (int64_t at = from; at < to; ++at) multiply(slices[at]);
   });
 }
 
 void matmul_plain(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n, bool exact,
                   const Output& out, int threads) {
-  const Product product{w, m, out};
-  if (exact && n >= MANY && skimlm_has_vbmi()) return multiply_many(product, x, bf16, n, threads);
+  if (exact && n >= MANY && skimlm_has_vbmi()) return multiply_many(w, m, x, bf16, n, out, threads);
   const std::vector<float> values = to_floats(x, bf16, w.in_scale, n, w.cols);
-  if (exact) return multiply(&product, 1, to_integers(values.data(), n, w.cols), threads);
+  const Integers whole = exact ? to_integers(values.data(), n, w.cols) : Integers{};
+  const Product product{w, m, whole, out};
+  if (exact) return multiply(&product, 1, threads);
   const Rounded rounded = to_rounded(values.data(), n, w.cols);
   const std::vector<Slice> slices = split(&product, 1, &threads);
   parallel_rows(int64_t(slices.size()), 1, threads, [&](int64_t from, int64_t to) {

@@ -85,17 +85,17 @@ struct Output {
   }
 };
 
-// One product of several that read the same x, of a plain layer.
+// One product of several, of a plain layer.
 struct Product {
   const SkimlmLayer& layer;
   const Matrix& matrix;
+  const Integers& x;
   Output out;
 };
 
 // Few tokens: every weight is read once and multiplied in registers. With `next`, by all threads of a
 // team that call it with the same arguments and the same counter at 0; else on threads of its own.
-void multiply(const Product* products, int64_t count, const Integers& x, int threads,
-              std::atomic<int64_t>* next = nullptr);
+void multiply(const Product* products, int64_t count, int threads, std::atomic<int64_t>* next = nullptr);
 
 // The same for layers of any kind: one token, in_scale left out.
 struct SparseProduct {
@@ -117,7 +117,8 @@ void unpack(const SkimlmLayer& w, const Matrix& m, void* out, bool bf16, int64_t
             bool stored, int threads);
 
 // Many tokens, with VBMI: a few rows at a time become bfloat16 in cache. x [n, c] float or bfloat16.
-void multiply_many(const Product& product, const void* x, bool bf16, int64_t n, int threads);
+void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n,
+                   const Output& out, int threads);
 
 // Rows of integers -128..127 that are made when they are needed, with a scale for every `span` columns,
 // whole chunks unless there is one scale.

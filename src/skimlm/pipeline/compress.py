@@ -42,12 +42,13 @@ from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load_tokenizer, open_checkpoint
 from skimlm.models.coverage import Coverage, coverage
 from skimlm.models.source import BlockSource, open_source
-from skimlm.models.structure import Structure, separate
+from skimlm.models.structure import Structure, separate, stacks
 from skimlm.models.tokenizer import check_ids
 from skimlm.models.write import plan_bytes, write_packed
 from skimlm.pipeline import budget, sensitivity, steps
 from skimlm.pipeline import plan as planning
 from skimlm.pipeline.budget import specs_of
+from skimlm.pipeline.calibrate import FEW
 from skimlm.pipeline.config import CompressConfig
 from skimlm.pipeline.recipes import packed_linear
 from skimlm.pipeline.states import StateStore
@@ -78,6 +79,7 @@ class Report:
     analysis_kept: bool  # no calibration was needed: the analysis was there from another run
     analysis_bytes: int  # what it takes in the cache; `skimlm cache --prune` frees it
     streamed: bool  # block by block, the model never being in memory
+    experts_sharing: int  # matrices of experts that saw too little text: fitted to their stack's
     coverage: dict[str, Any]  # how much of the model is compressed, what stays as it is and why
     planned: dict[str, float]  # memory and scratch in bytes, seconds
     seconds: dict[str, float]  # per phase
@@ -178,6 +180,7 @@ class Plan:
     key: str  # of the analysis, empty for slim
     kept: bool  # the analysis was there
     stored: Mapping[str, sensitivity.Analysis]
+    sharing: int = 0  # experts that calibration hardly visited
 
 
 def _prices(
@@ -220,11 +223,13 @@ def _allocate(given: "Given", config: CompressConfig, tools: Tools, walk: Walk) 
         stored = sensitivity.stored(tools.cache, key, linears)
         kept = analyse(walk, stored, plan)
         errors = {n: stored.errors(n) for n in linears}
+        experts = [n for names in stacks(given.model, linears) for n in names]
+        sharing = sum(stored.tokens(n) < FEW for n in experts)
         if config.options is not None:
             errors = steps.decompose(walk, stored, config.options)
     with tools.clock("allocate"):
         widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
-    return made(widths, key, kept, stored)
+    return made(widths, key, kept, stored, sharing)
 
 
 def _as_if_alike(given: "Given", config: CompressConfig) -> Plan:
@@ -256,6 +261,7 @@ def _report(
         analysis_kept=chosen.kept,
         analysis_bytes=sensitivity.nbytes(tools.cache, chosen.key) if chosen.key else 0,
         streamed=given.source.streamed,
+        experts_sharing=chosen.sharing,
         coverage=given.coverage.facts(),
         planned=dataclasses.asdict(given.needs),
         seconds=tools.clock.seconds,
@@ -275,6 +281,11 @@ def _run(
     _check_disk(given, config, tools, out)
     walk = given.walk(work, tools.progress, submit)
     chosen = _allocate(given, config, tools, walk)
+    if chosen.sharing:
+        tools.notice(
+            f"{chosen.sharing} matrices of experts saw under {FEW} tokens: they are fitted to what "
+            "all experts of their layer saw; more --samples gives them their own"
+        )
     report = _report(given, config, tools, out, chosen)
     # A run that was interrupted during the training finds its state here and goes on.
     state = tools.cache / f"{chosen.key}-{_digest(chosen.widths)}.state"

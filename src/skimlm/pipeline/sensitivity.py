@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ from skimlm.quantize.fit import analyse
 from skimlm.quantize.refine import damped
 from skimlm.storage.safetensors import write_file
 
-VERSION = 4
+VERSION = 5
 EDGES = 1024  # of k-means on rows of over 2048: within 5e-4 of the optimum, 5 times as fast
 
 
@@ -42,6 +43,7 @@ class Analysis:
     row_weight: Tensor  # float32 [r], mean 1
     centroids: list[Tensor]  # float32 [r, 2^b] for b = 1..5
     errors: Tensor  # float64 [r, 8]
+    tokens: int  # that calibration gave it
 
 
 def folder(cache_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -98,11 +100,16 @@ class Stored(Mapping[str, Analysis]):
             raise KeyError(name)
         parts = self._read(name, ("hessian", "fisher", "row_weight", "centroids", "errors"))
         centroids = list(parts.pop("centroids").split([2, 4, 8, 16, 32], dim=1))
-        return Analysis(**parts, centroids=centroids)
+        return Analysis(**parts, centroids=centroids, tokens=self.tokens(name))
 
     def errors(self, name: str) -> Tensor:
         """The error curve of a linear alone."""
         return self._read(name, ("errors",))["errors"]
+
+    def tokens(self, name: str) -> int:
+        """How many tokens of the calibration came to a linear."""
+        with self._open(name) as file:
+            return int((file.metadata() or {}).get("tokens", ""))
 
     def missing(self) -> list[str]:
         """Linears that have no file."""
@@ -118,7 +125,7 @@ class Stored(Mapping[str, Analysis]):
             "errors": analysis.errors,
         }
         try:
-            write_file(self._file(name), tensors, {})
+            write_file(self._file(name), tensors, {"tokens": str(analysis.tokens)})
         except SkimError as error:
             raise SkimError(f"{error}; choose another --cache-dir") from None
 
@@ -129,19 +136,24 @@ class Stored(Mapping[str, Analysis]):
         r, c = self.shapes[name]
         want = {"hessian": (c, c), "fisher": (r, c), "row_weight": (r,), "errors": (r, 8)}
         want |= {"centroids": (r, 62)}
-        path = self._file(name)
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = {part: file.get_tensor(part) for part in parts}
+        with self._open(name) as file:
+            found = {part: file.get_tensor(part) for part in parts}
             for part, tensor in found.items():
                 if tensor.shape != want[part]:
                     raise ValueError(f"{part} has another shape")
+        return found
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        path = self._file(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
         except (SafetensorError, OSError, ValueError) as error:
             what = first_line(error)
             raise SkimError(
                 f"{path}: damaged analysis ({what}); delete its folder and run again"
             ) from None
-        return found
 
 
 def stored(cache: Path, name: str, linears: Mapping[str, nn.Linear]) -> Stored:
@@ -162,7 +174,7 @@ def of(weight: Tensor, s: Statistics, end_loss: bool) -> Analysis:
     known = damped(h) if end_loss else h
     centroids, errors = analyse(weight, s.fisher, known, EDGES if end_loss else 0)
     errors *= row_weight[:, None].double()
-    return Analysis(h, s.fisher.bfloat16(), row_weight, centroids, errors)
+    return Analysis(h, s.fisher.bfloat16(), row_weight, centroids, errors, s.tokens)
 
 
 def nbytes(cache: Path, name: str) -> int:

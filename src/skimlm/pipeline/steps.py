@@ -43,12 +43,15 @@ def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) ->
         linears = walk.inside(range(i, i + 1))
         weights, tensors = apart(walk, i)
         names = gram.stages(walk, i, linears, hidden) if staged else [list(linears)]
+        fitted = 0
         for stage in names:
             inside = {name: linears[name] for name in stage}
             grams = gram.grams(walk, i, inside, hidden, WINDOWS, matched)
             results = {name: fit(name, weights[name], grams.pop(name)) for name in stage}
             for name in stage:
                 weight, stored = results.pop(name)()
+                fitted += 1
+                walk.tell("fit", i, fitted)
                 linears[name].weight.copy_(weight)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
         walk.store.drop_all(gram.INPUTS)

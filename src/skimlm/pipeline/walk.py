@@ -39,6 +39,7 @@ from skimlm.train.losses import backward, cross_entropy, next_tokens
 
 Progress = Callable[[str, int, int], None]
 FitBlock = Callable[[int, Tensor | None, Tensor | None], dict[str, Tensor]]
+Result = Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Walk:
     def hidden(self, kind: str, i: int) -> Tensor | None:
         """Hidden states that are kept; None before the first block."""
         return self.store.read_one(kind, i, "x") if i else None
+
+    def tell(self, phase: str, i: int, more: int = 0) -> None:
+        """Say that the linears of all blocks before `i` are done, and `more` of its own."""
+        self.progress(phase, len(self.inside(range(i))) + more, len(self.linears))
 
     def run(self, span: Span, rows: slice | Tensor, hidden: Tensor | None) -> Tensor:
         """What these blocks make of the windows `rows` of `hidden` [n, t, d]."""
@@ -222,28 +227,31 @@ def each(
 
     With what is packed go the other tensors of the block. What is there already stays.
     """
-    pending: list[tuple[int, dict[str, Tensor], dict[str, Callable[[], dict[str, Tensor]]]]] = []
+    pending: list[tuple[int, dict[str, Tensor], dict[str, Result]]] = []
+    at_once = walk.submit is here
 
     def finish() -> None:
         i, tensors, results = pending.pop()
-        for name, result in results.items():
+        for done, (name, result) in enumerate(results.items(), 1):
             tensors |= {f"{name}.{part}": tensor for part, tensor in result().items()}
+            if not at_once:
+                walk.tell(phase, i, done)
         walk.store.keep(kind, i, tensors)
-        walk.progress(phase, i + 1, len(walk.source.blocks))
 
     for i in range(len(walk.source.blocks)):
         if walk.store.has(kind, i):
             continue
         with walk.source.loaded(range(i, i + 1)):
             weights, others = apart(walk, i)
-            results = {
-                name: walk.submit(function, weight, *values(name))
-                for name, weight in weights.items()
-            }
+            results: dict[str, Result] = {}
+            for name, weight in weights.items():
+                results[name] = walk.submit(function, weight, *values(name))
+                if at_once:
+                    walk.tell(phase, i, len(results))
         if pending:
             finish()
         pending.append((i, others if kind == "packed" else {}, results))
-        if walk.submit is here:
+        if at_once:
             finish()
     if pending:
         finish()
@@ -278,7 +286,7 @@ def follow(
                 walk.store.keep("packed", i, tensors)  # the last: a block without it is done again
             for kind in ("original", "compressed"):
                 walk.store.drop(kind, i)
-            walk.progress("fit", i + 1, last + 1)
+            walk.tell("fit", i + 1)
 
 
 def apart(walk: Walk, i: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

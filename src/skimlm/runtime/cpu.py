@@ -7,6 +7,7 @@ processor has no instructions for that or has AMX units, which torch knows how t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -51,6 +52,19 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
     return out
 
 
+def matmul_each(x: Tensor, layers: Sequence[Layer]) -> Any:
+    """`ops.matmul_each`."""
+    first = layers[0].spec
+    known = all(layer.spec.row_codes <= KNOWN_ROW_CODES for layer in layers)
+    alike = all((s.rows, s.cols) == (first.rows, first.cols) for s in (x.spec for x in layers))
+    fits = x.ndim == 2 and x.shape[1] == first.cols and len(x) in (1, len(layers))
+    if x.dtype not in DTYPES or not known or not alike or not fits or native.missing():
+        return NotImplemented
+    out = torch.empty(len(layers), first.rows, dtype=x.dtype)
+    done = native.layers_matmul(x.contiguous(), layers, out)
+    return out if done else NotImplemented  # one by one it shows which does not fit
+
+
 def dequantize(layer: Layer, dtype: torch.dtype) -> Any:
     """`ops.dequantize`."""
     known = layer.spec.row_codes <= KNOWN_ROW_CODES
@@ -75,7 +89,7 @@ def table_matmul(x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tenso
     return out if bias is None else out + bias
 
 
-for _implementation in (matmul, dequantize, table_matmul):
+for _implementation in (matmul, matmul_each, dequantize, table_matmul):
     register(_implementation.__name__, "cpu", _implementation)
 
 

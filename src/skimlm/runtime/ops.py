@@ -1,6 +1,7 @@
 """One table of operations: what can be done with a stored layer, and who does it on a device.
 
     matmul        x W^T + bias + (x A^T) B straight from the stored tensors
+    matmul_each   the same for a token and several layers, such as the experts it is sent to
     dequantize    W as a matrix
     table_matmul  the same product for an embedding's or a head's table
 
@@ -59,6 +60,12 @@ def matmul_reference(x: Tensor, layer: Layer, bias: Tensor | None = None) -> Ten
     return add_adapter(F.linear(x, dequantize_reference(layer, x.dtype), bias), x, layer)
 
 
+def matmul_each_reference(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """`matmul_each` layer by layer."""
+    rows = x.expand(len(layers), -1)
+    return torch.stack([matmul(row, layer) for row, layer in zip(rows, layers, strict=True)])
+
+
 def add_adapter(out: Tensor, x: Tensor, layer: Layer) -> Tensor:
     """out + (x A^T) B, in the dtype of `x`; `out` where the layer has no adapter."""
     adapter = unpack_adapter(layer)
@@ -88,6 +95,7 @@ def check_devices(tensors: Iterable[Tensor | None]) -> None:
 # operation -> device type -> implementation, with the arguments of the function of that name below
 OPERATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "matmul": {},
+    "matmul_each": {},
     "dequantize": {},
     "table_matmul": {},
 }
@@ -111,6 +119,16 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None = None, exact: bool = Tr
     run = OPERATIONS["matmul"].get(x.device.type)
     out = NotImplemented if run is None else run(x, layer, bias, exact)
     return matmul_reference(x, layer, bias) if out is NotImplemented else out
+
+
+def matmul_each(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """Row i of `x` [n, c], or its only row, times layer i of n: [n, r] in the dtype of `x`.
+
+    All layers have c columns and the same number of rows. Numbers and errors are those of `matmul`.
+    """
+    run = OPERATIONS["matmul_each"].get(x.device.type)
+    out = NotImplemented if run is None else run(x, layers)
+    return matmul_each_reference(x, layers) if out is NotImplemented else out
 
 
 def dequantize(layer: Layer, dtype: torch.dtype = torch.float32) -> Tensor:

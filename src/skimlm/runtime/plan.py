@@ -192,7 +192,7 @@ def make(body: Any) -> Plan | None:
     modules = [*blocks, body.norm]
     modules += [m for block in blocks for m in block.modules() if m is not block]
     functions = _functions(file, {type(body), *map(type, modules)})
-    if not blocks or functions is None or not all(map(_plain, modules)):
+    if not blocks or functions is None or not all(map(untouched, modules)):
         return None
     found = [parts(file, block) for block in blocks]
     qualified = [pair for pair in found if pair]
@@ -284,7 +284,7 @@ def _usual_attention(asked: dict[str, Any]) -> bool:
     return plain and _genuine(mask)
 
 
-def _plain(module: nn.Module) -> bool:
+def untouched(module: nn.Module) -> bool:
     """No forward of its own, no hook, not in training."""
     own = module.__dict__
     return not (module.training or "forward" in own or any(own[kind] for kind in HOOKS))
