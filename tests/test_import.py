@@ -20,7 +20,7 @@ FIRST = [
     "transformers.utils.quantization_config",
     "transformers.modeling_utils",
     "transformers.models.llama.modeling_llama",
-    "skimlm.models.experts",
+    "skimlm.runtime.experts",
     "skimlm.integrations.swap",
     "skimlm.integrations.transformers",
 ]

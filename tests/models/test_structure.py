@@ -13,11 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import CONFIGS, GATED, random_quantized, tiny_model
-from skimlm.models import experts
 from skimlm.models.blocks import decoder_linears
-from skimlm.models.experts import Matrix, Stack
 from skimlm.models.probe import structure_of
 from skimlm.models.structure import join, separate, stacks
+from skimlm.runtime import experts
+from skimlm.runtime.experts import Matrix, Stack
 from skimlm.runtime.linear import CompressedLinear
 
 # parameter -> is it transposed, in one block

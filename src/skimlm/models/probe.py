@@ -24,9 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from skimlm.errors import first_line
 from skimlm.models.blocks import decoder_blocks, decoder_of, embeddings
-from skimlm.models.experts import BATCHED, PRODUCTS
 from skimlm.models.hooks import forwards_replaced
 from skimlm.models.structure import Structure
+from skimlm.runtime.experts import BATCHED, PRODUCTS
 
 TOKENS = 2  # of the run
 # functions whose result is noted like the whole

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skimlm.models.experts import APART, Stack
+from skimlm.runtime.experts import APART, Stack
 
 # a parameter that is kept in another way than as the weight of an nn.Linear -> is it transposed?
 Layout = Mapping[str, bool]

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as hooks
 from transformers.activations import SiLUActivation
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -33,7 +32,7 @@ from skimlm.native.structs import BodyStruct
 from skimlm.runtime.cpu import KNOWN_ROW_CODES
 from skimlm.runtime.linear import CompressedLinear
 from skimlm.runtime.structs import body_struct
-from skimlm.runtime.watched import events, start
+from skimlm.runtime.watched import ANY_MODULE, HOOKS, events, start, untouched
 
 # Bodies that do nothing but: blocks of norm, attention with rotation, norm and gated mlp, then a
 # norm. They differ in biases (qwen2), norms of heads (qwen3), q/k/v and gate/up in one (phi3).
@@ -50,11 +49,6 @@ ASKED = (
 # functions of a family's file that its attention uses
 HELPERS = ("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "eager_attention_forward")
 LIBRARIES = ("torch", "transformers", "skimlm")  # whose code is as we know it
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-ANY_MODULE = [  # hooks that are called whatever the module
-    getattr(hooks, f"_global_{kind}_hooks")
-    for kind in ("forward", "forward_pre", "backward", "backward_pre")
-]
 
 
 @dataclass
@@ -282,12 +276,6 @@ def _usual_attention(asked: dict[str, Any]) -> bool:
     name = asked["_attn_implementation_internal"]
     plain = name == "eager" and function is None or name == "sdpa" and _genuine(function)
     return plain and _genuine(mask)
-
-
-def untouched(module: nn.Module) -> bool:
-    """No forward of its own, no hook, not in training."""
-    own = module.__dict__
-    return not (module.training or "forward" in own or any(own[kind] for kind in HOOKS))
 
 
 def _regular(blocks: list[Any], norm: Any, dtype: torch.dtype) -> bool:

@@ -23,6 +23,11 @@ from torch.nn.modules import module as registry
 from torch.utils.hooks import RemovableHandle
 
 _seen = {"registered": 0, "touched": 0}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+ANY_MODULE = [  # hooks that are called whatever the module
+    getattr(registry, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
 
 
 def events() -> tuple[int, int, int]:
@@ -40,6 +45,12 @@ def start() -> None:
     registry.register_module_module_registration_hook(note)
     registry.register_module_parameter_registration_hook(note)
     registry.register_module_buffer_registration_hook(note)
+
+
+def untouched(module: nn.Module) -> bool:
+    """No forward of its own, no hook, not in training."""
+    own = module.__dict__
+    return not (module.training or "forward" in own or any(own[kind] for kind in HOOKS))
 
 
 class Watched(nn.Module):

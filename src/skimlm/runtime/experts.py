@@ -25,7 +25,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from skimlm.format.layer import Layer
 from skimlm.runtime import ops
 from skimlm.runtime.linear import CompressedLinear
-from skimlm.runtime.plan import ANY_MODULE, untouched
+from skimlm.runtime.watched import ANY_MODULE, untouched
 
 PRODUCTS = frozenset({torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__})
 BATCHED = frozenset({torch.bmm, Tensor.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__})
