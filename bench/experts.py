@@ -55,7 +55,7 @@ CONFIGS = {
         ),
     ),
 }
-TOKENS = 32  # decoded in a run
+TOKENS = 64  # decoded in a run, after the first
 
 
 def make(folder, kind, layers):
@@ -102,8 +102,8 @@ def random(name, shape, depth, g):
     return torch.stack([weight(*shape[1:], depth, g) for _ in range(shape[0])])
 
 
-def decode(path, compressed):
-    """Tokens a second in this process; prints one JSON object."""
+def decode(path, compressed, depth):
+    """Tokens a second after the first, and what `depth` layers would give; prints a JSON object."""
     from transformers import AutoModelForCausalLM
 
     if compressed:
@@ -111,25 +111,40 @@ def decode(path, compressed):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.flatten()[::1024].clone()  # files are mapped: the first run would read them
-    ids = torch.arange(32)[None] % 250
-    how = dict(do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS, pad_token_id=0)
-    rates = []
-    for _ in range(3):
+    ids, body, inside = torch.arange(32)[None] % 250, model.model, []
+    usual = body.forward
+
+    def timed(*args, **kwargs):
+        began = time.perf_counter()
+        out = usual(*args, **kwargs)
+        inside.append(time.perf_counter() - began)
+        return out
+
+    body.forward = timed
+
+    def seconds(count):
         started = time.perf_counter()
+        how = dict(do_sample=False, min_new_tokens=count, max_new_tokens=count, pad_token_id=0)
         model.generate(ids, attention_mask=torch.ones_like(ids), **how)
-        rates.append(TOKENS / (time.perf_counter() - started))
-    print(json.dumps({"tokens_per_second": statistics.median(rates), "rates": rates}))
+        return time.perf_counter() - started
+
+    found = []
+    for _ in range(3):
+        first = seconds(1)
+        inside.clear()
+        token = (seconds(TOKENS + 1) - first) / TOKENS
+        layers = statistics.median(inside[1:])
+        whole = token + layers * (depth / len(body.layers) - 1)
+        found.append((1 / token, 1 / whole, 1000 * layers / len(body.layers), first))
+    names = "tokens_per_second", "of_the_whole", "milliseconds_a_layer", "seconds_to_first"
+    print(
+        json.dumps(dict(zip(names, map(statistics.median, zip(*found, strict=True)), strict=True)))
+    )
 
 
-def child(path, compressed):
-    command = [
-        sys.executable,
-        __file__,
-        "--decode",
-        str(path),
-        "--compressed",
-        str(int(compressed)),
-    ]
+def child(path, compressed, depth):
+    command = [sys.executable, __file__, "--decode", path, "--depth", depth]
+    command = [str(part) for part in (*command, "--compressed", int(compressed))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
@@ -147,10 +162,11 @@ def main():
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--decode", type=Path)
+    parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--compressed", type=int, default=0)
     args = parser.parse_args()
     if args.decode:
-        return decode(args.decode, args.compressed)
+        return decode(args.decode, args.compressed, args.depth)
     source, out = args.scratch / f"{args.model}-{args.layers}", args.scratch / f"{args.model}-out"
     make(source, args.model, args.layers)
     command = ["compress", source, out, "--recipe", "fast", "--bits", 3.2, "--force"]
@@ -161,10 +177,15 @@ def main():
     depth = CONFIGS[args.model][0]
     by_phase = facts["seconds"]
     layered = sum(v for k, v in by_phase.items() if k != "load") / args.layers
-    rates = {"compressed": [], "bfloat16": []}
+    decoded = {"compressed": [], "bfloat16": []}
     for _ in range(args.repeats):
-        rates["bfloat16"].append(child(source, False)["tokens_per_second"])
-        rates["compressed"].append(child(out, True)["tokens_per_second"])
+        decoded["bfloat16"].append(child(source, False, depth))
+        decoded["compressed"].append(child(out, True, depth))
+
+    def ratio(name):
+        a, b = (statistics.median(r[name] for r in runs) for runs in decoded.values())
+        return a / b
+
     result = {
         "model": args.model,
         "layers": args.layers,
@@ -178,8 +199,9 @@ def main():
         "phases": by_phase,
         "seconds_a_layer": layered,
         "hours_for_the_whole": (layered * depth + by_phase["load"]) / 3600,
-        "tokens_per_second": rates,
-        "ratio": statistics.median(rates["compressed"]) / statistics.median(rates["bfloat16"]),
+        "decode": decoded,
+        "ratio": ratio("tokens_per_second"),
+        "ratio_of_the_whole": ratio("of_the_whole"),
         "provenance": provenance(),
     }
     args.out.mkdir(parents=True, exist_ok=True)

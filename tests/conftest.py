@@ -31,6 +31,12 @@ CONFIGS = {
     "opt": ("OPTConfig", SIZE | dict(ffn_dim=72, word_embed_proj_dim=64)),
     "gpt_neox": ("GPTNeoXConfig", SIZE | dict(intermediate_size=72)),
     "mixtral": ("MixtralConfig", GATED | dict(num_local_experts=4)),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        GATED
+        | dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=40, head_dim=16)
+        | dict(mlp_only_layers=[1], norm_topk_prob=True),
+    ),
     "gpt_oss": (
         "GptOssConfig",
         GATED | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=16),

@@ -284,7 +284,7 @@ LATENT = dict(
 )
 GROUPED = dict(n_group=1, topk_group=1, n_routed_experts=4, first_k_dense_replace=0)
 MIXTURES = {
-    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),  # experts in every block
     "olmoe": ("OlmoeConfig", EXPERTS),
     "glm4_moe": ("Glm4MoeConfig", EXPERTS | GROUPED),
     "deepseek_v3": ("DeepseekV3Config", EXPERTS | GROUPED | LATENT),

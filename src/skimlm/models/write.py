@@ -45,10 +45,12 @@ def save(
     source: Path | None = None,
     force: bool = False,
     max_shard_size: int | str = MAX_SHARD,
+    layout: Mapping[str, bool] | None = None,
 ) -> Path:
     """Write a compressed folder: `quantized` replaces those linears, the rest is the model's.
 
     The small files of the folder `source`, if given, come along; else the tokenizer's are made.
+    `layout` is what was separated (structure.py).
     """
     out = Path(out)
     check_out(out, force)
@@ -63,6 +65,7 @@ def save(
             provenance=provenance,
             source=source,
             max_shard_size=max_shard_size,
+            layout=layout,
         )
     return out
 
@@ -78,11 +81,12 @@ def write_model(
     provenance: Mapping[str, Any] | None = None,
     source: Path | None = None,
     max_shard_size: int | str = MAX_SHARD,
+    layout: Mapping[str, bool] | None = None,
 ) -> None:
     """The files of a compressed folder, into an empty one; see `save`."""
     tensors = _tensors(model, quantized, embed_bits)
     specs = {name: q.spec for name, q in quantized.items()}
-    _write_texts(folder, model, tokenizer, specs, embed_bits, bits, provenance, source)
+    _write_texts(folder, model, tokenizer, specs, embed_bits, bits, provenance, source, layout)
     write_shards(folder, split_shards(tensors, max_shard_size))
 
 

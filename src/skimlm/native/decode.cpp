@@ -4,11 +4,15 @@
 //   norm -> q, k, v -> (norm of heads) -> rotation -> cache -> attention -> o -> + x
 //        -> norm -> silu(gate) * up -> down -> + x
 //
+// or, with experts, the last line for those that the router chooses, weighted by what it gives them.
+//
 // Numbers are rounded to bfloat16 where they are kept, in the cache, and at the end; all else is float.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <utility>
 
 #include "guard.h"
 #include "parallel.h"
@@ -57,15 +61,17 @@ struct Past {
 
 // What the threads of a team share: results of one step that the next step reads whole.
 struct Shared {
-  std::vector<float> qkv, mixed, attended, gate_up, out, u;
+  std::vector<float> qkv, mixed, attended, routed, gate_up, out, u;
   std::vector<std::atomic<int64_t>> next;  // per step: the part whose turn it is
 };
 
 // What each thread has for itself. The short way from one product to the next every thread goes alone.
 struct Own {
   std::vector<float> state, normed, weight, turn;
-  std::vector<Matrix> matrices{3};
-  Integers x;
+  std::vector<std::pair<float, int64_t>> chosen;  // experts, and what each counts
+  std::vector<const SkimlmLayer*> layers;         // of the chosen ones
+  std::vector<Matrix> matrices;
+  std::vector<Integers> x;
   std::vector<Product> products;
   std::vector<SparseProduct> sparse;
 };
@@ -79,20 +85,22 @@ void rms_norm(const float* x, int64_t n, const void* weight, bool bf16, double e
   for (int64_t j = 0; j < n; ++j) out[j] = x[j] * inverse * scratch[j];
 }
 
-// Products of several layers with the same x, their outputs one after the other; this thread's share.
-// `u` holds the ranks of all of them; `next` are three counters.
-void times(const SkimlmLayer* const* layers, int64_t count, const float* x, Own& own, float* out, float* u,
-           Team& team, std::atomic<int64_t>* next) {
+// Products of several layers with the same x, or with `apart` columns more for each layer, their outputs one
+// after the other; this thread's share. `u` holds the ranks of all of them; `next` are three counters.
+void times(const SkimlmLayer* const* layers, int64_t count, const float* x, int64_t apart, Own& own, float* out,
+           float* u, Team& team, std::atomic<int64_t>* next) {
   own.products.clear();
   own.sparse.clear();
-  const bool plain = std::any_of(layers, layers + count, [](auto* w) { return is_plain(*w); });
-  if (plain) own.x = to_integers(x, 1, layers[0]->cols);
+  own.matrices.resize(std::max(own.matrices.size(), size_t(count)));
+  own.x.resize(std::max(own.x.size(), size_t(count)));
+  int64_t made = 0;  // of own.x
   for (int64_t i = 0; i < count; ++i) {
     const SkimlmLayer& w = *layers[i];
     const Output to{out, false, w.rows, w.bias};
     if (is_plain(w)) {
-      lay_out(w, own.matrices[i]);
-      own.products.push_back({w, own.matrices[i], own.x, to});
+      if (!lay_out(w, own.matrices[i])) throw std::invalid_argument("an expert's sizes do not fit each other");
+      if (apart || !made) own.x[made++] = to_integers(x + i * apart, 1, w.cols);
+      own.products.push_back({w, own.matrices[i], own.x[made - 1], to});
     } else {
       own.sparse.push_back({w, u, to});
       u += w.rank;
@@ -144,20 +152,74 @@ void attend(const float* q, const T* keys, const T* values, int64_t length, int6
   for (int64_t i = 0; i < d; ++i) out[i] *= inverse;
 }
 
-constexpr int64_t STEPS = 13;  // of a block: three of every product, and attention
+// silu(gate) * up of `count` numbers: x / (1 + e^-x), with the exponential of what is negative.
+void gated(const float* gate, int64_t count, float* out) {
+  const float* up = gate + count;
+  for (int64_t j = 0; j < count; ++j) {
+    const float e = exp_negative(-std::fabs(gate[j]));
+    out[j] = gate[j] * up[j] * (gate[j] >= 0 ? 1.f : e) / (1 + e);
+  }
+}
+
+// The likeliest experts, each with its probability, in the order of their numbers: sums do not depend on ties.
+void choose(const SkimlmBlock& b, const float* logits, std::vector<std::pair<float, int64_t>>& chosen) {
+  const float top = *std::max_element(logits, logits + b.experts);
+  float all = 0, kept = 0;
+  chosen.clear();
+  for (int64_t e = 0; e < b.experts; ++e) {
+    chosen.push_back({exp_negative(logits[e] - top), e});
+    all += chosen.back().first;
+  }
+  const auto end = chosen.begin() + b.chosen;
+  std::partial_sort(chosen.begin(), end, chosen.end(), [](const auto& x, const auto& y) {
+    return x.first > y.first || (x.first == y.first && x.second < y.second);
+  });
+  chosen.resize(b.chosen);
+  for (const auto& [share, e] : chosen) kept += share;
+  for (auto& [share, e] : chosen) share /= b.normalised ? kept : all;
+  std::sort(chosen.begin(), chosen.end(), [](const auto& x, const auto& y) { return x.second < y.second; });
+}
+
+constexpr int64_t STEPS = 14;  // of a block: three of every product, attention, and the router
+
+// The experts' part of a block: what the token's own add to its state.
+void run_experts(const SkimlmBlock& b, const SkimlmBody& m, Shared& shared, Own& own, Team& team,
+                 std::atomic<int64_t>* next) {
+  const int64_t inner = b.down[0]->cols, size = m.bf16 ? 2 : 4;
+  for (int64_t e; (e = next[13].fetch_add(1)) < b.experts;) {
+    const void* row = static_cast<const char*>(b.router) + e * m.width * size;
+    shared.routed[e] = m.bf16 ? dot(own.normed.data(), static_cast<const uint16_t*>(row), m.width)
+                              : dot(own.normed.data(), static_cast<const float*>(row), m.width);
+  }
+  team.wait();
+  choose(b, shared.routed.data(), own.chosen);
+  const auto of_chosen = [&](const SkimlmLayer* const* all) {
+    own.layers.clear();
+    for (const auto& [share, e] : own.chosen) own.layers.push_back(all[e]);
+    return own.layers.data();
+  };
+  times(of_chosen(b.mlp), b.chosen, own.normed.data(), 0, own, shared.gate_up.data(), nullptr, team, next + 7);
+  team.wait();
+  for (int64_t i = 0; i < b.chosen; ++i)
+    gated(&shared.gate_up[2 * i * inner], inner, &own.normed[i * inner]);
+  times(of_chosen(b.down), b.chosen, own.normed.data(), inner, own, shared.out.data(), nullptr, team, next + 10);
+  team.wait();
+  for (int64_t i = 0; i < b.chosen; ++i)
+    for (int64_t j = 0; j < m.width; ++j) own.state[j] += own.chosen[i].first * shared.out[i * m.width + j];
+}
 
 void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, Own& own, Team& team,
          int thread) {
   const SkimlmBlock& b = m.blocks[index];
   char *keys = static_cast<char*>(past.keys[index]), *values = static_cast<char*>(past.values[index]);
   const int64_t d = m.head_dim, nq = m.heads * d, nk = m.kv_heads * d, length = past.length;
-  const int64_t size = m.bf16 ? 2 : 4, group = m.heads / m.kv_heads, inner = b.down->cols;
+  const int64_t size = m.bf16 ? 2 : 4, group = m.heads / m.kv_heads;
   const float *cos = own.turn.data(), *sin = cos + past.rotary;
   std::atomic<int64_t>* next = &shared.next[index * STEPS];
   float *state = own.state.data(), *normed = own.normed.data(), *u = shared.u.data();
 
   rms_norm(state, m.width, b.norm, m.bf16, m.eps, own.weight, normed);
-  times(b.in, b.in_count, normed, own, shared.qkv.data(), u, team, next);
+  times(b.in, b.in_count, normed, 0, own, shared.qkv.data(), u, team, next);
   team.wait();
   for (int64_t h = thread; h < m.kv_heads; h += team.size) {
     float* head = &shared.qkv[nq + h * d];
@@ -183,18 +245,15 @@ void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, O
              reinterpret_cast<const float*>(values + at), length + 1, d, scale, &shared.mixed[h * d]);
   }
   team.wait();
-  times(&b.o, 1, shared.mixed.data(), own, shared.attended.data(), u, team, next + 4);
+  times(&b.o, 1, shared.mixed.data(), 0, own, shared.attended.data(), u, team, next + 4);
   team.wait();
   for (int64_t j = 0; j < m.width; ++j) state[j] += shared.attended[j];
   rms_norm(state, m.width, b.mlp_norm, m.bf16, m.eps, own.weight, normed);
-  times(b.mlp, b.mlp_count, normed, own, shared.gate_up.data(), u, team, next + 7);
+  if (b.experts) return run_experts(b, m, shared, own, team, next);
+  times(b.mlp, b.mlp_count, normed, 0, own, shared.gate_up.data(), u, team, next + 7);
   team.wait();
-  const float *gate = shared.gate_up.data(), *up = gate + inner;
-  for (int64_t j = 0; j < inner; ++j) {  // x / (1 + e^-x), with the exponential of what is negative
-    const float e = exp_negative(-std::fabs(gate[j]));
-    normed[j] = gate[j] * up[j] * (gate[j] >= 0 ? 1.f : e) / (1 + e);
-  }
-  times(&b.down, 1, normed, own, shared.out.data(), u, team, next + 10);
+  gated(shared.gate_up.data(), b.down[0]->cols, normed);
+  times(b.down, 1, normed, 0, own, shared.out.data(), u, team, next + 10);
   team.wait();
   for (int64_t j = 0; j < m.width; ++j) state[j] += shared.out[j];
 }
@@ -211,10 +270,12 @@ int64_t rows_of(const SkimlmLayer* const* layers, int64_t count, int64_t cols) {
   return rows;
 }
 
+// Of experts, the first stands for all.
 bool fits(const SkimlmBody& m, const SkimlmBlock& b) {
-  const int64_t nq = m.heads * m.head_dim, nk = m.kv_heads * m.head_dim, inner = b.down->cols;
-  return rows_of(b.in, b.in_count, m.width) == nq + 2 * nk && rows_of(&b.o, 1, nq) == m.width &&
-         rows_of(b.mlp, b.mlp_count, m.width) == 2 * inner && rows_of(&b.down, 1, inner) == m.width;
+  const int64_t nq = m.heads * m.head_dim, nk = m.kv_heads * m.head_dim, inner = b.down[0]->cols;
+  const bool few = b.experts ? b.mlp_count == 1 && b.chosen > 0 && b.chosen <= b.experts && b.router : !b.router;
+  return few && rows_of(b.in, b.in_count, m.width) == nq + 2 * nk && rows_of(&b.o, 1, nq) == m.width &&
+         rows_of(b.mlp, b.mlp_count, m.width) == 2 * inner && rows_of(b.down, 1, inner) == m.width;
 }
 
 int64_t ranks(const SkimlmLayer* const* layers, int64_t count) {
@@ -223,12 +284,21 @@ int64_t ranks(const SkimlmLayer* const* layers, int64_t count) {
   return sum;
 }
 
+// The most that a block needs room for.
+struct Room {
+  int64_t inner = 0, mlps = 1, experts = 0, rank = 0;
+};
+
 void decode(const SkimlmBody& m, const void* x, const void* cos, const void* sin, const Past& past,
-            int64_t inner, int64_t rank, void* out, int threads) {
-  const int64_t nq = m.heads * m.head_dim, nk = m.kv_heads * m.head_dim;
-  Shared shared{std::vector<float>(nq + 2 * nk), std::vector<float>(nq),
-                std::vector<float>(m.width),     std::vector<float>(2 * inner),
-                std::vector<float>(m.width),     std::vector<float>(rank),
+            const Room& room, void* out, int threads) {
+  const int64_t nq = m.heads * m.head_dim, nk = m.kv_heads * m.head_dim, inner = room.inner;
+  Shared shared{std::vector<float>(nq + 2 * nk),
+                std::vector<float>(nq),
+                std::vector<float>(m.width),
+                std::vector<float>(room.experts),
+                std::vector<float>(2 * inner),
+                std::vector<float>(room.mlps * m.width),
+                std::vector<float>(room.rank),
                 std::vector<std::atomic<int64_t>>(STEPS * m.count)};
   run_team(threads, [&](Team& team, int thread) {
     Own own;
@@ -254,16 +324,19 @@ int skimlm_decode(const SkimlmBody* m, const void* x, const void* cos, const voi
     if (length < 0 || length >= capacity || rotary > m->head_dim || rotary % 2 ||
         m->heads % m->kv_heads)
       return MISFIT;
-    int64_t inner = 0, rank = 0;
+    Room room;
     for (int64_t i = 0; i < m->count; ++i) {
       const SkimlmBlock& b = m->blocks[i];
       if (!fits(*m, b)) return MISFIT;
-      inner = std::max(inner, b.down->cols);
-      rank = std::max({rank, ranks(b.in, b.in_count), ranks(&b.o, 1), ranks(b.mlp, b.mlp_count),
-                       ranks(&b.down, 1)});
+      const int64_t mlps = std::max<int64_t>(b.chosen, 1);
+      room.inner = std::max(room.inner, mlps * b.down[0]->cols);  // of all chosen experts together
+      room.mlps = std::max(room.mlps, mlps);
+      room.experts = std::max(room.experts, b.experts);
+      room.rank = std::max({room.rank, ranks(b.in, b.in_count), ranks(&b.o, 1), ranks(b.mlp, b.mlp_count),
+                            ranks(b.down, 1)});
     }
     const Past places{past, past + m->count, capacity, length, rotary};
-    decode(*m, x, cos, sin, places, inner, rank, out, threads);
+    decode(*m, x, cos, sin, places, room, out, threads);
     return DONE;
   });
 }

@@ -99,13 +99,17 @@ SKIMLM_API int skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t*
 // all bfloat16 bits or float; past: the keys of every block, then the values, [kv_heads, capacity,
 // head_dim] each, this token's go to place `length`, and what lies below stays. The structs do not change from
 // token to token; native/structs.py has the same.
+// A block has one mlp, or `experts` of them, of which each token takes the `chosen` likeliest; their probabilities
+// are divided by the sum of those chosen if `normalised`. Experts are layers without sparsity, grid and adapter,
+// whose sizes the caller has checked.
 struct SkimlmBlock {
-  int64_t in_count, mlp_count;
+  int64_t in_count, mlp_count, experts, chosen, normalised;
   const void *norm, *q_norm, *k_norm, *mlp_norm;  // the middle two may be null
+  const void* router;                             // [experts, width], null without experts
   const SkimlmLayer* in[3];                       // q, k, v, or all in one
   const SkimlmLayer* o;
-  const SkimlmLayer* mlp[2];  // gate, up, or both in one
-  const SkimlmLayer* down;
+  const SkimlmLayer* const* mlp;   // gate, up, or both in one, as all experts have them
+  const SkimlmLayer* const* down;  // one, or of every expert
 };
 
 struct SkimlmBody {

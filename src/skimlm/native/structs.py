@@ -22,13 +22,12 @@ class BlockStruct(ctypes.Structure):
     """`SkimlmBlock` of native/kernels.h."""
 
     _fields_ = [
-        ("in_count", SIZE),
-        ("mlp_count", SIZE),
-        *[(n, POINTER) for n in ("norm", "q_norm", "k_norm", "mlp_norm")],
+        *[(n, SIZE) for n in ("in_count", "mlp_count", "experts", "chosen", "normalised")],
+        *[(n, POINTER) for n in ("norm", "q_norm", "k_norm", "mlp_norm", "router")],
         ("into", LAYER * 3),
         ("o", LAYER),
-        ("mlp", LAYER * 2),
-        ("down", LAYER),
+        ("mlp", ctypes.POINTER(LAYER)),
+        ("down", ctypes.POINTER(LAYER)),
     ]
 
 

@@ -143,7 +143,7 @@ class OneToken:
                     room = _rooms[cache] = _make_room(cache, length)
                 out = _call(plan, (x, cos, sin), cache, room, length)
                 if out is not None:
-                    return BaseModelOutputWithPast(last_hidden_state=out, **{CACHE: cache})
+                    return plan.output(last_hidden_state=out, **{CACHE: cache})
         self.looked = False
         rest = {name: value for name, value in given.items() if name != "input_ids"}
         return type(body).forward(body, **rest | {"inputs_embeds": x})

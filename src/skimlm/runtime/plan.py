@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -25,26 +26,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from skimlm.errors import FormatError
+from skimlm.format.check import check_sizes
 from skimlm.native.structs import BodyStruct
 from skimlm.runtime.cpu import KNOWN_ROW_CODES
+from skimlm.runtime.experts import Stack
 from skimlm.runtime.linear import CompressedLinear
-from skimlm.runtime.structs import body_struct
+from skimlm.runtime.structs import Parts, body_struct
 from skimlm.runtime.watched import ANY_MODULE, HOOKS, events, start, untouched
 
-# Bodies that do nothing but: blocks of norm, attention with rotation, norm and gated mlp, then a
-# norm. They differ in biases (qwen2), norms of heads (qwen3), q/k/v and gate/up in one (phi3).
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3")
-PARTS = ("Model", "DecoderLayer", "Attention", "MLP", "RMSNorm")
+# Bodies that do nothing but: blocks of norm, attention with rotation, norm and gated mlp or
+# experts, then a norm. They differ in biases (qwen2), norms of heads (qwen3), q/k/v and gate/up in
+# one (phi3).
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Mixtral", "Qwen3Moe")
+PARTS = (
+    *("Model", "DecoderLayer", "Attention", "MLP", "RMSNorm"),
+    *("SparseMoeBlock", "TopKRouter", "Experts"),  # of mixtures
+)
 ACTIVATIONS = (nn.SiLU, SiLUActivation)
 # of a config: what decides what a body does, where transformers asks for it at every token
 ASKED = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("sliding_window", "use_sliding_window", "layer_types", "attention_chunk_size", "is_causal"),
-    *("_attn_implementation_internal", "_output_attentions", "output_attentions"),
-    *("output_hidden_states", "return_dict", "use_cache"),
+    *("_attn_implementation_internal", "_experts_implementation_internal", "_output_attentions"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+    *("use_cache", "num_experts_per_tok", "norm_topk_prob"),
 )
 # functions of a family's file that its attention uses
 HELPERS = ("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "eager_attention_forward")
@@ -82,7 +93,8 @@ class Plan:
     config: Any
     asked: dict[str, Any]  # of the config
     functions: list[tuple[Any, str, Any]]  # (owner, name, what it is): code that others may replace
-    attention: tuple[Any, Any]  # functions of attention and of its mask
+    chosen: tuple[Any, ...]  # functions of attention, its mask and experts, chosen by name
+    output: type  # what the body returns
     kept: list[Any]  # what `struct` points into
     layers: nn.ModuleList
     layer_count: int
@@ -131,7 +143,7 @@ class Plan:
             and _asked(self.config) == self.asked
             and not body.training
             and not any(ANY_MODULE)
-            and _attention(self.asked) == self.attention
+            and _chosen(self.asked) == self.chosen
             and all([getattr(owner, name) is what for owner, name, what in self.functions])
         )
 
@@ -139,37 +151,62 @@ class Plan:
 def family(body: Any) -> ModuleType | None:
     """The file of transformers that an unchanged body of a known family comes from."""
     for name in FAMILIES:
-        file = f"transformers.models.{name.lower()}.modeling_{name.lower()}"
+        snake = re.sub(r"(?<=[a-z\d])(?=[A-Z])", "_", name).lower()
+        file = f"transformers.models.{snake}.modeling_{snake}"
         module = sys.modules.get(file)
         if module is not None and type(body) is getattr(module, f"{name}Model"):
             return module
     return None
 
 
-def parts(file: ModuleType, block: Any) -> tuple[list[Any], list[Any]] | None:
-    """(q/k/v, o, gate/up, down) and (norm, q_norm, k_norm, mlp_norm), None where there is none.
+def parts(file: ModuleType, block: Any) -> Parts | None:
+    """The parts of a block.
 
     None for a block that does not qualify: one with a module of another class than the family has,
-    a linear left dense or scaled, another activation.
+    a linear left dense or scaled, another activation, experts with more than codes.
     """
     name = next(name for name in FAMILIES if hasattr(file, f"{name}Model"))
-    kinds = {getattr(file, f"{name}{part}") for part in PARTS}
-    if not set(map(type, block.modules())) <= kinds | {CompressedLinear, nn.Dropout, *ACTIVATIONS}:
+    kinds = {getattr(file, f"{name}{part}", None) for part in PARTS}
+    kinds |= {CompressedLinear, Stack, nn.Dropout, *ACTIVATIONS}
+    if not set(map(type, block.modules())) <= kinds:
         return None
-    attention, mlp = block.self_attn, block.mlp
+    attention, mlp, router = block.self_attn, block.mlp, None
     if hasattr(attention, "qkv_proj"):
         into, gate_up, act = [attention.qkv_proj], [mlp.gate_up_proj], mlp.activation_fn
+        down = [mlp.down_proj]
     else:
         into = [attention.q_proj, attention.k_proj, attention.v_proj]
-        gate_up, act = [mlp.gate_proj, mlp.up_proj], mlp.act_fn
-    linears = [*into, attention.o_proj, *gate_up, mlp.down_proj]
-    if type(act) not in ACTIVATIONS or any(type(m) is not CompressedLinear for m in linears):
-        return None
-    if any(m.in_scale is not None or not m.spec.row_codes <= KNOWN_ROW_CODES for m in linears):
-        return None
+        if hasattr(mlp, "experts"):
+            router, act = mlp.gate, mlp.experts.act_fn
+            gate_up, down = (
+                list(getattr(stack, "_modules", {}).values())
+                for stack in (mlp.experts.gate_up_proj, mlp.experts.down_proj)
+            )
+        else:
+            gate_up, act, down = [mlp.gate_proj, mlp.up_proj], mlp.act_fn, [mlp.down_proj]
     norms = [block.input_layernorm, getattr(attention, "q_norm", None)]
     norms += [getattr(attention, "k_norm", None), block.post_attention_layernorm]
-    return linears, norms
+    found = Parts(into, attention.o_proj, gate_up, down, norms, router)
+    if type(act) not in ACTIVATIONS or any(type(m) is not CompressedLinear for m in found.linears):
+        return None
+    if router is not None and not _experts_fit(gate_up, down):
+        return None
+    known = all(m.spec.row_codes <= KNOWN_ROW_CODES for m in found.linears)
+    return found if known and all(m.in_scale is None for m in found.linears) else None
+
+
+def _experts_fit(first: list[CompressedLinear], last: list[CompressedLinear]) -> bool:
+    """Whether experts are alike and nothing but codes: native code looks at those chosen only."""
+    for experts in (first, last):
+        for expert in experts:
+            same = expert.spec.rows, expert.spec.cols
+            if same != (experts[0].spec.rows, experts[0].spec.cols) or expert.spec.version > 1:
+                return False
+            try:
+                check_sizes(expert.layer)
+            except FormatError:
+                return False
+    return len(first) == len(last) > 0
 
 
 def make(body: Any) -> Plan | None:
@@ -179,8 +216,8 @@ def make(body: Any) -> Plan | None:
     asked, dtype = _asked(config), body.norm.weight.dtype
     if file is None or dtype not in (torch.bfloat16, torch.float32) or any(ANY_MODULE):
         return None
-    window, attention = _window(asked), _attention(asked)
-    if window is None or not _usual(asked) or not _usual_attention(asked):
+    window, chosen = _window(asked), _chosen(asked)
+    if window is None or not _usual(asked) or not _usual_choice(asked):
         return None
     blocks = list(body.layers)[: config.num_hidden_layers]
     modules = [*blocks, body.norm]
@@ -189,7 +226,7 @@ def make(body: Any) -> Plan | None:
     if not blocks or functions is None or not all(map(untouched, modules)):
         return None
     found = [parts(file, block) for block in blocks]
-    qualified = [pair for pair in found if pair]
+    qualified = [part for part in found if part]
     if len(qualified) < len(found) or not _regular(blocks, body.norm, dtype):
         return None
     seen = look(modules)
@@ -212,7 +249,8 @@ def make(body: Any) -> Plan | None:
         config=config,
         asked=asked,
         functions=functions,
-        attention=attention,
+        chosen=chosen,
+        output=getattr(file, "MoeModelOutputWithPast", BaseModelOutputWithPast),
         kept=kept,
         layers=body.layers,
         layer_count=len(body.layers),
@@ -250,7 +288,8 @@ def _asked(config: Any) -> dict[str, Any]:
 
 def _usual(asked: dict[str, Any]) -> bool:
     """Whether a config asks for nothing out of the ordinary."""
-    outputs = ("_output_attentions", "output_attentions", "output_hidden_states")
+    attentions = ("_output_attentions", "output_attentions")
+    outputs = (*attentions, "output_hidden_states", "output_router_logits")
     returns = asked["return_dict"] in (None, True) and asked["is_causal"] in (None, True)
     return returns and not any(asked[name] for name in outputs)
 
@@ -264,18 +303,19 @@ def _window(asked: dict[str, Any]) -> int | None:
     return sys.maxsize if whole else asked["sliding_window"]
 
 
-def _attention(asked: dict[str, Any]) -> tuple[Any, Any]:
-    """The functions of attention (None: the family's own) and of its mask."""
+def _chosen(asked: dict[str, Any]) -> tuple[Any, ...]:
+    """The functions of attention, its mask and experts; None: the family's own."""
     name = asked["_attn_implementation_internal"]
-    return ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    experts = ALL_EXPERTS_FUNCTIONS.get(asked["_experts_implementation_internal"])
+    return ALL_ATTENTION_FUNCTIONS.get(name), ALL_MASK_ATTENTION_FUNCTIONS.get(name), experts
 
 
-def _usual_attention(asked: dict[str, Any]) -> bool:
-    """Whether attention is transformers' own, written out or torch's."""
-    function, mask = _attention(asked)
+def _usual_choice(asked: dict[str, Any]) -> bool:
+    """Whether attention is transformers' own, written out or torch's, and experts ours or its."""
+    function, mask, experts = _chosen(asked)
     name = asked["_attn_implementation_internal"]
     plain = name == "eager" and function is None or name == "sdpa" and _genuine(function)
-    return plain and _genuine(mask)
+    return plain and _genuine(mask) and (experts is None or _genuine(experts))
 
 
 def _regular(blocks: list[Any], norm: Any, dtype: torch.dtype) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,25 @@ from torch import Tensor
 
 from skimlm.format.abi import LayerStruct
 from skimlm.format.row_codes import MAX_WIDTH
-from skimlm.native.structs import BlockStruct, BodyStruct, layer_struct
+from skimlm.native.structs import LAYER, BlockStruct, BodyStruct, layer_struct
 from skimlm.runtime.linear import CompressedLinear
+
+
+@dataclass
+class Parts:
+    """What the modules of a block are for."""
+
+    into: list[CompressedLinear]  # q, k and v, or all in one
+    o: CompressedLinear
+    mlp: list[CompressedLinear]  # gate and up, or both in one; with a router of every expert
+    down: list[CompressedLinear]
+    norms: list[Any]  # before attention, of heads (q, k), before the mlp; None where there is none
+    router: Any = None
+
+    @property
+    def linears(self) -> list[CompressedLinear]:
+        """All of them."""
+        return [*self.into, self.o, *self.mlp, *self.down]
 
 
 class _Filler:
@@ -53,23 +71,35 @@ class _Filler:
         struct.counts = self.at(torch.bincount(widths.long(), minlength=MAX_WIDTH + 1))
         return ctypes.pointer(struct)
 
+    def pointers(self, linears: list[Any]) -> Any:
+        """An array of them."""
+        array = (LAYER * len(linears))(*linears)
+        self.kept.append(array)
+        return array
+
 
 def body_struct(
-    body: Any, blocks: list[Any], parts: list[tuple[list[Any], list[Any]]], dtype: torch.dtype
+    body: Any, blocks: list[Any], parts: list[Parts], dtype: torch.dtype
 ) -> tuple[BodyStruct, list[Any], tuple[list[Tensor], list[Tensor]]] | None:
     """The structure, what it points into, and (float32 copies, biases): None if it cannot be."""
     fill, structs = _Filler(), (BlockStruct * len(blocks))()
-    for struct, (linears, norms) in zip(structs, parts, strict=True):
-        filled = [fill.linear(linear) for linear in linears]
-        if None in filled:
+    for struct, part in zip(structs, parts, strict=True):
+        into, mlp, down = (
+            [fill.linear(linear) for linear in linears]
+            for linears in (part.into, part.mlp, part.down)
+        )
+        o = fill.linear(part.o)
+        if None in (*into, o, *mlp, *down):
             return None
-        into = 1 if len(linears) == 4 else 3
-        *first, struct.down = filled
-        struct.in_count, struct.mlp_count = into, len(first) - into - 1
-        weights = [None if norm is None else fill.at(norm.weight) for norm in norms]
+        weights = [None if norm is None else fill.at(norm.weight) for norm in part.norms]
         struct.norm, struct.q_norm, struct.k_norm, struct.mlp_norm = weights
-        struct.into[:into], struct.o = first[:into], first[into]
-        struct.mlp[: struct.mlp_count] = first[into + 1 :]
+        struct.in_count, struct.mlp_count = len(into), len(mlp) // len(down)
+        struct.into[: len(into)], struct.o = into, o
+        struct.mlp, struct.down = fill.pointers(mlp), fill.pointers(down)
+        if part.router is not None:
+            struct.experts, struct.chosen = len(down), part.router.top_k
+            struct.normalised = getattr(part.router, "norm_topk_prob", True)
+            struct.router = fill.at(part.router.weight)
     fill.kept.append(structs)
     attention, config = blocks[0].self_attn, body.config
     struct = BodyStruct(
