@@ -17,11 +17,8 @@ print(type(model.model.layers[0].mlp.up_proj).__name__)
 # what our integration needs of transformers, and what is most often imported first
 FIRST = [
     "transformers.quantizers.auto",
-    "transformers.utils.quantization_config",
     "transformers.modeling_utils",
-    "transformers.models.llama.modeling_llama",
     "skimlm.runtime.experts",
-    "skimlm.integrations.swap",
     "skimlm.integrations.transformers",
 ]
 

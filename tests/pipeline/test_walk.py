@@ -106,11 +106,13 @@ def test_the_same_folder_as_in_memory(run, tmp_path, family):
     assert sorted(f.name for f in tmp_path.iterdir() if "partial" in f.name) == []
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3", "opt"])
-@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
-def test_sparsity_adapters_and_slim_give_the_same_folder_as_in_memory(
-    run, tmp_path, family, options
-):
+OTHERS = ("qwen3", "gemma3", "phi3", "opt")  # in turn: every family, every method
+PAIRS = [(n, f) for i, n in enumerate(METHODS) for f in ("llama", OTHERS[i % len(OTHERS)])]
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_sparsity_adapters_and_slim_give_the_same_folder_as_in_memory(run, tmp_path, name, family):
+    options = METHODS[name]
     assert not run("whole", whole=True, family=family, **options).streamed
     assert run("parts", family=family, **options).streamed
     assert same(tmp_path / "whole", tmp_path / "parts")
@@ -205,7 +207,7 @@ def check_kills(run, tmp_path, monkeypatch, again, step):
 def test_resume_wherever_it_was_killed(run, tmp_path, monkeypatch):
     run("whole", whole=True)
     # at most the block at work is done again: 7 linears and what goes with them
-    check_kills(run, tmp_path, monkeypatch, again=9, step=2)
+    check_kills(run, tmp_path, monkeypatch, again=9, step=4)
 
 
 @pytest.mark.parametrize("name", ["slim-paper", "slim-best", "sparse-adapters"])
@@ -213,7 +215,7 @@ def test_sparsity_adapters_and_slim_resume_wherever_killed(run, tmp_path, monkey
     how = METHODS[name] | dict(cache_dir=tmp_path / "cache")
     run("whole", whole=True, **how)  # the analysis is at hand from here on
     # of a block: states before and after, inputs of the original's linears by batch, what is packed
-    check_kills(functools.partial(run, **how), tmp_path, monkeypatch, again=6, step=5)
+    check_kills(functools.partial(run, **how), tmp_path, monkeypatch, again=6, step=9)
 
 
 # ---- trained block by block
@@ -295,7 +297,7 @@ def test_kill_9_and_resume(run, folders, text, tmp_path):
     run("whole", whole=True)
     command = [sys.executable, "-c", SCRIPT, folders("llama"), tmp_path / "out", text]
     command = [str(c) for c in (*command, tmp_path / "cache")]
-    for phase in ("forward 1", "calibrate 1", "fit 1", None):
+    for phase in ("calibrate 1", "fit 1", None):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         for line in process.stdout:
             if phase and line.decode().startswith(phase):

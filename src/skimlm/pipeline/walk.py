@@ -194,7 +194,7 @@ def statistics(
     source, inputs, passed = walk.source, walk.hidden("inputs", k), []
     spans, count = source.spans, len(walk.ids)
     linears = walk.inside(spans[k])
-    sums = Sums(linears, layerwise, fisher_windows)
+    sums = Sums(linears, layerwise, fisher_windows, stacks(source.model, linears))
     with observed(linears, sums.observe), frozen(source.model), torch.enable_grad():
         for rows in batches(count, batch or walk.batch):
             ids = walk.ids[rows]
@@ -209,7 +209,7 @@ def statistics(
                 passed.append(x.grad)
             done = (len(spans) - 1 - k) * count + rows.stop
             walk.progress("calibrate", done, len(spans) * count)
-    found = sums.finished(source.model.dtype, stacks(source.model, linears))
+    found = sums.finished(source.model.dtype)
     return found, torch.cat(passed) if passed else None
 
 
