@@ -1,5 +1,6 @@
 # Set-up and checks on a fresh machine: python3 and a C++ compiler, the rest comes from PyPI into .venv.
 #   make demo    the main job on a small real model         make test    all checks, as CI runs them
+#   make lowest  models with the oldest transformers        make fuzz    malformed calls into the native code
 # PYTHON=python3.12 picks another Python, TORCH=torch another torch (Linux wheels of most versions on
 # PyPI bring CUDA along, several GB of it).
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 SOURCES := pyproject.toml CMakeLists.txt README.md LICENSE \
 	$(shell find src -name '*.py' -o -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test format fuzz clean
+.PHONY: demo test lowest format fuzz clean
 demo: .venv/demo
 	$(BIN)/skimlm demo
 
@@ -22,6 +23,13 @@ test: .venv/test
 	$(PIP) --no-deps --target build/elsewhere build/dist/*.whl
 	cd build/elsewhere && PYTHONPATH=. ../../$(BIN)/python ../../tests/smoke.py
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# the tests of models with the oldest transformers that is supported; `make test` takes the newest
+lowest: .venv/test
+	$(PIP) --upgrade --target build/lowest \
+		"$$(sed -n 's/.*"\(transformers\)>=\([^,]*\),.*/\1==\2.*/p' pyproject.toml)"
+	PYTHONPATH=build/lowest $(BIN)/python -m pytest -n auto --dist worksteal \
+		tests/models tests/integrations tests/runtime/test_decode.py tests/pipeline/test_families.py
 
 format: .venv/test
 	$(BIN)/ruff format .

@@ -58,6 +58,13 @@ def test_memory_is_an_upper_bound_of_at_most_twice_the_peak(options, whole, stre
         assert peak is None or peak * GB < needed.memory < 2 * peak * GB
 
 
+def test_an_analysis_at_hand_saves_its_memory_and_its_time():
+    fast = CompressConfig(recipe="fast")
+    for new, kept in zip(plan.needs(SMOLLM2, fast), plan.needs(SMOLLM2, fast, True), strict=True):
+        assert kept.memory < 0.8 * new.memory and kept.seconds < 0.75 * new.seconds
+        assert kept.scratch == new.scratch
+
+
 def test_training_sparsity_and_slim_take_their_time():
     def seconds(**options):
         return plan.needs(SMOLLM2, CompressConfig(**options))[0].seconds

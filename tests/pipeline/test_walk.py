@@ -493,7 +493,9 @@ def test_shared_work_is_streamed(folders, text, tmp_path):
     assert started(folders("llama"), tmp_path / "a", workers=1, **how).streamed
 
 
-@pytest.mark.parametrize("options", [dict(), dict(size=53_000, bits=None)], ids=str)
+@pytest.mark.parametrize(
+    "options", [dict(), dict(size=53_000, bits=None), METHODS["sparse-adapters"]], ids=str
+)
 def test_a_dry_run_tells_size_and_plan_without_work(run, tmp_path, monkeypatch, options):
     done = run("o", **options)
     monkeypatch.setattr(compress, "analyse", lambda *_: pytest.fail("calibrated"))

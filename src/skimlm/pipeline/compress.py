@@ -236,8 +236,11 @@ def _as_if_alike(given: "Given", config: CompressConfig) -> Plan:
     """A plan without an analysis, of the right size: all rows lose alike."""
     curve = 0.25 ** torch.arange(len(WIDTHS), dtype=torch.float64)
     linears = given.linears
-    errors = {n: curve.expand(m.out_features, -1).clone() for n, m in linears.items()}
     price, planned_bytes = _prices(given, config)
+    errors = {
+        n: curve[: len(price.rows[n])].expand(m.out_features, -1).clone()
+        for n, m in linears.items()
+    }
     budget.check(config.target, linears, price, planned_bytes)
     widths = budget.choose(config.target, errors, linears, price, True, planned_bytes)
     bits = price.bits(widths) / price.total
@@ -378,13 +381,15 @@ def _load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -
         covered = coverage(shape, linears, every, structure, bits)
         with naming(opened.path):
             covered.check(config.allow_partial)
-        needs, streamed = _way(shape, linears, config)
         tokenizer = load_tokenizer(opened)
         origin = "the built-in text" if text is None else text
         key = config.text_key
         documents = default_text() if text is None else read_documents(text, key, tokenizer)
         ids = windows(documents, tokenizer, plan.samples, plan.seq_len, config.seed, origin)
         check_ids(shape, ids, tokenizer)
+        analysis = sensitivity.key(opened.path, ids, plan, sorted(linears))
+        left = sensitivity.missing(tools.cache, analysis, linears)
+        needs, streamed = _way(shape, linears, config, config.method == "skim" and not left)
         source = open_source(opened, streamed, tokenizer)
         if plan.steps and len(ids) < 2:
             raise SkimError(f"{origin}: one window is too little to train on; give more text")
@@ -411,11 +416,11 @@ def _load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -
 
 
 def _way(
-    shape: nn.Module, linears: Mapping[str, nn.Linear], config: CompressConfig
+    shape: nn.Module, linears: Mapping[str, nn.Linear], config: CompressConfig, known: bool
 ) -> tuple[planning.Needs, bool]:
     """What the run takes, and whether the model is streamed: shared work always is."""
     sizes = planning.sizes(shape, linears)
-    whole, part = planning.needs(sizes, config)
+    whole, part = planning.needs(sizes, config, known)
     shared = config.workers is not None or config.ray is not None
     samples = config.settings.samples
     streamed = planning.streams(whole, part, config.max_memory, samples, shared)

@@ -73,8 +73,11 @@ def sizes(model: Any, linears: Mapping[str, nn.Linear]) -> Sizes:
     )
 
 
-def needs(s: Sizes, config: CompressConfig) -> tuple[Needs, Needs]:
-    """What it takes to hold the whole model, and to stream it block by block."""
+def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs, Needs]:
+    """What it takes to hold the whole model, and to stream it block by block.
+
+    `known`: the analysis is at hand from another run.
+    """
     plan, slim = config.settings, config.method == "slim"
     workers = config.workers or (0 if config.ray is None else 1)
     tokens = plan.samples * plan.seq_len
@@ -87,6 +90,8 @@ def needs(s: Sizes, config: CompressConfig) -> tuple[Needs, Needs]:
     stored = round(codes * _widest(config) / 8)
 
     def sums(shapes: list[tuple[int, int]]) -> int:
+        if known:
+            return 0
         squares = 1 if plan.end_loss and not slim else 2
         return sum(4 * squares * c * c + (0 if slim else 4 * r * c) for r, c in shapes)
 
@@ -99,13 +104,14 @@ def needs(s: Sizes, config: CompressConfig) -> tuple[Needs, Needs]:
     outside = max(s.weights - s.block * s.blocks, 0)
     whole = IMPORTED + 2 * s.weights + sums(s.inside if slim else s.linears)
     whole += kept + inputs + (stored if slim else 0)
-    busy = activations(s.inside if slim else s.linears) + logits
+    passes = bool(plan.steps) or not known  # through the whole model, with gradients
+    busy = activations(s.inside if slim else s.linears) + logits if passes else 0
     whole += max(busy, one + (0 if slim else codes * (12 if plan.steps else 1)))
     part = IMPORTED + 2 * outside + 2 * s.block + sums(s.inside) + 3 * states
-    part += max(activations(s.inside), logits, one) + workers * (IMPORTED + one)
+    part += max(activations(s.inside) * passes, logits * passes, one) + workers * (IMPORTED + one)
     part += 4 * s.block if plan.steps else 0  # codes, and weights looked up for the gradient
     analysed = 0 if slim else sum(4 * c * c + 2 * r * c + 316 * r for r, c in s.linears)
-    seconds = _seconds(s, config)
+    seconds = _seconds(s, config, known)
     scratch = analysed + 2 * stored + inputs + (s.blocks + 3) * states
     return Needs(whole, analysed + stored, seconds), Needs(part, scratch, seconds * 4 / 3)
 
@@ -116,7 +122,7 @@ def _widest(config: CompressConfig) -> float:
     return config.target.bits if exact else MAX_WIDTH
 
 
-def _seconds(s: Sizes, config: CompressConfig) -> float:
+def _seconds(s: Sizes, config: CompressConfig, known: bool) -> float:
     """Walks over the blocks, k-means, refinement, joint fits and training, on these threads."""
     plan, slim = config.settings, config.method == "slim"
     threads = min(torch.get_num_threads(), processors())
@@ -133,6 +139,7 @@ def _seconds(s: Sizes, config: CompressConfig) -> float:
     fisher = min(plan.fisher_windows * plan.seq_len, tokens)
     seconds = (2 * tokens * (2 * dense + squares) + 2 * fisher * dense) / rate
     seconds += dense / (KMEANS_PER_THREAD * threads)
+    seconds = 0 if known else seconds
     if config.options is not None:
         return seconds + 2 * joint  # with an adapter to begin with, then with the widths
     seconds += 2 * plan.rounds * (plan.sweeps + 1) * refined

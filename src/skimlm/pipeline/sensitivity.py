@@ -164,6 +164,11 @@ def stored(cache: Path, name: str, linears: Mapping[str, nn.Linear]) -> Stored:
     return Stored(place, linears)
 
 
+def missing(cache: Path, name: str, linears: Mapping[str, nn.Linear]) -> list[str]:
+    """Linears that the analysis called `name` does not have."""
+    return Stored(cache / name, linears).missing()
+
+
 def of(weight: Tensor, s: Statistics, end_loss: bool) -> Analysis:
     """The analysis of a linear from its statistics."""
     weight = weight.float()
