@@ -10,6 +10,7 @@ after, it reads compressed folders: `AutoModelForCausalLM.from_pretrained("small
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,9 @@ from skimlm.errors import FormatError, SkimError
 if TYPE_CHECKING:
     from skimlm.api import (
         CompressConfig,
-        ExportReport,
-        FinetuneReport,
         Generation,
         Model,
         Perplexity,
-        Report,
         Skill,
         compress,
         export,
@@ -33,6 +31,9 @@ if TYPE_CHECKING:
         inspect,
         load,
     )
+    from skimlm.pipeline.compress import Report
+    from skimlm.pipeline.export import Report as ExportReport
+    from skimlm.pipeline.finetune import Report as FinetuneReport
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,13 +54,20 @@ __all__ = [
     "inspect",
     "load",
 ]
+# what does not stand in api.py, which loads a model without the code that makes one
+ELSEWHERE = {
+    "Report": "skimlm.pipeline.compress:Report",
+    "ExportReport": "skimlm.pipeline.export:Report",
+    "FinetuneReport": "skimlm.pipeline.finetune:Report",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Names of the API, loaded when they are first used: torch takes seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module 'skimlm' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module("skimlm.api"), name)
+    value = pkgutil.resolve_name(ELSEWHERE.get(name, f"skimlm.api:{name}"))
+    globals()[name] = value
     return value
 
 

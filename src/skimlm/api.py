@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -30,18 +30,15 @@ from skimlm.evaluate.perplexity import perplexity as measure_perplexity
 from skimlm.generate import Generation
 from skimlm.generate import generate as generate_text
 from skimlm.models.checkpoint import load as load_checkpoint
-from skimlm.pipeline.compress import Report
-from skimlm.pipeline.compress import compress as run_compress
 from skimlm.pipeline.config import CompressConfig
-from skimlm.pipeline.export import Report as ExportReport
-from skimlm.pipeline.export import export as write_export
-from skimlm.pipeline.finetune import Report as FinetuneReport
-from skimlm.pipeline.finetune import Settings as FinetuneSettings
-from skimlm.pipeline.finetune import finetune as run_finetune
-from skimlm.skills import compression, store
+from skimlm.skills import store
 from skimlm.skills.document import read as read_document
-from skimlm.skills.evaluate import measure as measure_skill
 from skimlm.skills.splice import Piece, token_ids
+
+if TYPE_CHECKING:
+    from skimlm.pipeline.compress import Report
+    from skimlm.pipeline.export import Report as ExportReport
+    from skimlm.pipeline.finetune import Report as FinetuneReport
 
 PathLike = str | os.PathLike[str]
 Progress = Callable[[str, int, int], None]  # (phase, done, total)
@@ -64,6 +61,8 @@ def compress(
     CompressConfig), as a `config`, or as a config with some options replaced. `out` is whole or
     absent. Raises SkimError for whatever a user can get wrong.
     """
+    from skimlm.pipeline.compress import compress as run_compress
+
     values = ({} if config is None else config.to_json()) | options
     chosen = CompressConfig.from_json(values)
     return run_compress(model, out, chosen, progress=progress, notice=notice)
@@ -113,6 +112,8 @@ def export(
     in out/adapter; with `dense_base` that base is ordinary too. `dtype` is that of an ordinary
     folder, by default the model's.
     """
+    from skimlm.pipeline.export import export as write_export
+
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not isinstance(kind, torch.dtype):
         raise SkimError(f"dtype must be bfloat16, float16 or float32, got {dtype!r}")
@@ -136,7 +137,10 @@ def finetune(
     With a `teacher` its output is learned, not the text. `settings`: tokens (300_000), seq_len
     (512), batch (4), lr (0.01), seed (0). Raises SkimError for what a user can get wrong.
     """
-    chosen = _settings(FinetuneSettings, settings)
+    from skimlm.pipeline.finetune import Settings
+    from skimlm.pipeline.finetune import finetune as run_finetune
+
+    chosen = _settings(Settings, settings)
     return run_finetune(
         path,
         out,
@@ -190,6 +194,8 @@ class Skill:
         prohibitions as text. `settings`: train (96), dev (24), answer (48), steps (60), seed (0)
         and the others of skills/compression.py.
         """
+        from skimlm.skills import compression
+
         if tokens is not None and ratio is not None:
             raise SkimError("give one of ratio and tokens")
         made = compression.compress(
@@ -239,6 +245,8 @@ class Skill:
         Gives closure, kl, literal_recall, tokens and text_tokens among others. SkimError if it was
         made for another model.
         """
+        from skimlm.skills.evaluate import measure as measure_skill
+
         store.check_fresh(self.stored, model.model, model.tokenizer, self._title)
         return measure_skill(
             model.model,

@@ -10,7 +10,6 @@ import torch
 from click.testing import CliRunner
 
 from conftest import quantized_linears, tiny_model
-from skimlm import api
 from skimlm.cli import demo, main
 from skimlm.errors import SkimError
 from skimlm.evaluate.perplexity import held_out_text, perplexity
@@ -39,7 +38,7 @@ def calls(monkeypatch):
         seen.append((model, out, config))
         return Report()
 
-    monkeypatch.setattr(api, "run_compress", compress)
+    monkeypatch.setattr("skimlm.pipeline.compress.compress", compress)
     return seen
 
 
@@ -164,7 +163,7 @@ def test_mistakes_and_accidents_are_one_line(monkeypatch, error, line):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(api, "run_compress", fail)
+    monkeypatch.setattr("skimlm.pipeline.compress.compress", fail)
     result = run("compress", "model", "out")
     assert (result.exit_code, result.stdout) == (1, "")
     last = result.stderr.splitlines()[-1]
@@ -175,7 +174,7 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(api, "run_compress", fail)
+    monkeypatch.setattr("skimlm.pipeline.compress.compress", fail)
     assert isinstance(run("compress", "model", "out").exception, RuntimeError)
 
 
