@@ -427,15 +427,20 @@ def stored_groups(layer: Layer) -> Iterator[tuple[int, Tensor, dict[str, Tensor]
 
     k is 0 for what these rows do not have.
     """
-    spec, at = layer.spec, dict.fromkeys(NAMES, 0)
-    widths = layer.tensors["widths"]
+    spec, widths, flat = layer.spec, layer.tensors["widths"], {}
+    stored = [tensor for tensor in TENSORS if tensor.order == "stored"]
+    for tensor in stored:
+        there = layer.tensors.get(tensor.name)
+        absent = widths.new_empty(0, dtype=tensor.dtype_in(spec)) if there is None else there
+        flat[tensor.name] = absent.view(-1)
+    order, first = widths.argsort(stable=True), 0
+    at = dict.fromkeys(flat, 0)
     for width, n in spec.counts.items():
         rows = replace(spec, rows=n, counts={width: n})
         views = {}
-        for tensor in (tensor for tensor in TENSORS if tensor.order == "stored"):
+        for tensor in stored:
             begin, size = at[tensor.name], math.prod(tensor.shape(rows))
-            absent = widths.new_empty(0, dtype=tensor.dtype_in(spec))
-            flat = layer.tensors.get(tensor.name, absent).view(-1)
-            views[tensor.name] = flat[begin : begin + size].view(n, size // n)
+            views[tensor.name] = flat[tensor.name][begin : begin + size].view(n, size // n)
             at[tensor.name] += size
-        yield width, (widths == width).nonzero().flatten(), views
+        yield width, order[first : first + n], views
+        first += n

@@ -217,18 +217,18 @@ def _(x, codes, scale, bits, bias):
     return table_matmul(x, codes, scale, bits, bias)
 
 
-@torch.library.register_fake("skimlm::matmul", lib=_library)
+@torch.library.impl(_library, "matmul", "Meta")
 def _(x, bias, exact, *layer):
     return x.new_empty(*x.shape[:-1], _layer_of(layer).spec.rows)
 
 
-@torch.library.register_fake("skimlm::dequantize", lib=_library)
+@torch.library.impl(_library, "dequantize", "Meta")
 def _(dtype, *args):
     layer = _layer_of(args)
     shape = layer.spec.rows, layer.spec.cols
     return layer.tensors["widths"].new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("skimlm::table_matmul", lib=_library)
+@torch.library.impl(_library, "table_matmul", "Meta")
 def _(x, codes, scale, bits, bias):
     return x.new_empty(*x.shape[:-1], scale.shape[0])
