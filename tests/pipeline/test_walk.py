@@ -535,9 +535,13 @@ def test_a_model_that_fits_is_not_streamed(folders, text, tmp_path):
     report = started(folders("llama"), tmp_path / "a", max_memory=2 * free, **how)
     assert not report.streamed and report.planned["memory"] < 2 * free
     need = int(report.planned["memory"])
+    kept = started(folders("llama"), tmp_path / "a", max_memory=need - 1, force=True, **how)
+    assert kept.analysis_kept and not kept.streamed and kept.planned["memory"] < need
+    how["cache_dir"] = tmp_path / "other-cache"
     report = started(folders("llama"), tmp_path / "b", max_memory=need - 1, **how)
     assert report.streamed and report.planned["memory"] < need
     least = int(report.planned["memory"])
+    how["cache_dir"] = tmp_path / "cache-of-none"
     with pytest.raises(SkimError, match=r"0.8 GB of memory are needed block by block, --max-mem"):
         started(folders("llama"), tmp_path / "d", max_memory=least - 1, **how)
     sparse = how | dict(method="slim", bits=4)
@@ -545,7 +549,8 @@ def test_a_model_that_fits_is_not_streamed(folders, text, tmp_path):
     assert not slim.streamed
     report = started(folders("llama"), tmp_path / "c", max_memory=3 * free, workers=1, **sparse)
     assert report.streamed and report.planned["memory"] < 3 * free
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b", "c", "cache", "text.txt"]
+    names = sorted(f.name for f in tmp_path.iterdir())
+    assert names == ["a", "b", "c", "cache", "other-cache", "text.txt"]
 
 
 def test_too_little_disk_is_refused_before_work(run, tmp_path, monkeypatch):
