@@ -87,7 +87,7 @@ class SkimlmQuantizer(HfQuantizer):
         with torch._C.DisableTorchFunction():  # the mode for the meta device costs 0.1 s here
             check_files(model, self.quantization_config, [Path(f) for f in checkpoint_files or ()])
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> list[Any]:
         """What is stored has the model's own names: nothing is renamed, stacked or split."""
         return []
 

@@ -194,7 +194,7 @@ def one_token(
     out = ops.matmul_each(out, last)
     if self.has_bias:
         out = out + self.down_proj_bias[chosen]
-    if self.has_post_expert_norm:
+    if getattr(self, "has_post_expert_norm", False):
         out = self.post_expert_norm(out)
     out = (out * weights[0][order, None]).to(x.dtype)
     total = torch.zeros_like(x)
@@ -207,7 +207,7 @@ def _layers(self: Any, x: Tensor, index: Tensor) -> tuple[list[Layer], list[Laye
     """The matrices of a token's experts, ascending; None unless all is as it was planned."""
     if torch.compiler.is_compiling() or any(ANY_MODULE):
         return None
-    if self._is_expert_parallel or (torch.is_grad_enabled() and x.requires_grad):
+    if getattr(self, "_is_expert_parallel", False) or (torch.is_grad_enabled() and x.requires_grad):
         return None
     chosen = sorted(index[0].tolist())
     found: list[list[Layer]] = []
