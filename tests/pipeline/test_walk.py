@@ -297,7 +297,7 @@ def test_kill_9_and_resume(run, folders, text, tmp_path):
     run("whole", whole=True)
     command = [sys.executable, "-c", SCRIPT, folders("llama"), tmp_path / "out", text]
     command = [str(c) for c in (*command, tmp_path / "cache")]
-    for phase in ("calibrate 1", "fit 1", None):
+    for phase in ("forward 1", "calibrate 1", "fit 1", None):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         for line in process.stdout:
             if phase and line.decode().startswith(phase):
