@@ -64,10 +64,10 @@ def calls(monkeypatch):
 def follow(model, steps=6, ids=PROMPT, cache=None, **kwargs):
     """Logits (of a body: states) of every step after the prompt, for fixed tokens."""
     cache = DynamicCache(config=model.config) if cache is None else cache
-    model(ids, past_key_values=cache)
+    model(input_ids=ids, past_key_values=cache)
     out = []
     for step in range(steps):
-        made = model(torch.tensor([[40 + step]]), past_key_values=cache, **kwargs)
+        made = model(input_ids=torch.tensor([[40 + step]]), past_key_values=cache, **kwargs)
         out.append(made.logits if "logits" in made else made.last_hidden_state)
     return (torch.cat(out, 1) if out else None), cache
 
@@ -132,10 +132,11 @@ def test_partial_rotation(pair, calls):
 
 
 @pytest.mark.parametrize("kinds", [["plain"], list(KINDS)], ids=["plain", "mixed"])
-def test_threads_do_not_change_a_bit(pair, kinds):
+def test_threads_do_not_change_a_bit(pair, calls, kinds):
     whole, _ = pair(kinds=kinds)
     model = whole.model  # the head is torch's here, and its sums are split by threads
     want = follow(model)[0]
+    assert len(calls) == 6
     try:
         for threads in (2, 3):
             torch.set_num_threads(threads)
@@ -442,10 +443,11 @@ def test_experts_of_other_counts_and_shares(pair, calls, isa, changes):
     assert len(calls) == 6
 
 
-def test_threads_do_not_change_a_bit_of_experts(pair):
+def test_threads_do_not_change_a_bit_of_experts(pair, calls):
     whole, _ = pair("qwen3_moe")
     model = whole.model
     want = follow(model)[0]
+    assert len(calls) == 6
     try:
         torch.set_num_threads(3)
         for _ in range(5):
