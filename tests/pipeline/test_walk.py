@@ -85,7 +85,7 @@ METHODS = {
     "slim-paper": dict(method="slim", recipe="paper", bits=4),
     "slim-fast": dict(method="slim", recipe="fast", bits=3),
     "slim-best": dict(method="slim", recipe="best", bits=3, sparsity="0.5"),
-    "sparse": dict(sparsity="0.5", bits=3.2),
+    "sparse": dict(recipe="best", sparsity="0.5", bits=3.2),
     "adapters": dict(rank=0.2, adapter_bits=16, index_bits=3, bits=None),
     "sparse-adapters": dict(sparsity="2:4", rank=0.1, bits=4.4),
 }

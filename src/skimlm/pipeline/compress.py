@@ -441,7 +441,7 @@ def _check_disk(given: Given, config: CompressConfig, tools: Tools, out: Path) -
 def _provenance(config: CompressConfig, given: Given) -> dict[str, Any]:
     """How the folder was made, for its config.json; `CompressConfig.from_folder` reads it."""
     facts = {"skimlm": skimlm.__version__, "config": config.provenance()}
-    if config.settings.steps:
+    if config.settings.steps and config.options is None:
         facts["trained"] = "block by block" if given.source.streamed else "the model"
     return facts | {"calibration": given.calibration, "coverage": given.coverage.facts()}
 
