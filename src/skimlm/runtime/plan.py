@@ -12,12 +12,14 @@ What the body itself does around its blocks, embedding and rotation, is not plan
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import repeat
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -59,6 +61,7 @@ ASKED = (
 )
 # functions of a family's file that its attention uses
 HELPERS = ("apply_rotary_pos_emb", "rotate_half", "repeat_kv", "eager_attention_forward")
+Functions = tuple[tuple[Any, ...], tuple[str, ...], tuple[Any, ...]]  # owners, names, what it is
 LIBRARIES = ("torch", "transformers", "skimlm")  # whose code is as we know it
 
 
@@ -92,7 +95,8 @@ class Plan:
     events: tuple[int, int, int]
     config: Any
     asked: dict[str, Any]  # of the config
-    functions: list[tuple[Any, str, Any]]  # (owner, name, what it is): code that others may replace
+    answers: list[Any]  # the same, copied, as they lie there
+    functions: Functions  # code that others may replace
     chosen: tuple[Any, ...]  # functions of attention, its mask and experts, chosen by name
     output: type  # what the body returns
     kept: list[Any]  # what `struct` points into
@@ -130,21 +134,21 @@ class Plan:
         layers = body._modules.get("layers")
         if layers is not self.layers or len(layers) != self.layer_count:
             return False
-        if not all(map(operator.is_, [p.get("weight") for p in parameters], tensors)):
+        if not all(map(operator.is_, map(dict.get, parameters, repeat("weight")), tensors)):
             return False
         return list(map(Tensor.data_ptr, tensors)) == places and not any(
-            ["forward" in attributes for attributes in self.dicts]
+            map(dict.__contains__, self.dicts, repeat("forward"))
         )
 
     def _same_code(self, body: Any) -> bool:
         """The config, and all functions that are looked up by name."""
         return (
             body.config is self.config
-            and _asked(self.config) == self.asked
+            and list(map(self.config.__dict__.get, ASKED)) == self.answers
             and not body.training
             and not any(ANY_MODULE)
             and _chosen(self.asked) == self.chosen
-            and all([getattr(owner, name) is what for owner, name, what in self.functions])
+            and all(map(operator.is_, map(getattr, *self.functions[:2]), self.functions[2]))
         )
 
 
@@ -248,6 +252,7 @@ def make(body: Any) -> Plan | None:
         events=began,
         config=config,
         asked=asked,
+        answers=copy.deepcopy(list(map(config.__dict__.get, ASKED))),
         functions=functions,
         chosen=chosen,
         output=getattr(file, "MoeModelOutputWithPast", BaseModelOutputWithPast),
@@ -280,10 +285,7 @@ def _place(t: Tensor) -> tuple[Any, ...]:
 
 
 def _asked(config: Any) -> dict[str, Any]:
-    values = dict(zip(ASKED, map(config.__dict__.get, ASKED), strict=True))
-    if isinstance(values["layer_types"], list):  # which may be changed in place
-        values["layer_types"] = tuple(values["layer_types"])
-    return values
+    return dict(zip(ASKED, map(config.__dict__.get, ASKED), strict=True))
 
 
 def _usual(asked: dict[str, Any]) -> bool:
@@ -336,15 +338,16 @@ def _regular(blocks: list[Any], norm: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def _functions(file: ModuleType, classes: set[type]) -> list[tuple[Any, str, Any]] | None:
+def _functions(file: ModuleType, classes: set[type]) -> Functions | None:
     """All code that a token passes, by where it is looked up; None if any is foreign."""
     places: list[tuple[Any, str]] = [(c, n) for c in classes for n in ("forward", "__call__")]
     places += [(file, name) for name in HELPERS if hasattr(file, name)]
     places += [(nn.Module, name) for name in ("__call__", "_call_impl")]
     places += [(DynamicCache, "update"), (DynamicLayer, "update"), (F, "silu")]
     places += [(F, "scaled_dot_product_attention")]
-    found = [(owner, name, getattr(owner, name)) for owner, name in places]
-    return found if all(_genuine(what) for *_, what in found) else None
+    found = [getattr(owner, name) for owner, name in places]
+    owners, names = zip(*places, strict=True)
+    return (owners, names, tuple(found)) if all(map(_genuine, found)) else None
 
 
 def _genuine(function: Any) -> bool:
