@@ -21,7 +21,7 @@ from skimlm.models.checkpoint import load, open_checkpoint
 from skimlm.models.write import plan_bytes, save
 from skimlm.storage import folder as folders
 from skimlm.storage.folder import check_out, folder_bytes
-from skimlm.storage.safetensors import finite
+from skimlm.storage.safetensors import check_finite, finite, read_header
 
 BLOCKS = {"opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}
 PER_BLOCK = {"phi3": 4, "opt": 6, "gpt_neox": 4}
@@ -182,6 +182,15 @@ def test_weights_that_are_not_finite_are_named(folder, bad):
     edit_tensors(folder, model__layers__1__mlp__up_proj__weight=poison)
     message = "model.safetensors: model.layers.1.mlp.up_proj.weight: holds NaN or Inf"
     refuse(folder, message, FormatError)
+
+
+def test_a_single_number_may_be_infinite_but_no_nan(tmp_path):
+    save_file({"bound": torch.tensor(float("-inf"))}, tmp_path / "a.safetensors")
+    entries = read_header(tmp_path / "a.safetensors")
+    check_finite({name: (tmp_path / "a.safetensors", entries[name]) for name in entries})
+    save_file({"bound": torch.tensor(float("nan"))}, tmp_path / "a.safetensors")
+    with pytest.raises(FormatError, match="a.safetensors: bound: holds NaN or Inf"):
+        check_finite({"bound": (tmp_path / "a.safetensors", entries["bound"])})
 
 
 def test_a_linear_of_another_shape_is_named(folder):
