@@ -5,12 +5,15 @@ run by the model's own forward, with its body replaced by one that returns the g
 so that soft caps, scalings and multipliers of any family apply.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from skimlm.errors import SkimError
+from skimlm.errors import SkimError, first_line
 from skimlm.models.blocks import decoder_of
 from skimlm.models.hooks import forward_replaced
 
@@ -25,7 +28,8 @@ class BodyOutput(BaseModelOutputWithPast):
 
 def final_hidden(model: Any, ids: Tensor) -> Tensor:
     """Hidden states [n, t, d] that the body of `model` hands to its head for `ids` [n, t]."""
-    return decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+    with _of_its_own(model):
+        return decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def head_logits(model: Any, hidden: Tensor) -> Tensor:
@@ -39,8 +43,26 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
         calls.append(1)
         return output
 
-    with forward_replaced(decoder_of(model), body):
+    with forward_replaced(decoder_of(model), body), _of_its_own(model):
         logits = model(input_ids=ids, use_cache=False).logits
     if not calls:  # its logits would be those of the made-up ids
         raise SkimError(f"{type(model).__name__} does not call its decoder: it cannot be scored")
     return logits.view(*hidden.shape[:-1], logits.shape[-1])
+
+
+@contextmanager
+def _of_its_own(model: Any) -> Iterator[None]:
+    """Turn what transformers' code of a family raises into one line (xlstm, in bfloat16)."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        place = e.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        raised_in = "" if place is None else place.tb_frame.f_globals.get("__name__", "")
+        if not raised_in.startswith("transformers."):
+            raise
+        raise SkimError(
+            f"{type(model).__name__} of transformers {transformers.__version__} in {model.dtype} "
+            f"does not run: {first_line(e)}"
+        ) from e
