@@ -49,6 +49,12 @@ CONFIGS = {
     ),
     "jetmoe": ("JetMoeConfig", GATED | dict(num_local_experts=4, kv_channels=16)),
     "falcon": ("FalconConfig", SIZE | dict(alibi=False, new_decoder_architecture=False)),
+    "youtu": (
+        "YoutuConfig",
+        GATED
+        | dict(num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=32, v_head_dim=16)
+        | dict(qk_rope_head_dim=8, qk_nope_head_dim=16),
+    ),
     "gpt2": ("GPT2Config", dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4)),
 }
 FAMILIES = ("llama", "qwen3", "gemma3", "mistral", "phi3", "opt", "gpt_neox")

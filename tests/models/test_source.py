@@ -26,6 +26,17 @@ def gguf_file(tmp_path_factory):
     return file
 
 
+def test_what_a_family_changes_as_it_loads_is_changed_in_a_streamed_model_too(tmp_path):
+    model, row = tiny_model("youtu", torch.bfloat16), tiny_model("youtu").config.pad_token_id
+    assert model.get_input_embeddings().weight[row].any()
+    byte_tokenizer().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)  # it is loaded with zeros for the padding token
+    opened = open_checkpoint(tmp_path)
+    source, whole = open_source(opened, streamed=True), load(opened)[0]
+    tables = [m.get_input_embeddings().weight for m in (source.model, whole)]
+    assert torch.equal(*tables) and not tables[0][row].any() and tables[0][row - 1].any()
+
+
 @pytest.fixture(scope="module")
 def rounded_file(gguf_file):
     """The same file with its linears in blocks of 8 and 4 bits, its tables in 8."""

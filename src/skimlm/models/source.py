@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from skimlm.errors import FormatError, SkimError, one_line
 from skimlm.models.architecture import skeleton
-from skimlm.models.blocks import decoder_blocks, decoder_of, embeddings
+from skimlm.models.blocks import decoder_blocks, embeddings
 from skimlm.models.checkpoint import Checkpoint, load
 from skimlm.models.folder_tensors import FolderTensors
 from skimlm.models.gguf_tensors import GgufTensors
+from skimlm.models.head import final_hidden
 from skimlm.models.hooks import forwards_replaced
 from skimlm.models.probe import passing, structure_of
 from skimlm.models.structure import Origin, Structure, separate
@@ -130,7 +131,7 @@ class BlockSource:
             if hidden is None and torch.is_grad_enabled():  # so that the blocks have gradients
                 hook = self.model.get_input_embeddings().register_forward_hook(_asks_gradient)
                 stack.callback(hook.remove)
-            final = decoder_of(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+            final = final_hidden(self.model, ids)
         return ends[-1], final
 
     @cached_property
@@ -188,6 +189,7 @@ def open_source(
     apart = Separated(tensors, separate(model, source.structure.layout))
     inside = tuple(f"{prefix}." for prefix, _ in decoder_blocks(model))
     _put_outside(model, apart, inside)
+    _as_loaded(model, inside)
     _empty_buffers(model, inside)
     if not embeddings(model)[2]:
         untie(model.config)
@@ -216,6 +218,17 @@ def _put_outside(model: Any, tensors: Tensors, inside: tuple[str, ...]) -> None:
             place, slot = _slot(model, kept)
             place[slot] = model.get_parameter(name)
     model.tie_weights()
+
+
+def _as_loaded(model: Any, inside: tuple[str, ...]) -> None:
+    """What a family still does to tensors that were read: youtu's padding token becomes zero."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not name.startswith(inside):
+            tensor._is_hf_initialized = True  # not to be made up
+    blocks = {module for _, block in decoder_blocks(model) for module in block.modules()}
+    for module in model.modules():
+        module._is_hf_initialized = module in blocks
+    model.initialize_weights()
 
 
 def _skeleton(source: Checkpoint, dtype: torch.dtype) -> Any:
