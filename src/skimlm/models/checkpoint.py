@@ -9,6 +9,7 @@ comes with a model is run.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from skimlm.errors import FormatError, SkimError, first_line, naming, one_line
 from skimlm.format.layer import METHOD
 from skimlm.models.architecture import auto_class, check_causal, skeleton
 from skimlm.models.blocks import decoder_linears, embeddings
+from skimlm.models.dequantize import dequantizing
 from skimlm.models.gguf import alone, check_model_finite, gguf_options, read_gguf_config
 from skimlm.models.gguf_metadata import check_gguf_tensors, read_metadata
 from skimlm.models.probe import structure_of
@@ -48,6 +50,7 @@ class Checkpoint:
     files: dict[str, Path] = field(repr=False)
     compressed: bool = False
     left_out: tuple[str, ...] = ()  # stored, and no part of what transformers makes of them
+    undone: dict[str, Any] | None = None  # the quantization that transformers undoes as it loads
 
     @cached_property
     def structure(self) -> Structure:
@@ -83,7 +86,7 @@ def open_checkpoint(
         model = skeleton(path, config)
         check_gguf_tensors(path, metadata, model)
         return Checkpoint(path, config, {})
-    config, compressed = _read_config(path)
+    config, compressed, undone = _read_config(path)
     entries = tensor_files(path)
     files = {name: file for name, (file, _) in entries.items()}
     if compressed:
@@ -93,7 +96,7 @@ def open_checkpoint(
     _check_shapes(model, entries)
     check_finite(entries)
     untie_stored(model, config, files)
-    return Checkpoint(path, config, files, left_out=tuple(left_out(model, files)))
+    return Checkpoint(path, config, files, left_out=tuple(left_out(model, files)), undone=undone)
 
 
 def open_compressed(source: str | os.PathLike[str]) -> Checkpoint:
@@ -117,10 +120,14 @@ def load(
         source = open_checkpoint(source, revision=revision, cache_dir=cache_dir)
     tokenizer = tokenizer or load_tokenizer(source)
     options = gguf_options(source.path) if source.gguf else {}
+    config = source.config
+    if source.undone:
+        config = copy.deepcopy(config)
+        config.quantization_config = dict(source.undone)
     with one_line(source.path, "cannot be loaded"), alone(source.path) as folder:
         loaded: Any = auto_class(source.config).from_pretrained(
             folder,
-            config=source.config,
+            config=config,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
@@ -171,8 +178,8 @@ def _resolve(
         raise SkimError(f"{name}: no such folder, and the hub says: {first_line(error)}") from error
 
 
-def _read_config(path: Path) -> tuple[Any, bool]:
-    """The transformers config of a folder, and whether it is one of our compressed ones."""
+def _read_config(path: Path) -> tuple[Any, bool, dict[str, Any] | None]:
+    """A folder's config, whether it is one of our compressed ones, and what must be undone."""
     from transformers import AutoConfig, __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -194,17 +201,15 @@ def _read_config(path: Path) -> tuple[Any, bool]:
     quantized = raw.get("quantization_config") or {}
     if not isinstance(quantized, dict):
         raise FormatError("quantization_config must be an object", file=file)
-    method = quantized.get("quant_method")
-    if quantized and method != METHOD:
-        raise FormatError(
-            f"already quantized with {method!r}, give the original checkpoint", file=file
-        )
     if (path / GENERATION).exists():
         read_json(path / GENERATION)  # transformers passes over a broken one without a word
     with one_line(file, "is not a usable config"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     check_causal(file, config)
-    return config, method == METHOD
+    if quantized.get("quant_method") == METHOD:
+        return config, True, None
+    with naming(file), one_line(file, "its quantization cannot be undone"):
+        return config, False, dequantizing(config)
 
 
 def _check_shapes(model: Any, files: Mapping[str, Any]) -> None:

@@ -49,19 +49,22 @@ class FolderTensors:
     groups: Mapping[str, _Group]  # by names in the model
     unused: tuple[str, ...]  # names in the checkpoint that become nothing of the model
     model: Any
+    quantizer: Any = None  # transformers' own, where tensors are read in codes
 
     @classmethod
-    def open(cls, path: Path, files: Mapping[str, Path], model: Any) -> FolderTensors:
+    def open(
+        cls, path: Path, files: Mapping[str, Path], model: Any, quantizer: Any = None
+    ) -> FolderTensors:
         """The tensors of a folder for a model, which may be on the meta device; none is read."""
         own = model.state_dict()
-        groups, unused = _groups(model, files, own)
+        groups, unused = _groups(model, files, own, quantizer)
         kept = model._get_dtype_plan(model.dtype)
         special = {re.compile(p.replace("*", ".*")): kind for p, kind in kept.items()}
         dtypes = {
             name: next((kind for regex, kind in special.items() if regex.search(name)), like.dtype)
             for name, like in own.items()
         }
-        return cls(path, files, dtypes, groups, tuple(unused), model)
+        return cls(path, files, dtypes, groups, tuple(unused), model, quantizer)
 
     @property
     def names(self) -> Collection[str]:
@@ -89,24 +92,31 @@ class FolderTensors:
             return {group.first: self._read(group.sources[0][0], dtype, stream)}
         converter = copy.deepcopy(group.converter)
         for name, pattern in group.sources:
-            converter.add_tensor(
-                group.first, name, pattern, partial(self._read, name, dtype, stream)
-            )
+            read = partial(self._read, name, dtype, stream, converter)
+            converter.add_tensor(group.first, name, pattern, read)
         with one_line(self.path, f"{group.first}: cannot be put together"):
-            made = converter.convert(group.first, model=self.model, config=self.model.config)
-        return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
+            made = converter.convert(
+                group.first, model=self.model, config=self.model.config, hf_quantizer=self.quantizer
+            )
+        tensors = {n: t[0] if isinstance(t, list) else t for n, t in made.items()}
+        return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
 
-    def _read(self, name: str, dtype: torch.dtype, stream: Callable[[Path], Any]) -> Tensor:
-        tensor = stream(self.files[name]).get_tensor(name)
+    def _read(
+        self, name: str, dtype: torch.dtype, stream: Callable[[Path], Any], converter: Any = None
+    ) -> Tensor:
+        tensor: Tensor = stream(self.files[name]).get_tensor(name)
+        kept = dtype
+        if self.quantizer is not None and converter is not None:  # what it undoes, as it is stored
+            kept = self.quantizer.get_new_dtype(converter, tensor, dtype) or tensor.dtype
         # a copy: views of a file are not aligned, and stay in memory while they are used
-        return tensor.to(dtype, copy=True) if tensor.is_floating_point() else tensor
+        return tensor.to(kept, copy=True) if tensor.is_floating_point() else tensor
 
 
 def _groups(
-    model: Any, names: Collection[str], own: Mapping[str, Tensor]
+    model: Any, names: Collection[str], own: Mapping[str, Tensor], quantizer: Any
 ) -> tuple[dict[str, _Group], list[str]]:
     """What becomes of the tensors of a checkpoint, by the names of what they become."""
-    conversions = get_model_conversion_mapping(model)
+    conversions = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}

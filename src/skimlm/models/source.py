@@ -24,6 +24,7 @@ from skimlm.errors import FormatError, SkimError, one_line
 from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import decoder_blocks, embeddings
 from skimlm.models.checkpoint import Checkpoint, load
+from skimlm.models.dequantize import quantizer_of
 from skimlm.models.folder_tensors import FolderTensors
 from skimlm.models.gguf_tensors import GgufTensors
 from skimlm.models.head import final_hidden
@@ -184,7 +185,8 @@ def open_source(
     else:
         # as the family builds it: conversions look at its parameters
         built = skeleton(source.path, source.config, dtype) if source.structure.layout else model
-        tensors = FolderTensors.open(source.path, source.files, built)
+        quantizer = quantizer_of(source.undone)
+        tensors = FolderTensors.open(source.path, source.files, built, quantizer)
         check_extra(model, tensors.unused, source.files, source.path)
     apart = Separated(tensors, separate(model, source.structure.layout))
     inside = tuple(f"{prefix}." for prefix, _ in decoder_blocks(model))
