@@ -17,7 +17,7 @@ KINDS = ("mxfp4", "fp8")
 def dequantizing(config: Any) -> dict[str, Any] | None:
     """Take the quantization out of a config: what transformers is given to undo it.
 
-    None for a model that is not quantized. Raises FormatError for a kind that has a better original,
+    None for a model that is not quantized. Raises FormatError for a kind with a better original,
     and for one that this transformers cannot undo.
     """
     given = getattr(config, "quantization_config", None)

@@ -252,7 +252,8 @@ def _write_texts(
         **({"layout": dict(layout)} if layout else {}),
     }
     config.save_pretrained(folder)
-    if model.can_generate():
+    known = source is not None and (source / "generation_config.json").is_file()
+    if model.can_generate() and not known:  # older transformers refuse to write many that are there
         model.generation_config.save_pretrained(folder)
     if source is not None and source.is_dir():
         copy_side_files(source, folder)
