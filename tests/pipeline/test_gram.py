@@ -6,9 +6,12 @@ from torch import nn
 
 from conftest import FAMILIES, tiny_model, walk_of
 from skimlm.models.blocks import decoder_linears
-from skimlm.pipeline import gram, steps
+from skimlm.models.probe import structure_of
+from skimlm.models.structure import separate
+from skimlm.pipeline import calibrate, gram, steps
 from skimlm.pipeline.gram import Gram
 from skimlm.pipeline.states import StateStore
+from skimlm.runtime import experts
 
 IDS = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(0))
 
@@ -55,6 +58,50 @@ def compressed(model, change, linears=None, store=None, staged=False, matched=Fa
 
 def halved(name, w):
     return w * 0.9 if "layers.0" in name or ".h.0" in name else w * 0.8
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_an_expert_s_tokens_count_by_their_gates(family, monkeypatch):
+    monkeypatch.setattr(calibrate, "FEW", 8)
+    whole, model, given = tiny_model(family), tiny_model(family), {}
+    for path, module in whole.named_modules():
+        if path.endswith(".experts"):
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs, path=path: given.update(
+                    {path: (m, *args, *kwargs.values())}
+                ),
+                with_kwargs=True,
+            )
+    with torch.no_grad():
+        whole(IDS)
+    separate(model, structure_of(model).layout)
+    seen = compressed(model, lambda _, w: w)
+    for path, (module, hidden, index, weights) in given.items():
+        for e in range(4):
+            token, place = torch.where(index == e)
+            x, gate = hidden[token], weights[token, place, None]
+            w = module.gate_up_proj[e].detach()
+            up = x @ (w if module.is_transposed else w.T)
+            if module.has_bias:
+                up = up + module.gate_up_proj_bias[e].detach()
+            inner = module._apply_gate(up)
+            for kind, rows in ("gate_up_proj", x), ("down_proj", inner):
+                got, rows = seen[f"{path}.{kind}.{e}"], rows * gate
+                assert got.tokens == len(token) >= 8
+                torch.testing.assert_close(got.h, rows.T @ rows, rtol=1e-3, atol=1e-4)
+
+
+def test_gates_are_not_guessed():
+    model = tiny_model("mixtral")
+    separate(model, structure_of(model).layout)
+    assert experts.gates(0, torch.ones(3, 64)) is None
+    hidden, index = torch.randn(5, 64), torch.tensor([[0, 1], [1, 0], [2, 1], [0, 3], [3, 2]])
+    weights = torch.rand(5, 2)
+    with experts._routing(hidden, index, weights):
+        assert experts.gates(0, hidden[[0, 1, 3]]) is None  # not in the order of their places
+        got = experts.gates(0, hidden[[0, 3, 1]])
+        assert torch.equal(got, torch.stack([weights[0, 0], weights[3, 0], weights[1, 1]]))
+        assert experts.gates(0, torch.ones(2, 8)) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,7 @@
 """What the linears of a block are given: Gram matrices of their inputs, shared where inputs are.
 
 With X the inputs in the model as it was and X^ those that the compressed blocks before give:
-    h        X^^T X^
+    h        X^^T X^; of an expert, each token times its gate
     cross    X^T X^, for a target that moves towards the original model's output: min over W^ of
              ||X W^T - X^ W^^T|| is W C H^-1 (GPTAQ 2504.02692). Half of the way is best
              (docs/log.md): the whole of it also fits what is noise in the tokens
@@ -19,6 +19,7 @@ from skimlm.models.hooks import forwards_replaced
 from skimlm.models.structure import stacks
 from skimlm.pipeline.calibrate import share
 from skimlm.pipeline.walk import Walk, batches
+from skimlm.runtime.experts import gates
 from skimlm.storage.safetensors import finite
 
 
@@ -77,6 +78,9 @@ def grams(
             return
         # float32: rounded to bfloat16, as in calibrate, the sums are not positive definite
         flat = x.reshape(-1, x.shape[-1]).float()
+        if name in routed:
+            weight = gates(int(name.rpartition(".")[2]), x)
+            flat = flat if weight is None else flat * weight.float()[:, None]
         gram = found.setdefault(name, _empty(linears[name], crossed and name not in routed))
         gram.h += flat.T @ flat
         gram.tokens += len(flat)
