@@ -152,13 +152,15 @@ def test_less_than_half_is_refused_unless_it_is_asked_for(tmp_path, text):
     assert skimlm("compress", source, out, *options, *some).exit_code == 0
 
 
-def test_experts_that_see_hardly_a_token_are_counted(tmp_path, text):
+@pytest.mark.parametrize("method", ["skim", "slim"])
+def test_experts_that_see_hardly_a_token_are_counted(tmp_path, text, method):
     source = tmp_path / "source"
     tiny_model("mixtral", dtype=torch.bfloat16).save_pretrained(source)
     byte_tokenizer().save_pretrained(source)
-    done = compress(source, tmp_path / "few", text, "--samples", 1, "--json")
+    how = "--method", method, "--json"
+    done = compress(source, tmp_path / "few", text, "--samples", 1, *how)
     assert json.loads(done.stdout)["experts_sharing"] == 2 * 2 * 4  # 32 tokens, and 64 are few
     assert "16 matrices of experts saw under 64 tokens" in done.stderr
-    done = compress(source, tmp_path / "more", text, "--samples", 40, "--json")
+    done = compress(source, tmp_path / "more", text, "--samples", 40, *how)
     assert json.loads(done.stdout)["experts_sharing"] == 0
     assert "matrices of experts" not in done.stderr

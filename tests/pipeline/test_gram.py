@@ -97,7 +97,7 @@ def test_gates_are_not_guessed():
     assert experts.gates(0, torch.ones(3, 64)) is None
     hidden, index = torch.randn(5, 64), torch.tensor([[0, 1], [1, 0], [2, 1], [0, 3], [3, 2]])
     weights = torch.rand(5, 2)
-    with experts._routing(hidden, index, weights):
+    with experts._routing(experts._Routing(hidden, index, weights)):
         assert experts.gates(0, hidden[[0, 1, 3]]) is None  # not in the order of their places
         got = experts.gates(0, hidden[[0, 3, 1]])
         assert torch.equal(got, torch.stack([weights[0, 0], weights[3, 0], weights[1, 1]]))

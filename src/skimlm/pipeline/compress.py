@@ -284,15 +284,19 @@ def _run(
     _check_disk(given, config, tools, out)
     walk = given.walk(work, tools.progress, submit)
     chosen = _allocate(given, config, tools, walk)
-    if chosen.sharing:
-        tools.notice(
-            f"{chosen.sharing} matrices of experts saw under {FEW} tokens: they are fitted to what "
-            "all experts of their layer saw; more --samples gives them their own"
-        )
+    _say_sharing(chosen.sharing, tools)
     report = _report(given, config, tools, out, chosen)
     # A run that was interrupted during the training finds its state here and goes on.
     state = tools.cache / f"{chosen.key}-{_digest(chosen.widths)}.state"
-    report.held_out_kl = _fit(walk, config, tools, chosen, state)
+    if config.method == "slim":
+        with tools.clock("fit"):
+            assert config.options is not None
+            published = config.recipe == "paper"
+            shared = steps.fit_slim(walk, config.settings, config.options, published)
+        report.experts_sharing = shared
+        _say_sharing(shared, tools)
+    else:
+        report.held_out_kl = _fit(walk, config, tools, chosen, state)
     with tools.clock("write"), journal.model_folder(work, out) as folder:
         specs = specs_of(given.linears, config.options, config.settings.scale)
         write_packed(
@@ -313,6 +317,14 @@ def _run(
     return report
 
 
+def _say_sharing(count: int, tools: Tools) -> None:
+    if count:
+        tools.notice(
+            f"{count} matrices of experts saw under {FEW} tokens: they are fitted to what all "
+            "experts of their layer saw; more --samples gives them their own"
+        )
+
+
 def _fit(
     walk: Walk, config: CompressConfig, tools: Tools, chosen: Plan, state: Path
 ) -> list[float]:
@@ -321,10 +333,7 @@ def _fit(
     if options is None and plan.steps and not walk.source.streamed:
         return steps.fit_trained_model(walk, known, widths, plan, tools.clock, state)
     with tools.clock("fit"):
-        if config.method == "slim":
-            assert options is not None
-            steps.fit_slim(walk, plan, options, published=config.recipe == "paper")
-        elif options is not None:
+        if options is not None:
             steps.compose(walk, known, widths, options)
         elif plan.steps:
             steps.fit_trained(walk, known, widths, plan)

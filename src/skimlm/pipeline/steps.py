@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from skimlm.format.pack import QuantizedWeight, dequantize, effective, pack
+from skimlm.models.structure import stacks
 from skimlm.pipeline import gram, sensitivity
+from skimlm.pipeline.calibrate import FEW
 from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.gram import Gram
 from skimlm.pipeline.recipes import composed_linear, first_fit, fit_linear, settled
@@ -24,13 +26,16 @@ from skimlm.quantize import slim
 from skimlm.quantize.fit import Fit
 from skimlm.train.codebooks import norm_parameters, train, train_block
 
+SHARED = "experts-sharing"  # how many of a block
 WINDOWS = 4  # that go through together where blocks are fitted to their inputs
 # (name, W, inputs) -> (what replaces W, what is stored of it), begun at once
 FitLinear = Callable[[str, Tensor, Gram], Callable[[], tuple[Tensor, dict[str, Tensor]]]]
 
 
-def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) -> None:
+def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) -> int:
     """Replace each linear by what `fit` makes of it and of its inputs, block after block.
+
+    How many matrices of experts saw so few tokens that they shared inputs is given back.
 
     Errors of early blocks are then seen, and partly undone, by later ones (GPTQ, SLiM). Beyond the
     published walk, both optional:
@@ -43,10 +48,12 @@ def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) ->
         linears = walk.inside(range(i, i + 1))
         weights, tensors = apart(walk, i)
         names = gram.stages(walk, i, linears, hidden) if staged else [list(linears)]
-        fitted = 0
+        experts = {n for stack in stacks(walk.source.model, linears) for n in stack}
+        fitted = shared = 0
         for stage in names:
             inside = {name: linears[name] for name in stage}
             grams = gram.grams(walk, i, inside, hidden, WINDOWS, matched)
+            shared += sum(grams[name].tokens < FEW for name in experts & grams.keys())
             results = {name: fit(name, weights[name], grams.pop(name)) for name in stage}
             for name in stage:
                 weight, stored = results.pop(name)()
@@ -55,16 +62,19 @@ def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) ->
                 linears[name].weight.copy_(weight)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in stored.items()}
         walk.store.drop_all(gram.INPUTS)
+        walk.store.keep(SHARED, i, {"count": torch.tensor(shared)})
         return tensors
 
     def original(i: int, hidden: Tensor | None) -> Tensor:
         return gram.advance_original(walk, i, hidden, WINDOWS)
 
     follow(walk, block, WINDOWS, original if matched else None)
+    blocks = range(len(walk.source.blocks))
+    return sum(int(walk.store.read_one(SHARED, i, "count")) for i in blocks)
 
 
-def fit_slim(walk: Walk, plan: Recipe, options: slim.Options, published: bool) -> None:
-    """SLiM: keep what OUT holds of every block."""
+def fit_slim(walk: Walk, plan: Recipe, options: slim.Options, published: bool) -> int:
+    """SLiM: keep what OUT holds of every block; how many matrices of experts shared inputs."""
 
     def fit(_name: str, w: Tensor, inputs: Gram) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
         result = walk.submit(slim_linear, w, inputs, options, published)
@@ -75,7 +85,7 @@ def fit_slim(walk: Walk, plan: Recipe, options: slim.Options, published: bool) -
 
         return finish
 
-    fit_to_inputs(walk, fit, staged=plan.staged, matched=plan.matched)
+    return fit_to_inputs(walk, fit, staged=plan.staged, matched=plan.matched)
 
 
 def slim_linear(w: Tensor, inputs: Gram, options: slim.Options, published: bool) -> QuantizedWeight:

@@ -168,7 +168,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     given = hidden_states, top_k_index, top_k_weights
     layers = _layers(self, hidden_states, top_k_index) if len(hidden_states) == 1 else None
     if layers is None or _agree.get(self) is False:
-        with _routing(*given):
+        with _routing(_Routing(hidden_states, top_k_index, top_k_weights)):
             return own(self, *given)
     out = one_token(self, *given, *layers)
     if self in _agree:
@@ -195,8 +195,8 @@ _routings: list[_Routing] = []  # those that run: one
 
 
 @contextmanager
-def _routing(*given: Tensor) -> Iterator[None]:
-    _routings.append(_Routing(*given))
+def _routing(now: _Routing) -> Iterator[None]:
+    _routings.append(now)
     try:
         yield
     finally:
