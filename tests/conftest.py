@@ -49,6 +49,23 @@ CONFIGS = {
     ),
     "jetmoe": ("JetMoeConfig", GATED | dict(num_local_experts=4, kv_channels=16)),
     "falcon": ("FalconConfig", SIZE | dict(alibi=False, new_decoder_architecture=False)),
+    "gemma4": (  # the last two layers have keys and values of those before
+        "Gemma4TextConfig",
+        GATED
+        | dict(num_hidden_layers=4, num_kv_shared_layers=2, head_dim=16, global_head_dim=32)
+        | dict(layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=16)
+        | dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=VOCAB)
+        | dict(num_experts=None, top_k_experts=None, moe_intermediate_size=None),
+    ),
+    "hy_v4": (  # layers attend to the tokens that another chose
+        "HYV4Config",
+        GATED
+        | dict(num_hidden_layers=4, num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=32)
+        | dict(qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, moe_intermediate_size=48)
+        | dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=1)
+        | dict(topk_group=1, first_k_dense_replace=1, index_topk=16, index_head_dim=16)
+        | dict(index_n_heads=4),
+    ),
     "youtu": (
         "YoutuConfig",
         GATED

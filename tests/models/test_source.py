@@ -127,15 +127,20 @@ def test_a_gguf_streamed_gives_the_folder_that_it_gives_in_memory(
     assert same == (names, [], [])
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gemma3", "phi3"])
+HANDED = {"gemma4": {"shared_kv_states"}, "hy_v4": {"returned"}}  # besides hidden states
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gemma3", "phi3", *HANDED])
 def test_blocks_run_alone_make_together_what_the_model_makes(family):
     model = tiny_model(family)
-    source, hidden = BlockSource(model), None
+    source, state = BlockSource(model), None
     with torch.no_grad():
         for i in range(len(source.blocks)):
-            hidden, final = source.run(range(i, i + 1), IDS, hidden)
+            state, final = source.run(range(i, i + 1), IDS, state)
+            handed = {name.partition(".")[0] for name in state} - {"x"}
+            assert handed == HANDED.get(family, set())
         whole, whole_final = source.run(range(len(source.blocks)), IDS, None)
         want = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
     assert torch.equal(final, want) and torch.equal(whole_final, want)
-    assert torch.equal(hidden, whole)
+    assert torch.equal(state["x"], whole["x"])
     assert not any("forward" in vars(m) for m in model.modules())

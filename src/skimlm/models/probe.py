@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from skimlm.errors import first_line
 from skimlm.models.blocks import decoder_blocks, decoder_of, embeddings
+from skimlm.models.carried import State, left, put, returned
 from skimlm.models.hooks import forwards_replaced
 from skimlm.models.structure import Structure
 from skimlm.runtime.experts import BATCHED, PRODUCTS
@@ -151,9 +152,13 @@ def structure_of(model: Any) -> Structure:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_evaluating(model))
         stack.enter_context(forwards_replaced(linears | tables, _noting(notes)))
-        with forwards_replaced(dict(blocks), _counting(found.returns)):
+        handed: dict[str, State] = {}
+        with forwards_replaced(dict(blocks), _counting(found.returns, handed)):
             found.failed = _raised(lambda: model(input_ids=ids, use_cache=False))
         found.joined = found.failed or _alone(model, dict(blocks), ids, found.returns)
+        if found.joined and not found.failed:
+            why = _alone(model, dict(blocks), ids, found.returns, handed)
+            found.joined, found.carries = why, not why
     _read_notes(model, blocks, linears, notes, found)
     tied = {n.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for n in pair}
     found.shared = tied & linears.keys()
@@ -172,8 +177,10 @@ def _raised(run: Callable[[], Any]) -> str:
     return ""
 
 
-def _counting(returns: dict[str, int]) -> Callable[[str, Any], Callable[..., Any]]:
-    """Note how many values a block returns."""
+def _counting(
+    returns: dict[str, int], handed: dict[str, State]
+) -> Callable[[str, Any], Callable[..., Any]]:
+    """Note how many values a block returns, and what it hands on besides hidden states."""
 
     def make(name: str, block: Any) -> Callable[..., Any]:
         usual = block.forward
@@ -181,6 +188,7 @@ def _counting(returns: dict[str, int]) -> Callable[[str, Any], Callable[..., Any
         def forward(*args: Any, **kwargs: Any) -> Any:
             out = usual(*args, **kwargs)
             returns[name] = len(out) if isinstance(out, tuple) else 0
+            handed[name] = left(out, kwargs)
             return out
 
         return forward
@@ -188,23 +196,40 @@ def _counting(returns: dict[str, int]) -> Callable[[str, Any], Callable[..., Any
     return make
 
 
-def passing(returns: int) -> Callable[..., Any]:
-    """The forward of a block that passes on the hidden states it gets."""
+def passing(returns: int, state: State) -> Callable[..., Any]:
+    """The forward of a block that passes on the hidden states it gets, and what else there is."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
-        return (given, *[None] * (returns - 1)) if returns else given
+        return (given, *returned(state, returns)) if returns else given
 
     return forward
 
 
-def _alone(model: Any, blocks: Mapping[str, Any], ids: Tensor, returns: Mapping[str, int]) -> str:
-    """Why some block cannot be run alone, empty if each can."""
+def _alone(
+    model: Any,
+    blocks: Mapping[str, Any],
+    ids: Tensor,
+    returns: Mapping[str, int],
+    handed: Mapping[str, State] | None = None,
+) -> str:
+    """Why some block cannot be run alone, empty if each can; with what those before it `handed`."""
+    state: State = {}
     for name in blocks:
-        others = {n: block for n, block in blocks.items() if n != name}
-        with forwards_replaced(others, lambda n, _: passing(returns.get(n, 0))):
+
+        def make(n: str, block: Any, name: str = name, state: State = state) -> Any:
+            usual = block.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                put(state, kwargs)
+                return usual(*args, **kwargs)
+
+            return forward if n == name else passing(returns.get(n, 0), state)
+
+        with forwards_replaced(blocks, make):
             if why := _raised(lambda: decoder_of(model)(input_ids=ids, use_cache=False)):
                 return f"{name}: {why}"
+        state = (handed or {}).get(name, {})
     return ""
 
 

@@ -2,7 +2,7 @@
 
     source = open_source(checkpoint, streamed)
     with source.loaded(blocks):                    numbers of these blocks are there
-        out, final = source.run(blocks, ids, hidden)
+        state, final = source.run(blocks, ids, state)
 
 A model in memory has its numbers always; of one that is streamed, from safetensors or a GGUF, only
 what stands outside its blocks is loaded, and each block is read when its turn comes.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from skimlm.errors import FormatError, SkimError, one_line
 from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import decoder_blocks, embeddings
+from skimlm.models.carried import HIDDEN, State, left, put
 from skimlm.models.checkpoint import Checkpoint, load
 from skimlm.models.dequantize import quantizer_of
 from skimlm.models.folder_tensors import FolderTensors
@@ -101,27 +102,30 @@ class BlockSource:
             for (place, own), tensor in zip(slots, empty, strict=True):
                 place[own] = tensor
 
-    def run(self, span: Span, ids: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What blocks make of `hidden` [n, t, d], and what the body returns after the last of all.
+    def run(self, span: Span, ids: Tensor, state: State | None) -> tuple[State, Tensor]:
+        """What blocks make of `state`, and what the body returns after the last of all [n, t, d].
 
         The model's own forward pass on `ids` [n, t] gives each block its masks and positions; other
-        blocks pass on what they get. Without `hidden` the first block gets the embeddings.
+        blocks pass on what they get. Without `state` the first block gets the embeddings.
         """
-        count, ends = len(self.blocks), []
+        count, ends = len(self.blocks), list[State]()
         names = {self.blocks[i]: i for i in range(count) if i not in span}
         names |= {self.blocks[i]: i for i in (span[0], span[-1])}
+        carries = len(span) < count and self.known.carries
 
         def make(name: str, block: Any) -> Callable[..., Any]:
             usual, i = block.forward, names[name]
             if i not in span:
-                return passing(self.returns(i))
+                return passing(self.returns(i), state or {})
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                if i == span[0] and hidden is not None:
-                    args, kwargs = _replaced(hidden, args, kwargs)
+                if i == span[0] and state is not None:
+                    args, kwargs = _replaced(state[HIDDEN], args, kwargs)
+                    put(state, kwargs)
                 out = usual(*args, **kwargs)
                 if i == span[-1]:
-                    ends.append(out[0] if isinstance(out, tuple) else out)
+                    hidden = out[0] if isinstance(out, tuple) else out
+                    ends.append({HIDDEN: hidden} | (left(out, kwargs) if carries else {}))
                 return out
 
             return forward
@@ -129,7 +133,7 @@ class BlockSource:
         with ExitStack() as stack:
             inside = {n: self.model.get_submodule(n) for n in names}
             stack.enter_context(forwards_replaced(inside, make))
-            if hidden is None and torch.is_grad_enabled():  # so that the blocks have gradients
+            if state is None and torch.is_grad_enabled():  # so that the blocks have gradients
                 hook = self.model.get_input_embeddings().register_forward_hook(_asks_gradient)
                 stack.callback(hook.remove)
             final = final_hidden(self.model, ids)

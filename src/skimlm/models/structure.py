@@ -30,6 +30,7 @@ class Structure:
     tables: str = ""  # why embedding and head stay in 16 bits
     returns: dict[str, int] = field(default_factory=dict)  # block -> values in its tuple, 0: none
     joined: str = ""  # why no block can be run without those before it
+    carries: bool = False  # blocks hand on more than hidden states, and need it (carried.py)
     failed: str = ""  # why the run came to nothing: then only what is an nn.Linear is known
 
     @property

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from skimlm.errors import SkimError
+from skimlm.models.carried import State
 from skimlm.models.hooks import forwards_replaced
 from skimlm.models.structure import stacks
 from skimlm.pipeline.calibrate import share
@@ -55,11 +56,11 @@ def grams(
     walk: Walk,
     i: int,
     linears: Mapping[str, nn.Linear],
-    hidden: Tensor | None,
+    state: State | None,
     batch: int,
     crossed: bool,
 ) -> dict[str, Gram]:
-    """Gram matrices of some linears of block `i`, which gets `hidden`; one for each input.
+    """Gram matrices of some linears of block `i`, which gets `state`; one for each input.
 
     `crossed`: also with the original's inputs, which `advance_original` has kept.
     """
@@ -90,7 +91,7 @@ def grams(
     with watched(linears, see):
         for number, rows in enumerate(batches(len(walk.ids), batch)):
             before = walk.store.read(INPUTS, number) if crossed else {}
-            walk.run(range(i, i + 1), rows, hidden)
+            walk.run(range(i, i + 1), rows, state)
             latest.clear()
     for name, gram in found.items():
         if not finite(gram.h):
@@ -105,8 +106,8 @@ def grams(
 INPUTS = "linear-inputs"  # of the original's linears, while their block is fitted
 
 
-def advance_original(walk: Walk, i: int, hidden: Tensor | None, batch: int) -> Tensor:
-    """Hidden states behind block `i` as it was; what its linears read is kept, batch by batch."""
+def advance_original(walk: Walk, i: int, state: State | None, batch: int) -> State:
+    """The state behind block `i` as it was; what its linears read is kept, batch by batch."""
     seen: dict[str, Tensor] = {}
 
     linears = walk.inside(range(i, i + 1))
@@ -122,11 +123,11 @@ def advance_original(walk: Walk, i: int, hidden: Tensor | None, batch: int) -> T
         seen.clear()
 
     with watched(linears, see):
-        return walk.advance(range(i, i + 1), hidden, batch, after=keep)
+        return walk.advance(range(i, i + 1), state, batch, after=keep)
 
 
 def stages(
-    walk: Walk, i: int, linears: Mapping[str, nn.Linear], hidden: Tensor | None
+    walk: Walk, i: int, linears: Mapping[str, nn.Linear], state: State | None
 ) -> list[list[str]]:
     """Linears of block `i` in the order they run; together: one input, or experts of one stack."""
     found: list[list[str]] = []
@@ -144,7 +145,7 @@ def stages(
         stage += together.get(name, [name])
 
     with watched(linears, see):
-        walk.run(range(i, i + 1), slice(0, 1), hidden)
+        walk.run(range(i, i + 1), slice(0, 1), state)
     missing = [n for n in linears if not any(n in stage for stage in found)]
     return found + ([missing] if missing else [])
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from skimlm.format.pack import QuantizedWeight, dequantize, effective, pack
+from skimlm.models.carried import HIDDEN, State
 from skimlm.models.structure import stacks
 from skimlm.pipeline import gram, sensitivity
 from skimlm.pipeline.calibrate import FEW
@@ -44,15 +45,15 @@ def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) ->
         matched   the target moves towards the original model's output (gram.py)
     """
 
-    def block(i: int, hidden: Tensor | None, _after: Tensor | None) -> dict[str, Tensor]:
+    def block(i: int, state: State | None, _after: State | None) -> dict[str, Tensor]:
         linears = walk.inside(range(i, i + 1))
         weights, tensors = apart(walk, i)
-        names = gram.stages(walk, i, linears, hidden) if staged else [list(linears)]
+        names = gram.stages(walk, i, linears, state) if staged else [list(linears)]
         experts = {n for stack in stacks(walk.source.model, linears) for n in stack}
         fitted = shared = 0
         for stage in names:
             inside = {name: linears[name] for name in stage}
-            grams = gram.grams(walk, i, inside, hidden, WINDOWS, matched)
+            grams = gram.grams(walk, i, inside, state, WINDOWS, matched)
             shared += sum(grams[name].tokens < FEW for name in experts & grams.keys())
             results = {name: fit(name, weights[name], grams.pop(name)) for name in stage}
             for name in stage:
@@ -65,8 +66,8 @@ def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) ->
         walk.store.keep(SHARED, i, {"count": torch.tensor(shared)})
         return tensors
 
-    def original(i: int, hidden: Tensor | None) -> Tensor:
-        return gram.advance_original(walk, i, hidden, WINDOWS)
+    def original(i: int, state: State | None) -> State:
+        return gram.advance_original(walk, i, state, WINDOWS)
 
     follow(walk, block, WINDOWS, original if matched else None)
     blocks = range(len(walk.source.blocks))
@@ -104,8 +105,9 @@ def fit_trained(
 ) -> None:
     """Fit every block, and train it to make of the compressed ones' output the original's."""
 
-    def block(i: int, hidden: Tensor | None, after: Tensor | None) -> dict[str, Tensor]:
+    def block(i: int, state: State | None, after: State | None) -> dict[str, Tensor]:
         assert after is not None
+        targets = after[HIDDEN]
         span = range(i, i + 1)
         linears, module = walk.inside(span), walk.source.module(i)
         weights, tensors = apart(walk, i)
@@ -116,12 +118,12 @@ def fit_trained(
         fits = {name: result() for name, result in results.items()}
         norms = {f"{walk.source.blocks[i]}.{n}": p for n, p in norm_parameters(module).items()}
         trained, _ = train_block(
-            lambda rows: walk.run(span, rows, hidden),
+            lambda rows: walk.run(span, rows, state)[HIDDEN],
             linears,
             fits,
             norms,
-            after,
-            _output_weight(linears, stored, after.shape[-1]),
+            targets,
+            _output_weight(linears, stored, targets.shape[-1]),
             steps=plan.steps,
         )
         tensors |= trained

@@ -11,7 +11,8 @@
 
 A span is what is in memory together: all blocks, or one. The numbers do not depend on it: the same
 windows go through in the same batches. In the store lie, each whole:
-    inputs-K                  hidden states before span K [n, t, d]; gone once it is analysed
+    inputs-K                  hidden states before span K [n, t, d], with what else blocks hand on
+                              (models/carried.py); gone once it is analysed
     gradient-K                d loss / d inputs-K: the analysis of span K and all after it is kept
     first-I                   adapters and errors of block I to begin with (sparsity, adapters)
     original-I, compressed-I  hidden states before block I, in the model and in what becomes of it
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skimlm.models.carried import State
 from skimlm.models.hooks import frozen
 from skimlm.models.source import BlockSource, Span
 from skimlm.models.structure import stacks
@@ -38,7 +40,7 @@ from skimlm.pipeline.workers import Submit, here
 from skimlm.train.losses import backward, cross_entropy, next_tokens
 
 Progress = Callable[[str, int, int], None]
-FitBlock = Callable[[int, Tensor | None, Tensor | None], dict[str, Tensor]]
+FitBlock = Callable[[int, State | None, State | None], dict[str, Tensor]]
 Result = Callable[[], dict[str, Tensor]]
 
 
@@ -63,35 +65,35 @@ class Walk:
         prefixes = tuple(f"{self.source.blocks[i]}." for i in span)
         return {n: m for n, m in self.linears.items() if n.startswith(prefixes)}
 
-    def hidden(self, kind: str, i: int) -> Tensor | None:
-        """Hidden states that are kept; None before the first block."""
-        return self.store.read_one(kind, i, "x") if i else None
+    def state(self, kind: str, i: int) -> State | None:
+        """Hidden states, and what goes with them, that are kept; None before the first block."""
+        return self.store.read(kind, i) if i else None
 
     def tell(self, phase: str, i: int, more: int = 0) -> None:
         """Say that the linears of all blocks before `i` are done, and `more` of its own."""
         self.progress(phase, len(self.inside(range(i))) + more, len(self.linears))
 
-    def run(self, span: Span, rows: slice | Tensor, hidden: Tensor | None) -> Tensor:
-        """What these blocks make of the windows `rows` of `hidden` [n, t, d]."""
+    def run(self, span: Span, rows: slice | Tensor, state: State | None) -> State:
+        """What these blocks make of the windows `rows` of `state`."""
         # a copy: views of a file are not aligned, and stay in memory while they are used
-        part = None if hidden is None else hidden[rows].clone()
+        part = None if state is None else {n: t[rows].clone() for n, t in state.items()}
         return self.source.run(span, self.ids[rows], part)[0]
 
     def advance(
         self,
         span: Span,
-        hidden: Tensor | None,
+        state: State | None,
         batch: int,
         after: Callable[[int], None] = lambda _: None,
-    ) -> Tensor:
-        """Hidden states behind these blocks; `after(number)` is called after each batch."""
-        out: Tensor | None = None
+    ) -> State:
+        """The state behind these blocks; `after(number)` is called after each batch."""
+        out: dict[str, Tensor] = {}
         for number, rows in enumerate(batches(len(self.ids), batch)):
-            part = self.run(span, rows, hidden)
-            out = part.new_empty(len(self.ids), *part.shape[1:]) if out is None else out
-            out[rows] = part
+            for name, part in self.run(span, rows, state).items():
+                if name not in out:
+                    out[name] = part.new_empty(len(self.ids), *part.shape[1:])
+                out[name][rows] = part
             after(number)
-        assert out is not None
         return out
 
 
@@ -126,15 +128,15 @@ def _forward(walk: Walk, last: int) -> None:
     begin = next((k for k in range(1, last + 1) if not store.has("inputs", k)), last + 1)
     for k in range(begin, last + 1):
         with walk.source.loaded(spans[k - 1]):
-            hidden = walk.advance(spans[k - 1], walk.hidden("inputs", k - 1), walk.batch)
-        store.keep("inputs", k, {"x": hidden})
+            state = walk.advance(spans[k - 1], walk.state("inputs", k - 1), walk.batch)
+        store.keep("inputs", k, state)
         walk.progress("forward", k, last)
 
 
 def _backward(walk: Walk, stored: sensitivity.Stored, plan: Recipe, done: int) -> None:
     """Spans `done` - 1 to 0: statistics, then the analysis of each linear while the next is run."""
     store, spans = walk.store, walk.source.spans
-    gradient = None if done == len(spans) else store.read_one("gradient", done, "x")
+    gradient: State | None = None if done == len(spans) else store.read("gradient", done)
     left, total = len(stored.missing()), len(stored)
     pending: dict[str, Callable[[], sensitivity.Analysis]] = {}
 
@@ -145,11 +147,11 @@ def _backward(walk: Walk, stored: sensitivity.Stored, plan: Recipe, done: int) -
             left -= 1
             walk.progress("analyse", total - left, total)
 
-    def finish(k: int, gradient: Tensor | None) -> None:
+    def finish(k: int, gradient: State | None) -> None:
         """Span `k` and all after it are analysed once this has returned."""
         keep_pending()
         if gradient is not None:
-            store.keep("gradient", k, {"x": gradient})
+            store.keep("gradient", k, gradient)
         for kind, number in (("gradient", k + 1), ("inputs", k + 1), ("inputs", k)):
             store.drop(kind, number)
 
@@ -180,37 +182,46 @@ def _backward(walk: Walk, stored: sensitivity.Stored, plan: Recipe, done: int) -
 def statistics(
     walk: Walk,
     k: int,
-    gradient: Tensor | None = None,
+    gradient: State | None = None,
     *,
     layerwise: bool = False,
     fisher_windows: int = 64,
     batch: int | None = None,
-) -> tuple[dict[str, Statistics], Tensor | None]:
+) -> tuple[dict[str, Statistics], State | None]:
     """Statistics of the linears of span `k`, run with gradients, and d loss / d its inputs.
 
     `gradient` is that of its outputs, None behind the last block: the loss follows. A linear that
     saw no token (an expert never routed to) keeps zero sums. `layerwise` also collects H.
     """
-    source, inputs, passed = walk.source, walk.hidden("inputs", k), []
+    source, inputs = walk.source, walk.state("inputs", k)
+    passed: dict[str, list[Tensor]] = {}
     spans, count = source.spans, len(walk.ids)
     linears = walk.inside(spans[k])
     sums = Sums(linears, layerwise, fisher_windows, stacks(source.model, linears))
     with observed(linears, sums.observe), frozen(source.model), torch.enable_grad():
         for rows in batches(count, batch or walk.batch):
             ids = walk.ids[rows]
-            x = None if inputs is None else inputs[rows].clone().requires_grad_()
+            state = None if inputs is None else {n: _leaf(t[rows]) for n, t in inputs.items()}
             sums.begin(rows.start, len(ids))
-            out, final = source.run(spans[k], ids, x)
+            out, final = source.run(spans[k], ids, state)
             if gradient is None:
                 backward(cross_entropy(source.model, next_tokens(ids)), final)
             else:
-                out.backward(gradient[rows])
-            if x is not None and x.grad is not None:
-                passed.append(x.grad)
+                names = [name for name in gradient if out[name].requires_grad]
+                ends = [out[name] for name in names]
+                torch.autograd.backward(ends, [gradient[name][rows] for name in names])
+            for name, tensor in (state or {}).items():
+                if tensor.grad is not None:
+                    passed.setdefault(name, []).append(tensor.grad)
             done = (len(spans) - 1 - k) * count + rows.stop
             walk.progress("calibrate", done, len(spans) * count)
     found = sums.finished(source.model.dtype)
-    return found, torch.cat(passed) if passed else None
+    return found, {name: torch.cat(parts) for name, parts in passed.items()} or None
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """A copy that gets a gradient if it can have one."""
+    return tensor.clone().requires_grad_(tensor.is_floating_point())
 
 
 # ---- fit
@@ -261,7 +272,7 @@ def follow(
     walk: Walk,
     fit_block: FitBlock,
     batch: int,
-    advance_original: Callable[[int, Tensor | None], Tensor] | None = None,
+    advance_original: Callable[[int, State | None], State] | None = None,
 ) -> None:
     """Keep what `fit_block(i, compressed, after)` makes of each block, which it leaves compressed.
 
@@ -274,15 +285,15 @@ def follow(
             span = range(i, i + 1)
             if not walk.store.has("packed", i):
                 with walk.source.loaded(span):
-                    before, after = walk.hidden("compressed", i), None
+                    before, after = walk.state("compressed", i), None
                     if advance_original:
-                        after = advance_original(i, walk.hidden("original", i))
+                        after = advance_original(i, walk.state("original", i))
                     tensors = fit_block(i, before, after)
                     if i < last:
                         compressed = walk.advance(span, before, batch)
-                        walk.store.keep("compressed", i + 1, {"x": compressed})
+                        walk.store.keep("compressed", i + 1, compressed)
                 if after is not None and i < last:
-                    walk.store.keep("original", i + 1, {"x": after})
+                    walk.store.keep("original", i + 1, after)
                 walk.store.keep("packed", i, tensors)  # the last: a block without it is done again
             for kind in ("original", "compressed"):
                 walk.store.drop(kind, i)
