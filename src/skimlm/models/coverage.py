@@ -127,8 +127,10 @@ def _why(model: nn.Module, name: str, tables: Collection[str], structure: Struct
         return "is multiplied by hand"
     if owner in structure.shared:
         return "is shared between blocks"
+    if owner in structure.unreached:
+        return "is not reached by text"
     if owner in structure.routers:
-        return "chooses experts"
+        return "chooses experts or tokens"
     if isinstance(model.get_submodule(owner), nn.Embedding):
         return "is looked up"
     if isinstance(model.get_submodule(owner), nn.modules.conv._ConvNd):

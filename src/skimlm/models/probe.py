@@ -124,6 +124,7 @@ class _Notes:
     ways: dict[str, set[bool]] = field(default_factory=dict)  # multiplied: transposed?
     others: set[str] = field(default_factory=set)  # anything else was done
     inside: list[str] = field(default_factory=list)  # linears that run
+    chosen_by: set[str] = field(default_factory=set)  # linears that ran where no gradient goes
 
     def multiplied(self, weight: _Empty, product: _Product) -> None:
         if weight.source not in (f"{n}.weight" for n in self.inside):
@@ -149,7 +150,7 @@ def structure_of(model: Any) -> Structure:
     with ExitStack() as stack:
         stack.enter_context(_without_numbers(model, notes))
         stack.enter_context(_eager_experts(model))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.enable_grad())  # so that it is seen what a family runs without
         stack.enter_context(_evaluating(model))
         stack.enter_context(forwards_replaced(linears | tables, _noting(notes)))
         handed: dict[str, State] = {}
@@ -245,9 +246,14 @@ def _read_notes(
             ways = notes.ways.get(name, set())
             if parameter.ndim == 3 and len(ways) == 1 and name not in notes.others:
                 found.layout[name] = ways.pop()
+    silent = tuple(f"{name}." for name, _ in blocks if name not in found.returns)
     for name, module in linears.items():
         weight = f"{name}.weight"
-        if weight in notes.others or weight in notes.ways:
+        if not found.failed and name.startswith(silent):
+            found.unreached.add(name)
+        elif name in notes.chosen_by:
+            found.routers.add(name)
+        elif weight in notes.others or weight in notes.ways:
             found.by_hand.add(name)
         elif type(module) is not nn.Linear:
             found.layout[weight] = isinstance(module, Conv1D)
@@ -288,6 +294,8 @@ def _noting(notes: _Notes) -> Callable[[str, Any], Callable[..., Any]]:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             notes.inside.append(name)
+            if not torch.is_grad_enabled():
+                notes.chosen_by.add(name)
             try:
                 return usual(*args, **kwargs)
             finally:

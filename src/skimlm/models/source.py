@@ -106,7 +106,8 @@ class BlockSource:
         """What blocks make of `state`, and what the body returns after the last of all [n, t, d].
 
         The model's own forward pass on `ids` [n, t] gives each block its masks and positions; other
-        blocks pass on what they get. Without `state` the first block gets the embeddings.
+        blocks pass on what they get, as do those that text alone does not reach (mllama's that look
+        at an image). Without `state` the first block gets the embeddings.
         """
         count, ends = len(self.blocks), list[State]()
         names = {self.blocks[i]: i for i in range(count) if i not in span}
@@ -137,7 +138,9 @@ class BlockSource:
                 hook = self.model.get_input_embeddings().register_forward_hook(_asks_gradient)
                 stack.callback(hook.remove)
             final = final_hidden(self.model, ids)
-        return ends[-1], final
+        if not ends and state is None:
+            raise SkimError(f"{self.blocks[span[0]]}: does not run on text alone")
+        return (ends[-1] if ends else state or {}), final
 
     @cached_property
     def known(self) -> Structure:
@@ -145,17 +148,16 @@ class BlockSource:
         return self.structure or structure_of(self.model)
 
     def returns(self, i: int) -> int:
-        """How many values block `i` returns, 0 for hidden states alone.
+        """How many values block `i` returns, 0 for hidden states alone or where it does not run.
 
-        Where blocks hand each other more than those, none can be run alone: a SkimError.
+        Where blocks need of each other what is not handed on, none can be run alone: a SkimError.
         """
-        unrun = sorted(set(self.blocks) - self.known.returns.keys())
-        if why := self.known.joined or (unrun and f"{unrun[0]} does not run on text alone"):
+        if why := self.known.joined:
             raise SkimError(
                 f"{type(self.model).__name__} cannot be run block by block, as method slim and "
                 f"models that are streamed are: {why}"
             )
-        return self.known.returns[self.blocks[i]]
+        return self.known.returns.get(self.blocks[i], 0)
 
 
 def _asks_gradient(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:

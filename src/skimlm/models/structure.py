@@ -25,8 +25,9 @@ class Structure:
 
     layout: dict[str, bool] = field(default_factory=dict)
     by_hand: set[str] = field(default_factory=set)  # linears whose weight other code looks at
-    routers: set[str] = field(default_factory=set)  # linears that choose among experts
+    routers: set[str] = field(default_factory=set)  # linears that choose experts, or tokens
     shared: set[str] = field(default_factory=set)  # linears whose weight is another's too
+    unreached: set[str] = field(default_factory=set)  # linears of blocks that text does not reach
     tables: str = ""  # why embedding and head stay in 16 bits
     returns: dict[str, int] = field(default_factory=dict)  # block -> values in its tuple, 0: none
     joined: str = ""  # why no block can be run without those before it
@@ -36,7 +37,7 @@ class Structure:
     @property
     def dense(self) -> set[str]:
         """Linears that stay as they are."""
-        return self.by_hand | self.routers | self.shared
+        return self.by_hand | self.routers | self.shared | self.unreached
 
 
 @dataclass(frozen=True)

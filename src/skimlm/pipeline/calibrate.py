@@ -12,6 +12,7 @@ Fisher diagonal settles on far fewer windows than H~ does (SqueezeLLM: 10 sequen
 first `fisher_windows` pay for it.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,17 @@ def share(experts: Sequence[Summed]) -> None:
         for one, expert in zip(sums, experts, strict=True):
             if expert.tokens < FEW:
                 one.copy_(whole * (max(expert.tokens, 1) / total))
+
+
+def check_seen(of: Mapping[str, Summed], stacks: Sequence[Sequence[str]]) -> None:
+    """Refuse a matrix of which no token tells anything: it would be taken for one that is idle."""
+    for name in (n for n, summed in of.items() if not summed.tokens):
+        if not any(name in names and any(of[n].tokens for n in names) for names in stacks):
+            alike = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            raise SkimError(
+                f"{name}: no token of the calibration text reaches it; give other text, or leave "
+                f"all like it as they are with --exclude '{alike}'"
+            )
 
 
 def padded(x: Tensor, size: int = FEW) -> Tensor:
@@ -163,6 +175,7 @@ class Sums:
         """The sums, row weights with mean 1; SkimError where the model overflowed its `dtype`."""
         for names in self.stacks:
             share([self.of[n] for n in names])
+        check_seen(self.of, self.stacks)
         for name, s in self.of.items():
             mean = s.row_weight.mean()
             s.row_weight = s.row_weight / mean if mean > 0 else torch.ones_like(s.row_weight)

@@ -18,7 +18,7 @@ from skimlm.errors import SkimError
 from skimlm.models.carried import State
 from skimlm.models.hooks import forwards_replaced
 from skimlm.models.structure import stacks
-from skimlm.pipeline.calibrate import share
+from skimlm.pipeline.calibrate import check_seen, share
 from skimlm.pipeline.walk import Walk, batches
 from skimlm.runtime.experts import gates
 from skimlm.storage.safetensors import finite
@@ -100,7 +100,9 @@ def grams(
         found[name] = _empty(linears[name], False)
     for names in experts:
         share([found[name] for name in names])
-    return {n: found.get(shared.get(n, n)) or _empty(m, crossed) for n, m in linears.items()}
+    of = {n: found.get(shared.get(n, n)) or _empty(m, crossed) for n, m in linears.items()}
+    check_seen(of, experts)
+    return of
 
 
 INPUTS = "linear-inputs"  # of the original's linears, while their block is fitted

@@ -190,8 +190,8 @@ def statistics(
 ) -> tuple[dict[str, Statistics], State | None]:
     """Statistics of the linears of span `k`, run with gradients, and d loss / d its inputs.
 
-    `gradient` is that of its outputs, None behind the last block: the loss follows. A linear that
-    saw no token (an expert never routed to) keeps zero sums. `layerwise` also collects H.
+    `gradient` is that of its outputs, None behind the last block: the loss follows. An expert
+    that saw hardly a token gets the sums of its stack. `layerwise` also collects H.
     """
     source, inputs = walk.source, walk.state("inputs", k)
     passed: dict[str, list[Tensor]] = {}
