@@ -55,10 +55,6 @@ ALONE = {
     "llama4_multimodal": "transformers' own forward fails without an image",
     "xlstm": "transformers' own forward fails at this width; at 256 it runs in float32 only, and "
     "bfloat16 is refused in one line",
-    "deepseek_v32": "the originals differ as much: 8 of 8 seeds, by up to 4.0, for the indexer "
-    "chooses among equal scores",
-    "glm_moe_dsa": "the originals differ as much: 10 of 12 seeds, by 0.01 to 3.2, for the indexer "
-    "chooses among equal scores",
     "dots3_note_text": "the originals differ as much: 6 of 6 seeds, by 0.15 to 1.8",
 }
 

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from conftest import CONFIGS, GATED, random_quantized, tiny_model
 from skimlm.models.blocks import decoder_linears
+from skimlm.models.coverage import coverage
 from skimlm.models.probe import structure_of
+from skimlm.models.source import BlockSource
 from skimlm.models.structure import join, separate, stacks
 from skimlm.runtime import experts
 from skimlm.runtime.experts import Matrix, Stack
@@ -204,6 +206,55 @@ def test_blocks_that_need_each_other_are_known():
     found = structure_of(model)
     assert not found.failed and found.joined == "model.layers.1: pop from empty list"
     assert structure_of(tiny_model()).returns == {"model.layers.0": 0, "model.layers.1": 0}
+
+
+@pytest.mark.parametrize("way", ["no gradient", "detached", "an index"])
+def test_a_linear_that_only_chooses_stays_as_it_is(way):
+    model = tiny_model()
+    mlp, attention = model.model.layers[1].mlp, model.model.layers[0].self_attn
+    mlp.index = nn.Linear(64, 5, bias=False)
+    usual = mlp.forward
+
+    def forward(x):
+        if way == "no gradient":
+            with torch.no_grad():
+                scores = mlp.index(x)
+        else:
+            scores = mlp.index(x)
+        if way == "an index":
+            return usual(x) * (1 + scores.argmax(-1, keepdim=True))
+        return usual(x) * scores.detach().mean(-1, keepdim=True)
+
+    mlp.forward = forward
+    found = structure_of(model)
+    assert found.dense == found.routers == {"model.layers.1.mlp.index"}
+    assert f"model.layers.0.self_attn.{next(iter(attention._modules))}" not in found.dense
+    names = {name for name in decoder_linears(model, dense=found.dense)}
+    assert names == decoder_linears(tiny_model()).keys()
+
+
+def test_a_block_that_text_does_not_reach_stays_as_it_is():
+    model = tiny_model(num_hidden_layers=3)
+    body, usual = model.model, type(model.model).forward
+
+    def forward(*args, **kwargs):  # as a family's does that looks at an image there
+        every, body.layers = body.layers, nn.ModuleList([body.layers[0], body.layers[2]])
+        try:
+            return usual(body, *args, **kwargs)
+        finally:
+            body.layers = every
+
+    body.forward = forward
+    found = structure_of(model)
+    assert found.unreached == {n for n in decoder_linears(model) if ".layers.1." in n}
+    assert not found.joined and len(found.unreached) == 7
+    whole = coverage(model, decoder_linears(model, dense=found.dense), [], found, 8)
+    assert {why for _, why in whole.dense.values()} == {"is not reached by text"}
+    source, state = BlockSource(model, None, found), None
+    with torch.no_grad():
+        for i in range(3):
+            state, final = source.run(range(i, i + 1), IDS, state)
+        assert torch.equal(final, body(input_ids=IDS, use_cache=False).last_hidden_state)
 
 
 # ---- experts

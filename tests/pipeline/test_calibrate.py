@@ -151,3 +151,11 @@ def test_overflow_is_an_error_that_names_the_linear():
         model.model.layers[1].mlp.up_proj.weight.fill_(1e38)
     with pytest.raises(SkimError, match=r"layers\.\d.*: calibration overflowed"):
         statistics_of(model, tokens())
+
+
+def test_a_linear_that_no_token_reaches_is_refused_not_taken_for_idle():
+    model = tiny_model()
+    model.model.layers[1].mlp.extra = torch.nn.Linear(64, 64, bias=False)
+    with pytest.raises(SkimError, match=r"layers.1.mlp.extra: no token .* reaches it; .*") as e:
+        statistics_of(model, torch.randint(0, 256, (2, 24)))
+    assert str(e.value).endswith("--exclude 'model.layers.*.mlp.extra'")

@@ -12,7 +12,7 @@ Then each block is run alone, the others passing on what they get, as a walk ove
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +64,7 @@ class _Empty(Tensor):
             product = _product(func, args)
             if product is not None:
                 empty.notes.multiplied(args[1], product)
-                out = _plain(args[0]).new_zeros(product.shape)
+                out = empty.notes.made(args[1], _plain(args[0]), product.shape)
                 bias = args[2] if len(args) > 2 else kwargs.get("bias")
                 return out if bias is None else out + _plain(bias)
             if (
@@ -124,11 +124,25 @@ class _Notes:
     ways: dict[str, set[bool]] = field(default_factory=dict)  # multiplied: transposed?
     others: set[str] = field(default_factory=set)  # anything else was done
     inside: list[str] = field(default_factory=list)  # linears that run
-    chosen_by: set[str] = field(default_factory=set)  # linears that ran where no gradient goes
+    # what was added to each product: has it a gradient?
+    ends: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def multiplied(self, weight: _Empty, product: _Product) -> None:
         if weight.source not in (f"{n}.weight" for n in self.inside):
             self.ways.setdefault(weight.source, set()).add(product.transposed)
+
+    def made(self, weight: _Empty, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """The product, which comes from x and whose gradient can be asked for."""
+        end = x.new_zeros((), requires_grad=True)
+        self.ends.append((self.inside[-1] if self.inside else weight.source, end))
+        return x.new_zeros(shape) + end + x.flatten()[:0].sum()
+
+    def choosing(self, logits: Tensor) -> set[str]:
+        """Linears that ran, but whose output no logit has a gradient of: it chooses something."""
+        grads = torch.autograd.grad(logits.sum(), [e for _, e in self.ends], allow_unused=True)
+        names = [name for name, _ in self.ends]
+        moving = {name for name, grad in zip(names, grads, strict=True) if grad is not None}
+        return set(names) - moving if moving else set()
 
     def used(self, source: str) -> None:
         if source not in (f"{n}.weight" for n in self.inside):
@@ -155,12 +169,18 @@ def structure_of(model: Any) -> Structure:
         stack.enter_context(forwards_replaced(linears | tables, _noting(notes)))
         handed: dict[str, State] = {}
         with forwards_replaced(dict(blocks), _counting(found.returns, handed)):
-            found.failed = _raised(lambda: model(input_ids=ids, use_cache=False))
+            logits: list[Tensor] = []
+            found.failed = _raised(
+                lambda: logits.append(model(input_ids=ids, use_cache=False).logits)
+            )
+        choosing = set[str]()
+        if logits:
+            _raised(lambda: choosing.update(notes.choosing(logits[0])))
         found.joined = found.failed or _alone(model, dict(blocks), ids, found.returns)
         if found.joined and not found.failed:
             why = _alone(model, dict(blocks), ids, found.returns, handed)
             found.joined, found.carries = why, not why
-    _read_notes(model, blocks, linears, notes, found)
+    _read_notes(model, blocks, linears, notes, choosing, found)
     tied = {n.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for n in pair}
     found.shared = tied & linears.keys()
     for name in tables:
@@ -239,6 +259,7 @@ def _read_notes(
     blocks: Sequence[tuple[str, nn.Module]],
     linears: Mapping[str, nn.Module],
     notes: _Notes,
+    choosing: Collection[str],
     found: Structure,
 ) -> None:
     for prefix, block in blocks:
@@ -251,7 +272,7 @@ def _read_notes(
         weight = f"{name}.weight"
         if not found.failed and name.startswith(silent):
             found.unreached.add(name)
-        elif name in notes.chosen_by:
+        elif name in choosing:
             found.routers.add(name)
         elif weight in notes.others or weight in notes.ways:
             found.by_hand.add(name)
@@ -294,8 +315,6 @@ def _noting(notes: _Notes) -> Callable[[str, Any], Callable[..., Any]]:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             notes.inside.append(name)
-            if not torch.is_grad_enabled():
-                notes.chosen_by.add(name)
             try:
                 return usual(*args, **kwargs)
             finally:
