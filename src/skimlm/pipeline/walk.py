@@ -23,6 +23,7 @@ Before the first block hidden states are the embeddings, which are not kept.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -69,9 +70,15 @@ class Walk:
         """Hidden states, and what goes with them, that are kept; None before the first block."""
         return self.store.read(kind, i) if i else None
 
+    @cached_property
+    def before(self) -> list[int]:
+        """How many linears stand before each block, and before the end."""
+        blocks = range(len(self.source.blocks))
+        return list(accumulate((len(self.inside(range(i, i + 1))) for i in blocks), initial=0))
+
     def tell(self, phase: str, i: int, more: int = 0) -> None:
         """Say that the linears of all blocks before `i` are done, and `more` of its own."""
-        self.progress(phase, len(self.inside(range(i))) + more, len(self.linears))
+        self.progress(phase, self.before[i] + more, len(self.linears))
 
     def run(self, span: Span, rows: slice | Tensor, state: State | None) -> State:
         """What these blocks make of the windows `rows` of `state`."""
