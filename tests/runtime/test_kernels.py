@@ -315,6 +315,15 @@ def test_an_implementation_can_be_registered_for_a_device(monkeypatch):
         ops.register("product", "cpu", implementation)
 
 
+def test_a_layer_without_its_widths_and_no_layer_at_all_are_refused():
+    layer = pack(random_quantized(9, 17))
+    rest = {name: t for name, t in layer.tensors.items() if name != "widths"}
+    with pytest.raises(FormatError, match="widths: is missing"):
+        ops.dequantize(Layer(layer.spec, rest))
+    with pytest.raises(ValueError, match="at least 1 is needed, got 0"):
+        ops.matmul_each(torch.randn(1, 17), [])
+
+
 def test_a_row_code_that_native_code_does_not_know_is_left_to_torch(monkeypatch):
     layer, x = pack(random_quantized(9, 17, widths=[3, 7])), torch.randn(2, 17)
     monkeypatch.setattr(cpu, "KNOWN_ROW_CODES", {"table"})

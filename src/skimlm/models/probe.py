@@ -267,10 +267,18 @@ def _read_notes(
             ways = notes.ways.get(name, set())
             if parameter.ndim == 3 and len(ways) == 1 and name not in notes.others:
                 found.layout[name] = ways.pop()
-    silent = tuple(f"{name}." for name, _ in blocks if name not in found.returns)
+    inside = tuple(f"{name}." for name, _ in blocks)
+    met = notes.ways.keys() | notes.others
+    if not found.failed:
+        found.silent = {
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim >= 2 and not name.startswith(inside) and name not in met
+        }
+    unreached = tuple(f"{name}." for name, _ in blocks if name not in found.returns)
     for name, module in linears.items():
         weight = f"{name}.weight"
-        if not found.failed and name.startswith(silent):
+        if not found.failed and name.startswith(unreached):
             found.unreached.add(name)
         elif name in choosing:
             found.routers.add(name)

@@ -28,6 +28,7 @@ class Structure:
     routers: set[str] = field(default_factory=set)  # linears that choose experts, or tokens
     shared: set[str] = field(default_factory=set)  # linears whose weight is another's too
     unreached: set[str] = field(default_factory=set)  # linears of blocks that text does not reach
+    silent: set[str] = field(default_factory=set)  # matrices outside blocks that text does not meet
     tables: str = ""  # why embedding and head stay in 16 bits
     returns: dict[str, int] = field(default_factory=dict)  # block -> values in its tuple, 0: none
     joined: str = ""  # why no block can be run without those before it

@@ -126,6 +126,8 @@ def matmul_each(x: Tensor, layers: Sequence[Layer]) -> Tensor:
 
     All layers have c columns and the same number of rows. Numbers and errors are those of `matmul`.
     """
+    if not layers:
+        raise ValueError("layers: at least 1 is needed, got 0")
     run = OPERATIONS["matmul_each"].get(x.device.type)
     out = NotImplemented if run is None else run(x, layers)
     return matmul_each_reference(x, layers) if out is NotImplemented else out
@@ -137,7 +139,8 @@ def dequantize(layer: Layer, dtype: torch.dtype = torch.float32) -> Tensor:
     In float32, rounded once to `dtype`. The sizes of the tensors are checked at every call, their
     values when a model is loaded. Raises FormatError.
     """
-    run = OPERATIONS["dequantize"].get(layer.tensors["widths"].device.type)
+    device = next((tensor.device.type for tensor in layer.tensors.values()), "cpu")
+    run = OPERATIONS["dequantize"].get(device)
     out = NotImplemented if run is None else run(layer, dtype)
     return dequantize_reference(layer, dtype) if out is NotImplemented else out
 
