@@ -26,6 +26,8 @@ What comes out of a tiny random model of each architecture of transformers {vers
   decodes with a cache as without; streamed it is the same byte for byte; no large matrix is dense.
 - **partial**: it runs, but some of that does not hold: the reason follows.
 - **refused**: one line says why. **crash**: a traceback, or wrong numbers.
+- **alone**: transformers fails, or contradicts itself, on the tiny original, with nothing of ours in
+  the process.
 
 {counts}. {provenance}
 
@@ -72,14 +74,15 @@ def read(runs: list[str]) -> dict[str, tuple[str, str]]:
     for run in runs:
         for line in Path(run).read_text().splitlines():
             if match := LINE.match(line):
-                found[match[1]] = match[2], re.sub(r"/\S*/M\S*: ", "", match[3])
+                name, verdict, why = match.groups()
+                if verdict == "crash" and name in ALONE:
+                    verdict, why = "alone", f"{ALONE[name]} ({why})"
+                found[name] = verdict, re.sub(r"/\S*/M\S*: ", "", why)
     return found
 
 
 def print_rows(found: dict[str, tuple[str, str]]) -> None:
     for name, (verdict, why) in sorted(found.items()):
-        if verdict == "crash" and name in ALONE:
-            why = f"{ALONE[name]} ({why})"
         print(f"| {name} | {verdict} | {why.replace('|', ' ')} |")
 
 
