@@ -26,8 +26,8 @@ What comes out of a tiny random model of each architecture of transformers {vers
   decodes with a cache as without; streamed it is the same byte for byte; no large matrix is dense.
 - **partial**: it runs, but some of that does not hold: the reason follows.
 - **refused**: one line says why. **crash**: a traceback, or wrong numbers.
-- **alone**: transformers fails, or contradicts itself, on the tiny original, with nothing of ours in
-  the process.
+- **alone**: transformers fails, or contradicts itself, on the tiny original, with nothing of ours
+  in the process.
 
 {counts}. {provenance}
 
