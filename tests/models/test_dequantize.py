@@ -108,6 +108,20 @@ def test_a_quantization_that_makes_no_sense_is_one_line(quantized):
         open_checkpoint(quantized[0])
 
 
+def test_blocks_that_do_not_divide_a_matrix_are_refused(tmp_path):
+    tiny_model("llama", torch.bfloat16, intermediate_size=80).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"  # 80 rows in three blocks of 32
+    coded, _ = fp8(tensors[name])
+    tensors |= {f"{name}{end}": part.contiguous() for end, part in coded.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    write_config(tmp_path, {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]})
+    with pytest.raises(
+        SkimError, match="up_proj.weight: 80 in 3 blocks of 32, which do not divide"
+    ):
+        open_checkpoint(tmp_path)
+
+
 def test_a_transformers_that_cannot_undo_it_is_named(quantized, monkeypatch):
     monkeypatch.setattr(AutoHfQuantizer, "from_config", lambda *_, **__: object())
     with pytest.raises(SkimError, match="transformers .* is too old to undo it"):

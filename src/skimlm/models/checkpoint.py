@@ -24,7 +24,7 @@ from skimlm.errors import FormatError, SkimError, first_line, naming, one_line
 from skimlm.format.layer import METHOD
 from skimlm.models.architecture import auto_class, check_causal, skeleton
 from skimlm.models.blocks import decoder_linears, embeddings
-from skimlm.models.dequantize import dequantizing
+from skimlm.models.dequantize import check_blocks, dequantizing
 from skimlm.models.gguf import alone, check_model_finite, gguf_options, read_gguf_config
 from skimlm.models.gguf_metadata import check_gguf_tensors, read_metadata
 from skimlm.models.probe import structure_of
@@ -93,6 +93,8 @@ def open_checkpoint(
         check_finite(entries)
         return Checkpoint(path, config, files, compressed)
     model = skeleton(path / CONFIG, config)
+    if undone:
+        check_blocks(undone, entries)
     _check_shapes(model, entries)
     check_finite(entries)
     untie_stored(model, config, files)
