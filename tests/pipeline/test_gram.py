@@ -11,7 +11,6 @@ from skimlm.models.structure import separate
 from skimlm.pipeline import calibrate, gram, steps
 from skimlm.pipeline.gram import Gram
 from skimlm.pipeline.states import StateStore
-from skimlm.runtime import experts
 
 IDS = torch.randint(0, 256, (5, 24), generator=torch.Generator().manual_seed(0))
 
@@ -92,16 +91,14 @@ def test_an_expert_s_tokens_count_by_their_gates(family, monkeypatch):
 
 
 def test_gates_are_not_guessed():
-    model = tiny_model("mixtral")
-    separate(model, structure_of(model).layout)
-    assert experts.gates(0, torch.ones(3, 64)) is None
     hidden, index = torch.randn(5, 64), torch.tensor([[0, 1], [1, 0], [2, 1], [0, 3], [3, 2]])
     weights = torch.rand(5, 2)
-    with experts._routing(experts._Routing(hidden, index, weights)):
-        assert experts.gates(0, hidden[[0, 1, 3]]) is None  # not in the order of their places
-        got = experts.gates(0, hidden[[0, 3, 1]])
-        assert torch.equal(got, torch.stack([weights[0, 0], weights[3, 0], weights[1, 1]]))
-        assert experts.gates(0, torch.ones(2, 8)) is None
+    routing = gram.Routing(hidden, index, weights)
+    assert routing.gates(0, torch.ones(3, 64)) is None
+    assert routing.gates(0, hidden[[0, 1, 3]]) is None  # not in the order of their places
+    got = routing.gates(0, hidden[[0, 3, 1]])
+    assert torch.equal(got, torch.stack([weights[0, 0], weights[3, 0], weights[1, 1]]))
+    assert routing.gates(0, torch.ones(2, 8)) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -85,6 +85,11 @@ def stacks(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
     return list(found.values())
 
 
+def routed(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those linears that are experts."""
+    return {name for stack in stacks(model, names) for name in stack}
+
+
 def _linear(kept: Tensor, transposed: bool, bias: nn.Parameter | None) -> nn.Linear:
     weight = kept.T.contiguous() if transposed else kept
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")

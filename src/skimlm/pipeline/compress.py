@@ -42,7 +42,7 @@ from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load_tokenizer, open_checkpoint
 from skimlm.models.coverage import Coverage, coverage
 from skimlm.models.source import BlockSource, open_source
-from skimlm.models.structure import Structure, separate, stacks
+from skimlm.models.structure import Structure, routed, separate
 from skimlm.models.tokenizer import check_ids
 from skimlm.models.write import plan_bytes, write_packed
 from skimlm.pipeline import budget, sensitivity, steps
@@ -223,8 +223,7 @@ def _allocate(given: "Given", config: CompressConfig, tools: Tools, walk: Walk) 
         stored = sensitivity.stored(tools.cache, key, linears)
         kept = analyse(walk, stored, plan)
         errors = {n: stored.errors(n) for n in linears}
-        experts = [n for names in stacks(given.model, linears) for n in names]
-        sharing = sum(stored.tokens(n) < FEW for n in experts)
+        sharing = sum(stored.tokens(n) < FEW for n in routed(given.model, linears))
         if config.options is not None:
             errors = steps.decompose(walk, stored, config.options)
     with tools.clock("allocate"):
@@ -288,15 +287,10 @@ def _run(
     report = _report(given, config, tools, out, chosen)
     # A run that was interrupted during the training finds its state here and goes on.
     state = tools.cache / f"{chosen.key}-{_digest(chosen.widths)}.state"
-    if config.method == "slim":
-        with tools.clock("fit"):
-            assert config.options is not None
-            published = config.recipe == "paper"
-            shared = steps.fit_slim(walk, config.settings, config.options, published)
-        report.experts_sharing = shared
-        _say_sharing(shared, tools)
-    else:
-        report.held_out_kl = _fit(walk, config, tools, chosen, state)
+    report.held_out_kl = _fit(walk, config, tools, chosen, state)
+    if config.method == "slim":  # which knows only now
+        report.experts_sharing = steps.sharing(walk)
+        _say_sharing(report.experts_sharing, tools)
     with tools.clock("write"), journal.model_folder(work, out) as folder:
         specs = specs_of(given.linears, config.options, config.settings.scale)
         write_packed(
@@ -333,7 +327,10 @@ def _fit(
     if options is None and plan.steps and not walk.source.streamed:
         return steps.fit_trained_model(walk, known, widths, plan, tools.clock, state)
     with tools.clock("fit"):
-        if options is not None:
+        if config.method == "slim":
+            assert options is not None
+            steps.fit_slim(walk, plan, options, published=config.recipe == "paper")
+        elif options is not None:
             steps.compose(walk, known, widths, options)
         elif plan.steps:
             steps.fit_trained(walk, known, widths, plan)

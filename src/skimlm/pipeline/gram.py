@@ -9,7 +9,7 @@ With X the inputs in the model as it was and X^ those that the compressed blocks
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from skimlm.errors import SkimError
 from skimlm.models.carried import State
 from skimlm.models.hooks import forwards_replaced
-from skimlm.models.structure import stacks
+from skimlm.models.structure import routed, stacks
 from skimlm.pipeline.calibrate import check_seen, share
 from skimlm.pipeline.walk import Walk, batches
-from skimlm.runtime.experts import gates
 from skimlm.storage.safetensors import finite
 
 
@@ -69,7 +68,8 @@ def grams(
     latest: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
     experts = stacks(walk.source.model, linears)
-    routed = {name for names in experts for name in names}
+    of_stacks = routed(walk.source.model, linears)
+    routings: dict[str, Routing] = {}
 
     def see(name: str, x: Tensor) -> None:
         if name not in shared:
@@ -79,16 +79,17 @@ def grams(
             return
         # float32: rounded to bfloat16, as in calibrate, the sums are not positive definite
         flat = x.reshape(-1, x.shape[-1]).float()
-        if name in routed:
-            weight = gates(int(name.rpartition(".")[2]), x)
-            flat = flat if weight is None else flat * weight.float()[:, None]
-        gram = found.setdefault(name, _empty(linears[name], crossed and name not in routed))
+        if name in of_stacks:
+            owner, _, number = name.rsplit(".", 2)
+            gates = routings[owner].gates(int(number), x) if owner in routings else None
+            flat = flat if gates is None else flat * gates.float()[:, None]
+        gram = found.setdefault(name, _empty(linears[name], crossed and name not in of_stacks))
         gram.h += flat.T @ flat
         gram.tokens += len(flat)
         if gram.cross is not None:
             gram.cross += before[name].reshape(flat.shape).float().T @ flat
 
-    with watched(linears, see):
+    with watched(linears, see), _routed_by(walk, of_stacks, routings):
         for number, rows in enumerate(batches(len(walk.ids), batch)):
             before = walk.store.read(INPUTS, number) if crossed else {}
             walk.run(range(i, i + 1), rows, state)
@@ -96,13 +97,59 @@ def grams(
     for name, gram in found.items():
         if not finite(gram.h):
             raise SkimError(f"{name}: calibration overflowed (not finite); use other text")
-    for name in routed - found.keys():
+    for name in of_stacks - found.keys():
         found[name] = _empty(linears[name], False)
     for names in experts:
         share([found[name] for name in names])
     of = {n: found.get(shared.get(n, n)) or _empty(m, crossed) for n, m in linears.items()}
     check_seen(of, experts)
     return of
+
+
+@dataclass
+class Routing:
+    """Tokens on their way through the experts of a layer."""
+
+    hidden: Tensor  # [n, d]
+    index: Tensor  # [n, k], the experts of each
+    weights: Tensor  # [n, k]
+    begun: dict[int, Tensor] = field(default_factory=dict)  # gates of the experts that began
+
+    def gates(self, expert: int, x: Tensor) -> Tensor | None:
+        """How much what `expert` makes of the rows of x [n, d] counts, [n]; None if unknown.
+
+        That is known where a module takes an expert's tokens in the order of their places, as
+        those of transformers do: first seen to be so for its first matrix.
+        """
+        if expert not in self.begun:
+            place, token = torch.where(self.index.T == expert)
+            if not torch.equal(self.hidden[token], x):
+                return None
+            self.begun[expert] = self.weights[token, place]
+        gates = self.begun[expert]
+        return gates if len(gates) == len(x) else None
+
+
+@contextmanager
+def _routed_by(walk: Walk, experts: set[str], routings: dict[str, Routing]) -> Iterator[None]:
+    """Within the block `routings` has what the modules of these experts were given last."""
+    owners = {name.rsplit(".", 2)[0] for name in experts}
+
+    def note(name: str, module: nn.Module) -> Callable[..., Tensor]:
+        usual = module.forward
+
+        def forward(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            routings.pop(name, None)
+            given = (*args, *kwargs.values())
+            if len(given) == 3 and given[1].ndim == 2 and given[1].shape == given[2].shape:
+                routings[name] = Routing(*given)
+            return usual(*args, **kwargs)
+
+        return forward
+
+    modules = {name: walk.source.model.get_submodule(name) for name in owners}
+    with forwards_replaced(modules, note):
+        yield
 
 
 INPUTS = "linear-inputs"  # of the original's linears, while their block is fitted
@@ -113,11 +160,11 @@ def advance_original(walk: Walk, i: int, state: State | None, batch: int) -> Sta
     seen: dict[str, Tensor] = {}
 
     linears = walk.inside(range(i, i + 1))
-    routed = {name for names in stacks(walk.source.model, linears) for name in names}
+    of_stacks = routed(walk.source.model, linears)
 
     def see(name: str, x: Tensor) -> None:
         # compressed, other tokens go to an expert; what is shared is kept once
-        if name not in routed and not any(x is old for old in seen.values()):
+        if name not in of_stacks and not any(x is old for old in seen.values()):
             seen[name] = x
 
     def keep(number: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skimlm.format.pack import QuantizedWeight, dequantize, effective, pack
 from skimlm.models.carried import HIDDEN, State
-from skimlm.models.structure import stacks
+from skimlm.models.structure import routed
 from skimlm.pipeline import gram, sensitivity
 from skimlm.pipeline.calibrate import FEW
 from skimlm.pipeline.config import Recipe
@@ -33,10 +33,8 @@ WINDOWS = 4  # that go through together where blocks are fitted to their inputs
 FitLinear = Callable[[str, Tensor, Gram], Callable[[], tuple[Tensor, dict[str, Tensor]]]]
 
 
-def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) -> int:
+def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) -> None:
     """Replace each linear by what `fit` makes of it and of its inputs, block after block.
-
-    How many matrices of experts saw so few tokens that they shared inputs is given back.
 
     Errors of early blocks are then seen, and partly undone, by later ones (GPTQ, SLiM). Beyond the
     published walk, both optional:
@@ -49,7 +47,7 @@ def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) ->
         linears = walk.inside(range(i, i + 1))
         weights, tensors = apart(walk, i)
         names = gram.stages(walk, i, linears, state) if staged else [list(linears)]
-        experts = {n for stack in stacks(walk.source.model, linears) for n in stack}
+        experts = routed(walk.source.model, linears)
         fitted = shared = 0
         for stage in names:
             inside = {name: linears[name] for name in stage}
@@ -70,12 +68,16 @@ def fit_to_inputs(walk: Walk, fit: FitLinear, *, staged: bool, matched: bool) ->
         return gram.advance_original(walk, i, state, WINDOWS)
 
     follow(walk, block, WINDOWS, original if matched else None)
+
+
+def sharing(walk: Walk) -> int:
+    """How many matrices of experts saw so few tokens that they were fitted to their stack's."""
     blocks = range(len(walk.source.blocks))
     return sum(int(walk.store.read_one(SHARED, i, "count")) for i in blocks)
 
 
-def fit_slim(walk: Walk, plan: Recipe, options: slim.Options, published: bool) -> int:
-    """SLiM: keep what OUT holds of every block; how many matrices of experts shared inputs."""
+def fit_slim(walk: Walk, plan: Recipe, options: slim.Options, published: bool) -> None:
+    """SLiM: keep what OUT holds of every block."""
 
     def fit(_name: str, w: Tensor, inputs: Gram) -> Callable[[], tuple[Tensor, dict[str, Tensor]]]:
         result = walk.submit(slim_linear, w, inputs, options, published)
@@ -86,7 +88,7 @@ def fit_slim(walk: Walk, plan: Recipe, options: slim.Options, published: bool) -
 
         return finish
 
-    return fit_to_inputs(walk, fit, staged=plan.staged, matched=plan.matched)
+    fit_to_inputs(walk, fit, staged=plan.staged, matched=plan.matched)
 
 
 def slim_linear(w: Tensor, inputs: Gram, options: slim.Options, published: bool) -> QuantizedWeight:

@@ -13,9 +13,7 @@ for a module's experts, `forward` is one more: one product for all experts of a 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -168,8 +166,7 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     given = hidden_states, top_k_index, top_k_weights
     layers = _layers(self, hidden_states, top_k_index) if len(hidden_states) == 1 else None
     if layers is None or _agree.get(self) is False:
-        with _routing(_Routing(hidden_states, top_k_index, top_k_weights)):
-            return own(self, *given)
+        return own(self, *given)
     out = one_token(self, *given, *layers)
     if self in _agree:
         return out
@@ -179,45 +176,6 @@ def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
 
 
 ALL_EXPERTS_FUNCTIONS.register(APART, forward)
-
-
-@dataclass
-class _Routing:
-    """Tokens on their way through the experts of a layer."""
-
-    hidden: Tensor  # [n, d]
-    index: Tensor  # [n, k], the experts of each
-    weights: Tensor  # [n, k]
-    gates: dict[int, Tensor] = field(default_factory=dict)  # of the experts that began
-
-
-_routings: list[_Routing] = []  # those that run: one
-
-
-@contextmanager
-def _routing(now: _Routing) -> Iterator[None]:
-    _routings.append(now)
-    try:
-        yield
-    finally:
-        _routings.pop()
-
-
-def gates(expert: int, x: Tensor) -> Tensor | None:
-    """How much what `expert` makes of the rows of x [n, d] counts, [n]; None where none can tell.
-
-    That is known while `forward` runs a module's own code that takes an expert's tokens in the
-    order of their places, as that of transformers does: first seen to be so for its first matrix.
-    """
-    if not _routings:
-        return None
-    now = _routings[-1]
-    if expert not in now.gates:
-        place, token = torch.where(now.index.T == expert)
-        if not torch.equal(now.hidden[token], x):
-            return None
-        now.gates[expert] = now.weights[token, place]
-    return now.gates[expert] if len(now.gates[expert]) == len(x) else None
 
 
 def one_token(
