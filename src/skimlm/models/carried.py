@@ -32,14 +32,13 @@ def left(out: Any, given: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def put(state: State, given: Mapping[str, Any]) -> None:
     """Put what was handed on into the mappings that a block is called with."""
+    parts: dict[str, dict[str, tuple[Tensor, ...]]] = {}
+    for full, tensor in state.items():
+        name, _, key = full.rpartition(".")[0].partition(".")
+        values = parts.setdefault(name, {})
+        values[key] = (*values.get(key, ()), tensor)
     for name, box in _boxes(given):
-        parts: dict[str, list[Tensor]] = {}
-        for full in state:
-            if full.startswith(f"{name}."):
-                parts.setdefault(full.removeprefix(f"{name}.").rpartition(".")[0], []).append(
-                    state[full]
-                )
-        box.update({key: tuple(tensors) for key, tensors in parts.items()})
+        box.update(parts.get(name, {}))
 
 
 def returned(state: State, count: int) -> tuple[Tensor | None, ...]:

@@ -98,7 +98,7 @@ def coverage(
             kind = "linears"
         elif name.endswith(".weight") and owner in every:
             kind = "excluded"
-        elif not name.startswith(inside) or (name in structure.silent and name not in tables):
+        elif not name.startswith(inside) or name in structure.silent:
             kind = "beside"
         if kind:
             counts[kind] += count

@@ -25,13 +25,12 @@ def dequantizing(config: Any) -> dict[str, Any] | None:
     if not given:
         return None
     from transformers import __version__
-    from transformers.quantizers import AutoHfQuantizer
 
     kind = given.get("quant_method")
     if kind not in KINDS:
         raise FormatError(f"already quantized with {kind!r}, give the original checkpoint")
     undone = {**given, "dequantize": True}
-    if not hasattr(AutoHfQuantizer.from_config(dict(undone), pre_quantized=True), "get_new_dtype"):
+    if not hasattr(quantizer_of(undone), "get_new_dtype"):
         raise FormatError(
             f"quantized with {kind!r}: transformers {__version__} is too old to undo it tensor by "
             "tensor, update it"

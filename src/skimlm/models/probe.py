@@ -181,6 +181,7 @@ def structure_of(model: Any) -> Structure:
             why = _alone(model, dict(blocks), ids, found.returns, handed)
             found.joined, found.carries = why, not why
     _read_notes(model, blocks, linears, notes, choosing, found)
+    found.silent -= {f"{name}.weight" for name in tables}
     tied = {n.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for n in pair}
     found.shared = tied & linears.keys()
     for name in tables:

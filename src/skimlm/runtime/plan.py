@@ -94,8 +94,7 @@ class Plan:
     seen: Seen
     events: tuple[int, int, int]
     config: Any
-    asked: dict[str, Any]  # of the config
-    answers: list[Any]  # the same, copied, as they lie there
+    asked: dict[str, Any]  # of the config, a copy
     functions: Functions  # code that others may replace
     chosen: tuple[Any, ...]  # functions of attention, its mask and experts, chosen by name
     output: type  # what the body returns
@@ -144,7 +143,7 @@ class Plan:
         """The config, and all functions that are looked up by name."""
         return (
             body.config is self.config
-            and list(map(self.config.__dict__.get, ASKED)) == self.answers
+            and list(map(self.config.__dict__.get, ASKED)) == list(self.asked.values())
             and not body.training
             and not any(ANY_MODULE)
             and _chosen(self.asked) == self.chosen
@@ -252,7 +251,6 @@ def make(body: Any) -> Plan | None:
         events=began,
         config=config,
         asked=asked,
-        answers=copy.deepcopy(list(map(config.__dict__.get, ASKED))),
         functions=functions,
         chosen=chosen,
         output=getattr(file, "MoeModelOutputWithPast", BaseModelOutputWithPast),
@@ -285,7 +283,8 @@ def _place(t: Tensor) -> tuple[Any, ...]:
 
 
 def _asked(config: Any) -> dict[str, Any]:
-    return dict(zip(ASKED, map(config.__dict__.get, ASKED), strict=True))
+    values = copy.deepcopy(list(map(config.__dict__.get, ASKED)))  # lists may change in place
+    return dict(zip(ASKED, values, strict=True))
 
 
 def _usual(asked: dict[str, Any]) -> bool:
