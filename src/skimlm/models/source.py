@@ -80,19 +80,20 @@ class BlockSource:
         return self.model.get_submodule(self.blocks[i])
 
     @contextmanager
-    def loaded(self, span: Span) -> Iterator[None]:
-        """Within the block these decoder blocks have their numbers."""
+    def loaded(self, span: Span, but: Collection[str] = ()) -> Iterator[None]:
+        """Within the block these decoder blocks have their numbers, those of tensors `but` not."""
         if len(span) < len(self.blocks):
             _ = self.known  # found before the caller watches what runs
-        with self._filled(span):
+        with self._filled(span, but):
             yield
 
     @contextmanager
-    def _filled(self, span: Span) -> Iterator[None]:
+    def _filled(self, span: Span, but: Collection[str]) -> Iterator[None]:
         if self.tensors is None:
             yield
             return
-        names = [f"{self.blocks[i]}.{name}" for i in span for name in self.module(i).state_dict()]
+        every = (f"{self.blocks[i]}.{name}" for i in span for name in self.module(i).state_dict())
+        names = [name for name in every if name not in but]
         slots = [_slot(self.model, name) for name in names]
         empty = [place[own] for place, own in slots]
         try:

@@ -18,15 +18,17 @@ HOMES = {
     "default_text": "config",
     "one_of": "config",
     "parse_bytes": "config",
+    "packed_linear": "recipes",
     "settled": "recipes",
     "StateStore": "states",
-    "fit_all": "steps",
     "fit_to_inputs": "steps",
-    "train_fits": "steps",
+    "train_packed": "steps",
     "read_documents": "text",
     "windows": "text",
     "Walk": "walk",
     "analyse": "walk",
+    "each": "walk",
+    "packed": "walk",
 }
 
 

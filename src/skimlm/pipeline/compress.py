@@ -5,8 +5,6 @@
     fast     F and H~     the model   none             yes          none
     best     F and H~     the model   none             yes          codebooks, norm weights
 
-    (best, where the model does not fit in memory: trained to the output of every block)
-
     slim     of a linear                               inputs from the compressed blocks before
     paper    mask, grid, adapter in one pass           of the block as it was   (as published)
     fast     all that is stored jointly, codebooks     of the block as it was
@@ -19,7 +17,7 @@ lose and gain those first, and what they cost is paid from the same bits. slim g
 (steps.py): every block is fitted to what the compressed ones before it give it.
 
 All of it is one walk over the blocks (walk.py), of a model in memory or of one that is streamed:
-the folder is the same, byte for byte, but for recipe best of skim.
+the folder is the same, byte for byte.
 """
 
 import dataclasses
@@ -36,7 +34,7 @@ from torch import Tensor, nn
 
 import skimlm
 from skimlm.errors import SkimError, naming
-from skimlm.format.layer import histogram
+from skimlm.format.layer import LayerSpec, histogram
 from skimlm.models.architecture import check_positions, skeleton
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load_tokenizer, open_checkpoint
@@ -175,6 +173,7 @@ class Plan:
     """The widths of all rows, and what they cost."""
 
     widths: budget.Widths
+    specs: Mapping[str, LayerSpec]  # how every linear is stored at these widths
     bits: float  # per weight
     bytes: int  # of OUT
     key: str  # of the analysis, empty for slim
@@ -187,15 +186,14 @@ def _prices(
     given: "Given", config: CompressConfig
 ) -> tuple[budget.Prices, Callable[[budget.Widths], int]]:
     """What widths cost, and the bytes of OUT with them, every file counted."""
-    specs = specs_of(given.linears, config.options, config.settings.scale)
-    price = budget.prices(specs)
+    price = budget.prices(specs_of(given.linears, config.options, config.settings.scale))
     provenance = _provenance(config, given)
 
     def planned_bytes(widths: budget.Widths) -> int:
         others = plan_bytes(
             given.model,
             given.tokenizer,
-            {n: specs[n].with_widths(w) for n, w in widths.items()},
+            _specs(given, config, widths),
             embed_bits=given.embed_bits,
             bits=price.bits(widths) / price.total,
             provenance=provenance,
@@ -207,13 +205,20 @@ def _prices(
     return price, planned_bytes
 
 
+def _specs(given: "Given", config: CompressConfig, widths: budget.Widths) -> dict[str, LayerSpec]:
+    """How every linear is stored with rows of these widths."""
+    specs = specs_of(given.linears, config.options, config.settings.scale)
+    return {name: specs[name].with_widths(width) for name, width in widths.items()}
+
+
 def _allocate(given: "Given", config: CompressConfig, tools: Tools, walk: Walk) -> Plan:
     """Analyse the model and choose the widths; slim has one width for all."""
     linears, plan, target = given.linears, config.settings, config.target
     price, planned_bytes = _prices(given, config)
 
     def made(widths: budget.Widths, *known: Any) -> Plan:
-        return Plan(widths, price.bits(widths) / price.total, planned_bytes(widths), *known)
+        bits, specs = price.bits(widths) / price.total, _specs(given, config, widths)
+        return Plan(widths, specs, bits, planned_bytes(widths), *known)
 
     if config.method == "slim":
         return made(budget.uniform(linears, round(target.bits)), "", False, {})
@@ -243,7 +248,8 @@ def _as_if_alike(given: "Given", config: CompressConfig) -> Plan:
     budget.check(config.target, linears, price, planned_bytes)
     widths = budget.choose(config.target, errors, linears, price, True, planned_bytes)
     bits = price.bits(widths) / price.total
-    return Plan(widths, bits, planned_bytes(widths), "", False, {})
+    specs = _specs(given, config, widths)
+    return Plan(widths, specs, bits, planned_bytes(widths), "", False, {})
 
 
 def _report(
@@ -292,12 +298,11 @@ def _run(
         report.experts_sharing = steps.sharing(walk)
         _say_sharing(report.experts_sharing, tools)
     with tools.clock("write"), journal.model_folder(work, out) as folder:
-        specs = specs_of(given.linears, config.options, config.settings.scale)
         write_packed(
             folder,
             given.model,
             given.tokenizer,
-            {n: specs[n].with_widths(w) for n, w in chosen.widths.items()},
+            chosen.specs,
             packed(walk),
             embed_bits=given.embed_bits,
             bits=chosen.bits,
@@ -324,21 +329,20 @@ def _fit(
 ) -> list[float]:
     """Keep what OUT holds of every block; the held-out losses of a training."""
     known, widths, plan, options = chosen.stored, chosen.widths, config.settings, config.options
-    if options is None and plan.steps and not walk.source.streamed:
-        return steps.fit_trained_model(walk, known, widths, plan, tools.clock, state)
     with tools.clock("fit"):
         if config.method == "slim":
             assert options is not None
             steps.fit_slim(walk, plan, options, published=config.recipe == "paper")
         elif options is not None:
             steps.compose(walk, known, widths, options)
-        elif plan.steps:
-            steps.fit_trained(walk, known, widths, plan)
         else:
             each(
                 walk, "fit", "packed", packed_linear, lambda name: (known[name], widths[name], plan)
             )
-    return []
+    if not plan.steps:
+        return []
+    with tools.clock("train"):
+        return steps.train_packed(walk, chosen.specs, plan.steps, state)
 
 
 @dataclass(frozen=True)
@@ -447,8 +451,6 @@ def _check_disk(given: Given, config: CompressConfig, tools: Tools, out: Path) -
 def _provenance(config: CompressConfig, given: Given) -> dict[str, Any]:
     """How the folder was made, for its config.json; `CompressConfig.from_folder` reads it."""
     facts = {"skimlm": skimlm.__version__, "config": config.provenance()}
-    if config.settings.steps and config.options is None:
-        facts["trained"] = "block by block" if given.source.streamed else "the model"
     return facts | {"calibration": given.calibration, "coverage": given.coverage.facts()}
 
 

@@ -36,12 +36,8 @@ def fit_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> Fit:
 
 
 def settled(w: Tensor, known: Analysis, fit: Fit, plan: Recipe) -> QuantizedWeight:
-    """A fit rounded to what is stored; codes settle on it, unless codebooks were trained.
-
-    Trained codebooks answer to the end loss: their codes are not refined again.
-    """
-    settle = plan.rounds and not plan.steps
-    return fitting.finish(w, damped(known.hessian) if settle else None, fit)
+    """A fit rounded to what is stored; refined codes settle on it."""
+    return fitting.finish(w, damped(known.hessian) if plan.rounds else None, fit)
 
 
 def packed_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> dict[str, Tensor]:

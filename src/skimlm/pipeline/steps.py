@@ -1,9 +1,8 @@
 """What methods do on the walk: SLiM, training, sparsity and adapters.
 
 fit_slim             every linear fitted to the inputs at hand, block after block
-fit_trained          codebooks and codes, then training towards what the block gave as it was
 decompose, compose   skim with sparsity or adapters: a first fit, then codebooks over it
-fit_trained_model    all linears fitted, trained against the loss at the end: a model in memory
+train_packed         codebooks and norms of packed blocks, trained against the loss at the end
 """
 
 from collections.abc import Callable, Mapping
@@ -11,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from skimlm.format.pack import QuantizedWeight, dequantize, effective, pack
+from skimlm.format.layer import Layer, LayerSpec, layout
+from skimlm.format.pack import QuantizedWeight, effective, pack
 from skimlm.models.carried import HIDDEN, State
+from skimlm.models.hooks import frozen
 from skimlm.models.structure import routed
 from skimlm.pipeline import gram, sensitivity
 from skimlm.pipeline.calibrate import FEW
 from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.gram import Gram
-from skimlm.pipeline.recipes import composed_linear, first_fit, fit_linear, settled
+from skimlm.pipeline.recipes import composed_linear, first_fit
 from skimlm.pipeline.walk import Walk, apart, each, follow
-from skimlm.progress import Clock
 from skimlm.quantize import slim
-from skimlm.quantize.fit import Fit
-from skimlm.train.codebooks import norm_parameters, train, train_block
+from skimlm.train.codebooks import Student, train
 
 SHARED = "experts-sharing"  # how many of a block
 WINDOWS = 4  # that go through together where blocks are fitted to their inputs
@@ -99,60 +98,6 @@ def slim_linear(w: Tensor, inputs: Gram, options: slim.Options, published: bool)
     return slim.fit(w, inputs.h, options, inputs.target(w))
 
 
-def fit_trained(
-    walk: Walk,
-    stored: Mapping[str, sensitivity.Analysis],
-    widths: Mapping[str, Tensor],
-    plan: Recipe,
-) -> None:
-    """Fit every block, and train it to make of the compressed ones' output the original's."""
-
-    def block(i: int, state: State | None, after: State | None) -> dict[str, Tensor]:
-        assert after is not None
-        targets = after[HIDDEN]
-        span = range(i, i + 1)
-        linears, module = walk.inside(span), walk.source.module(i)
-        weights, tensors = apart(walk, i)
-        results = {
-            name: walk.submit(fit_linear, weight.float(), stored[name], widths[name], plan)
-            for name, weight in weights.items()
-        }
-        fits = {name: result() for name, result in results.items()}
-        norms = {f"{walk.source.blocks[i]}.{n}": p for n, p in norm_parameters(module).items()}
-        trained, _ = train_block(
-            lambda rows: walk.run(span, rows, state)[HIDDEN],
-            linears,
-            fits,
-            norms,
-            targets,
-            _output_weight(linears, stored, targets.shape[-1]),
-            steps=plan.steps,
-        )
-        tensors |= trained
-        for name, weight in trained.items():
-            norms[name].copy_(weight)
-        for name, linear in linears.items():
-            q = settled(weights[name].float(), stored[name], fits.pop(name), plan)
-            tensors |= {f"{name}.{part}": tensor for part, tensor in pack(q).tensors.items()}
-            linear.weight.copy_(dequantize(q))
-        return tensors
-
-    batch = walk.batch
-    follow(walk, block, batch, lambda i, x: walk.advance(range(i, i + 1), x, batch))
-
-
-def _output_weight(
-    linears: Mapping[str, nn.Linear], stored: Mapping[str, sensitivity.Analysis], width: int
-) -> Tensor:
-    """What each number of a block's output counts in the end [d]: the gradient it gets.
-
-    That is the gradient of the last linear that writes to the residual stream; a norm behind it,
-    as in gemma, scales it.
-    """
-    names = [name for name, linear in linears.items() if linear.out_features == width]
-    return stored[names[-1]].row_weight if names else torch.ones(width)
-
-
 # ---- sparsity and adapters under the analysis
 
 
@@ -183,69 +128,74 @@ def compose(
     each(walk, "fit", "packed", composed_linear, values)
 
 
-# ---- the whole model, in memory
+# ---- training
 
 
-def fit_trained_model(
-    walk: Walk,
-    stored: Mapping[str, sensitivity.Analysis],
-    widths: Mapping[str, Tensor],
-    plan: Recipe,
-    clock: Clock,
-    state_file: Path | None = None,
+def train_packed(
+    walk: Walk, specs: Mapping[str, LayerSpec], steps: int, state_file: Path | None = None
 ) -> list[float]:
-    """Fit every linear, train against the end loss, and keep what OUT holds of every block."""
-    with clock("fit"):
-        fits = fit_all(walk, stored, widths, plan)
-    with clock("train"):
-        losses = train_fits(walk, fits, plan, state_file)
+    """Train what the packed blocks can still move against the loss at the end; held-out losses.
 
-    def finish(w: Tensor, name: str) -> dict[str, Tensor]:
-        return dict(pack(settled(w.float(), stored[name], fits.pop(name), plan)).tensors)
-
-    with clock("round"):
-        each(walk, "round", "packed", finish, lambda name: (name,))
-    return losses
-
-
-def train_fits(
-    walk: Walk,
-    fits: dict[str, Fit],
-    plan: Recipe,
-    state_file: Path | None = None,
-    teacher: dict[int, Tensor] | None = None,
-) -> list[float]:
-    """Train codebooks in place and put the trained norm weights into the model; held-out losses.
-
-    The model's linears are left alone. For `state_file` and `teacher` see `train.codebooks.train`.
+    `specs` are those of the linears, widths included. Kept under "trained". It takes the memory of
+    what is packed and of one block at work, and what outside the linears is resident.
     """
-    model = walk.source.model
-    norms, losses = train(
-        model,
-        dict(walk.linears),
-        fits,
-        walk.ids,
-        steps=plan.steps,
-        state_file=state_file,
-        teacher=teacher,
-        progress=lambda done, total, _loss: walk.progress("train", done, total),
-    )
+    known = final_states(walk)
+    source, store, blocks = walk.source, walk.store, range(len(walk.source.blocks))
+    layers = {n: kept for i in blocks for n, kept in _packed_layers(walk, specs, i).items()}
+    with source.loaded(blocks, but={f"{name}.weight" for name in walk.linears}):
+        student = Student(source.model, walk.linears, layers, source.blocks)
+        trained = train(
+            student,
+            walk.ids,
+            known,
+            steps=steps,
+            state_file=state_file,
+            progress=lambda done, total: walk.progress("train", done, total),
+        )
+    for i in blocks:
+        if store.has("trained", i):
+            continue
+        tensors = dict(store.read("packed", i))
+        tensors |= {n: weight for n, weight in trained.norms.items() if n in tensors}
+        for name in walk.inside(range(i, i + 1)):
+            parts = trained.layers[name].tensors.items()
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts}
+        store.keep("trained", i, tensors)
     with torch.no_grad():
-        for name, weight in norms.items():
-            model.get_parameter(name).copy_(weight)
-    return losses
+        for name, weight in trained.norms.items():
+            own = source.model.get_parameter(name)
+            if not own.is_meta:
+                own.copy_(weight)
+    return trained.losses
 
 
-def fit_all(
-    walk: Walk,
-    stored: Mapping[str, sensitivity.Analysis],
-    widths: Mapping[str, Tensor],
-    plan: Recipe,
-) -> dict[str, Fit]:
-    """Codebooks and codes of every linear at its widths, scaled or refined as the plan says."""
-    fits: dict[str, Fit] = {}
-    for done, (name, linear) in enumerate(walk.linears.items(), 1):
-        w = linear.weight.detach().float()
-        fits[name] = fit_linear(w, stored[name], widths[name], plan)
-        walk.progress("fit", done, len(walk.linears))
-    return fits
+def _packed_layers(walk: Walk, specs: Mapping[str, LayerSpec], i: int) -> dict[str, Layer]:
+    """The linears of block `i` as they are packed."""
+    packed, found = walk.store.read("packed", i), {}
+    for name in walk.inside(range(i, i + 1)):
+        own = {part: packed[f"{name}.{part}"] for part in layout(specs[name])}
+        found[name] = Layer(specs[name], own)
+    return found
+
+
+def final_states(walk: Walk) -> Tensor:
+    """What the body of the model, as it was, gives its head for the windows, [n, t, d].
+
+    Hidden states are kept from span to span, so that a stopped run goes on.
+    """
+    store, spans = walk.store, walk.source.spans
+    last = len(spans) - 1
+    if not store.has("final", 0):
+        begin = next((k for k in range(last, 0, -1) if store.has("original", k)), 0)
+        with torch.no_grad(), frozen(walk.source.model):
+            for k in range(begin, last):
+                with walk.source.loaded(spans[k]):
+                    state = walk.advance(spans[k], walk.state("original", k), walk.batch)
+                store.keep("original", k + 1, state)
+                store.drop("original", k)
+                walk.progress("forward", k + 1, len(spans))
+            with walk.source.loaded(spans[last]):
+                final = walk.final(spans[last], walk.state("original", last), walk.batch)
+        store.keep("final", 0, {HIDDEN: final})
+        store.drop("original", last)
+    return store.read("final", 0)[HIDDEN]

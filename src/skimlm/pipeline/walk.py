@@ -17,6 +17,8 @@ windows go through in the same batches. In the store lie, each whole:
     first-I                   adapters and errors of block I to begin with (sparsity, adapters)
     original-I, compressed-I  hidden states before block I, in the model and in what becomes of it
     packed-I                  what OUT holds of block I
+    final-0                   what the model's head was given: what a training aims at
+    trained-I                 what OUT holds of block I after a training
 Before the first block hidden states are the embeddings, which are not kept.
 """
 
@@ -80,11 +82,11 @@ class Walk:
         """Say that the linears of all blocks before `i` are done, and `more` of its own."""
         self.progress(phase, self.before[i] + more, len(self.linears))
 
-    def run(self, span: Span, rows: slice | Tensor, state: State | None) -> State:
-        """What these blocks make of the windows `rows` of `state`."""
+    def run(self, span: Span, rows: slice | Tensor, state: State | None) -> tuple[State, Tensor]:
+        """What these blocks make of the windows `rows` of `state`; what the body then returns."""
         # a copy: views of a file are not aligned, and stay in memory while they are used
         part = None if state is None else {n: t[rows].clone() for n, t in state.items()}
-        return self.source.run(span, self.ids[rows], part)[0]
+        return self.source.run(span, self.ids[rows], part)
 
     def advance(
         self,
@@ -96,12 +98,17 @@ class Walk:
         """The state behind these blocks; `after(number)` is called after each batch."""
         out: dict[str, Tensor] = {}
         for number, rows in enumerate(batches(len(self.ids), batch)):
-            for name, part in self.run(span, rows, state).items():
+            for name, part in self.run(span, rows, state)[0].items():
                 if name not in out:
                     out[name] = part.new_empty(len(self.ids), *part.shape[1:])
                 out[name][rows] = part
             after(number)
         return out
+
+    def final(self, span: Span, state: State | None, batch: int) -> Tensor:
+        """What the body returns when these are its last blocks, [n, t, d]."""
+        rows = batches(len(self.ids), batch)
+        return torch.cat([self.run(span, some, state)[1] for some in rows])
 
 
 def batches(count: int, batch: int) -> list[slice]:
@@ -318,5 +325,6 @@ def apart(walk: Walk, i: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def packed(walk: Walk) -> Callable[[str], Tensor]:
     """A function that reads what OUT holds of the blocks, by the tensor's name."""
     store, count = walk.store, len(walk.source.blocks)
-    where = {name: i for i in range(count) for name in store.names("packed", i)}
-    return lambda name: store.read_one("packed", where[name], name)
+    kind = "trained" if store.has("trained", 0) else "packed"
+    where = {name: i for i in range(count) for name in store.names(kind, i)}
+    return lambda name: store.read_one(kind, where[name], name)

@@ -3,13 +3,14 @@
     state = descend(values, objective, steps, checks=evenly(steps, 3))    best values: state.best
 
 The loss on what is held out is measured before, at every check and at the end; the best values seen
-are kept, the start included. With a file everything is kept there at every check, and a run that
-finds it goes on to the same result. Codebooks, adapters, soft tokens and compressors are trained
-so; the loop does not know where gradients come from.
+are kept, the start included. With a file everything is kept there, at every check and every two
+minutes, and a run that finds it goes on to the same result. Codebooks, adapters, soft tokens and
+compressors are trained so; the loop does not know where gradients come from.
 """
 
 import json
 import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from skimlm.errors import SkimError, first_line
 from skimlm.storage.safetensors import write_file
 
 BETAS = (0.9, 0.98)
+KEEP = 120.0  # seconds of work that a run which is stopped may lose
 
 
 @dataclass
@@ -83,6 +85,7 @@ def descend(
         _check(state, objective)
     elif done(state):
         return state
+    written = time.monotonic()
     while state.step < steps:
         share = schedule(state.step, steps)
         for name, (gradient, rate) in objective.gradients(state.values, state.step).items():
@@ -90,11 +93,14 @@ def descend(
         objective.project(state.values)
         state.step += 1
         progress(state.step)
-        if state.step in checks:
+        checked = state.step in checks
+        if checked:
             _check(state, objective)
+        if checked or time.monotonic() - written > KEEP:
             write_state(file, state)
-            if done(state):
-                break
+            written = time.monotonic()
+        if checked and done(state):
+            break
     return state
 
 

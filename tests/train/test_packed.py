@@ -1,0 +1,142 @@
+"""A stored layer that is trained: products and gradients are those of its dense weight."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import skimlm.format as P
+from layer_sample import OPTIONS, options, options_id, with_options
+from skimlm.format.layer import Layer
+from skimlm.format.pack import dequantize, pack, unpack
+from skimlm.train import packed as K
+
+ROWS, COLS = 23, 140
+DENSE = options()
+
+
+def weight(widths=(1, 2, 3, 4, 5, 6, 8), in_scale=False, seed=0) -> P.QuantizedWeight:
+    g = torch.Generator().manual_seed(seed)
+    widths = torch.tensor(widths)[torch.arange(ROWS) % len(widths)].to(torch.uint8)
+    levels = torch.randint(-127, 128, (ROWS, 32), generator=g).to(torch.int8)
+    table = widths <= 5
+    used = torch.arange(32) < (1 << widths.int())[:, None]
+    return P.QuantizedWeight(
+        (torch.rand(ROWS, COLS, generator=g) * (1 << widths.int())[:, None]).to(torch.uint8),
+        widths,
+        torch.where(used & table[:, None], levels, 0),
+        (torch.rand(ROWS, generator=g) / 500 + 1e-3).bfloat16(),
+        torch.where(table, 0, torch.randint(0, 60, (ROWS,), generator=g)).to(torch.int16),
+        torch.rand(COLS, generator=g).add(0.5).half() if in_scale else None,
+    )
+
+
+def layer_of(chosen, in_scale=False) -> Layer:
+    widths = (1, 2, 3, 4, 5) if any(chosen.values()) else (1, 2, 3, 4, 5, 6, 8)
+    q = weight(widths, in_scale)
+    return pack(with_options(q, **chosen) if any(chosen.values()) else q)
+
+
+def dense(layer: Layer, tensors) -> torch.Tensor:
+    """W from the codes of `unpack`, a row at a time, differentiable in the codebooks."""
+    q, place = unpack(layer), dict.fromkeys(layer.spec.counts, 0)
+    rows = []
+    for i, b in enumerate(q.widths.tolist()):
+        codes = q.codes[i].long()
+        if f"codebook.{b}" in tensors:
+            row = tensors[f"codebook.{b}"][place[b]][codes]
+        else:
+            row = (codes - int(q.row_zero[i])).float() * q.row_scale[i].float()
+        place[b] += 1
+        if q.mask is not None:
+            row = row.new_zeros(COLS).masked_scatter(q.mask[i], row)
+        rows.append(row if q.in_scale is None else row * q.in_scale.float())
+    w = torch.stack(rows)
+    if q.adapter is None:
+        return w
+    a, b = q.adapter.values()
+    return w + b.T @ a
+
+
+def inputs(seed=1):
+    return torch.randn(2, 5, COLS, generator=torch.Generator().manual_seed(seed))
+
+
+KINDS = [DENSE, *(chosen for chosen in OPTIONS if chosen["group"] is None)]
+
+
+@pytest.mark.parametrize("in_scale", [False, True])
+@pytest.mark.parametrize("chosen", KINDS, ids=options_id)
+def test_a_product_and_its_gradients_are_those_of_the_dense_weight(chosen, in_scale):
+    layer = layer_of(chosen, in_scale)
+    start = K.moving(layer)
+    assert set(start) == {f"codebook.{b}" for b in (1, 2, 3, 4, 5)}
+    g = torch.Generator().manual_seed(3)
+    moved = {n: t + torch.randn(t.shape, generator=g) / 9 for n, t in start.items()}
+    ours = {n: t.clone().requires_grad_() for n, t in moved.items()}
+    theirs = {n: t.clone().requires_grad_() for n, t in moved.items()}
+    x, y = (inputs().requires_grad_() for _ in range(2))
+    got, want = K.product(x, layer, ours), y @ dense(layer, theirs).T
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    probe = torch.randn(got.shape, generator=g)
+    got.backward(probe)
+    want.backward(probe)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.grad, theirs[name].grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chosen", [DENSE, *OPTIONS[::3]], ids=options_id)
+def test_unmoved_it_is_the_weight_that_is_stored(chosen):
+    layer = layer_of(chosen)
+    identity = torch.eye(COLS)
+    w = K.product(identity, layer, {}).T
+    q = unpack(layer)
+    want = dequantize(q)
+    if q.adapter is not None:
+        a, b = q.adapter.values()
+        want = want + b.T @ a
+        torch.testing.assert_close(w, want, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(w, want)
+    moving = K.moving(layer)
+    assert bool(moving) == (chosen["group"] is None)
+    assert torch.equal(K.product(identity, layer, moving).T, w)
+
+
+def test_the_native_bfloat16_path_sums_what_the_codes_share(isa):
+    layer = layer_of(DENSE)
+    books = {n: t.requires_grad_() for n, t in K.moving(layer).items()}
+    x = inputs().bfloat16().requires_grad_()
+    got = K.product(x, layer, books)
+    w = dense(layer, {n: t.detach().bfloat16().float() for n, t in books.items()}).bfloat16()
+    assert torch.equal(got, x.detach() @ w.T)
+    probe = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got.backward(probe)
+    assert torch.equal(x.grad, probe @ w)
+    full = (probe.flatten(0, 1).T @ x.detach().flatten(0, 1)).double()
+    q = unpack(layer)
+    for b in (1, 2, 3, 4, 5):
+        index = (q.widths == b).nonzero().flatten()
+        want = torch.zeros(len(index), 2**b, dtype=torch.float64)
+        want.scatter_add_(1, q.codes[index].long(), full[index])
+        torch.testing.assert_close(books[f"codebook.{b}"].grad.double(), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("chosen", KINDS[::4], ids=options_id)
+def test_what_is_stored_has_the_codebooks_within_half_a_level_and_all_else_as_it_was(chosen):
+    layer = layer_of(chosen)
+    g = torch.Generator().manual_seed(5)
+    moved = {n: t + torch.randn(t.shape, generator=g) / 9 for n, t in K.moving(layer).items()}
+    made = K.stored(layer, moved)
+    assert made.spec == layer.spec
+    before, after = unpack(layer), unpack(made)
+    assert torch.equal(before.codes, after.codes) and torch.equal(before.widths, after.widths)
+    wide = before.widths > 5
+    assert torch.equal(dequantize(before)[wide], dequantize(after)[wide])
+    for name, book in K.moving(made).items():
+        scale = moved[name].abs().amax(1) / 127 * (1 + 2**-7)
+        assert ((book - moved[name]).abs() <= scale[:, None] / 2 + 1e-7).all()
+    same = K.stored(layer, {})
+    assert all(torch.equal(t, same.tensors[n]) for n, t in layer.tensors.items())
+    assert dataclasses.replace(layer.spec) == same.spec
