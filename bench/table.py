@@ -26,7 +26,7 @@ from provenance import provenance
 from skimlm import Model
 from skimlm.cli import demo
 from skimlm.evaluate import wikitext
-from skimlm.format import dequantize
+from skimlm.format import Layer, dequantize, layout, unpack
 from skimlm.models import BlockSource, decoder_linears, load, open_checkpoint
 from skimlm.pipeline import (
     RECIPES,
@@ -34,12 +34,13 @@ from skimlm.pipeline import (
     Walk,
     analyse,
     budget,
-    fit_all,
+    each,
+    packed,
+    packed_linear,
     read_documents,
     sensitivity,
-    settled,
     specs_of,
-    train_fits,
+    train_packed,
     windows,
 )
 from skimlm.progress import Clock, peak_rss_bytes
@@ -146,24 +147,25 @@ class Bench:
         plan, ids, known, note = self.analysed(method)
         price = budget.prices(specs_of(self.linears, None, plan.scale))
         errors = {n: known[n].errors for n in self.linears}
-        teacher = {}
         for target in targets:
-            clock = Clock()
+            clock, losses = Clock(), []
             with clock("allocate"):
                 widths = budget.for_bits(errors, price, target, plan.end_loss)
-            walk, losses = self.walk(ids), []
+            walk, specs = self.walk(ids), specs_of(self.linears, None, plan.scale)
+            specs = {n: specs[n].with_widths(w) for n, w in widths.items()}
             with clock("fit"):
-                fits = fit_all(walk, known, widths, plan)
+                each(walk, "fit", "packed", packed_linear, lambda n: (known[n], widths[n], plan))
             if plan.steps:
                 with clock("train"):
-                    losses = train_fits(walk, fits, plan, teacher=teacher)
-            with clock("round"):
-                weights = {n: m.weight.detach().float() for n, m in self.linears.items()}
-                quantized = {n: settled(weights[n], known[n], f, plan) for n, f in fits.items()}
+                    losses = train_packed(walk, specs, plan.steps)
+            read = packed(walk)
+            layers = {
+                n: Layer(s, {k: read(f"{n}.{k}") for k in layout(s)}) for n, s in specs.items()
+            }
             self.measure(
                 f"{method} {target}",
                 price.bits(widths) / self.weights,
-                {n: dequantize(q) for n, q in quantized.items()},
+                {n: dequantize(unpack(layer)) for n, layer in layers.items()},
                 seconds=clock.seconds,
                 held_out_kl=losses,
                 analysis=note,

@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import FAMILIES, byte_tokenizer, tiny_model, walk_of
 from skimlm.errors import SkimError
-from skimlm.format.pack import dequantize
+from skimlm.format.layer import Layer, layout
+from skimlm.format.pack import dequantize, unpack
 from skimlm.models.blocks import decoder_linears
 from skimlm.pipeline import budget, sensitivity, walk
 from skimlm.pipeline.budget import specs_of
 from skimlm.pipeline.compress import compress
 from skimlm.pipeline.config import RECIPES, CompressConfig
-from skimlm.pipeline.recipes import settled
-from skimlm.pipeline.steps import fit_all, train_fits
+from skimlm.pipeline.recipes import fit_linear, packed_linear, settled
+from skimlm.pipeline.steps import train_packed
 from skimlm.quantize.fit import finish
 from skimlm.quantize.kmeans import kmeans_rows
 from skimlm.quantize.refine import damped
@@ -475,6 +476,12 @@ def analysed(recipe: str, path, bits: float = 4.0, **changes):
     return steps, plan, known, budget.for_bits(errors, price, bits, plan.end_loss)
 
 
+def fit_all(steps, known, widths, plan):
+    """Codebooks and codes of every linear at its widths."""
+    weights = {n: m.weight.detach().float() for n, m in steps.linears.items()}
+    return {n: fit_linear(w, known[n], widths[n], plan) for n, w in weights.items()}
+
+
 def rounded(steps, known, fits, plan):
     """The fits as they are stored."""
     weights = {n: m.weight.detach().float() for n, m in steps.linears.items()}
@@ -531,9 +538,15 @@ def test_what_is_trained_is_what_is_written(tmp_path):
     """Codebooks and norms together have the held-out loss that the training reports."""
     steps, plan, known, widths = analysed("best", tmp_path, bits=3.0, steps=12)
     model, original, unseen = steps.source.model, tiny_model(), steps.ids[-6:]
-    fits = fit_all(steps, known, widths, plan)
-    losses = train_fits(steps, fits, plan)
-    quantized = rounded(steps, known, fits, plan)
+    walk.each(steps, "fit", "packed", packed_linear, lambda n: (known[n], widths[n], plan))
+    specs = specs_of(steps.linears, None, plan.scale)
+    specs = {n: specs[n].with_widths(w) for n, w in widths.items()}
+    losses = train_packed(steps, specs, plan.steps)
+    read = walk.packed(steps)
+    quantized = {
+        n: unpack(Layer(spec, {part: read(f"{n}.{part}") for part in layout(spec)}))
+        for n, spec in specs.items()
+    }
     norms = {n: p for n, p in model.named_parameters() if p.dim() == 1}
     assert any(not torch.equal(p, original.get_parameter(n)) for n, p in norms.items())
 

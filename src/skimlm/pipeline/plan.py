@@ -32,6 +32,9 @@ KMEANS_PER_THREAD = 1.6e6  # weights a second
 REFINE_PER_THREAD = 40e9  # additions and products a second
 JOINT = 16  # a sweep over mask, codes and adapter takes so many of refinement's
 SLIM_BATCH = 4  # windows that go through together
+MOVING = (
+    16 * 4 * 7
+)  # bytes of a row that is trained: 16 entries as values, gradients, moments, best
 
 
 @dataclass(frozen=True)
@@ -102,17 +105,25 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
     inputs = 2 * tokens * sum(c for _, c in s.inside) if plan.matched else 0
     kept = (2 if plan.matched else 1) * states if slim else 0
     outside = max(s.weights - s.block * s.blocks, 0)
+
+    def training(shapes: list[tuple[int, int]]) -> int:
+        """Packed layers and what moves of them, the original's outputs, one linear at work."""
+        if not plan.steps:
+            return 0
+        moving = MOVING * sum(r for r, _ in s.linears)
+        at_work = max(6 * r * c for r, c in s.linears)
+        return stored + moving + states + activations(shapes) + logits + at_work
+
     whole = IMPORTED + 2 * s.weights + sums(s.inside if slim else s.linears)
     whole += kept + inputs + (stored if slim else 0)
-    passes = bool(plan.steps) or not known  # through the whole model, with gradients
-    busy = activations(s.inside if slim else s.linears) + logits if passes else 0
-    whole += max(busy, one + (0 if slim else codes * (12 if plan.steps else 1)))
-    part = IMPORTED + 2 * outside + 2 * s.block + sums(s.inside) + 3 * states
-    part += max(activations(s.inside) * passes, logits * passes, one) + workers * (IMPORTED + one)
-    part += 4 * s.block if plan.steps else 0  # codes, and weights looked up for the gradient
+    busy = 0 if known else activations(s.inside if slim else s.linears) + logits
+    whole += max(busy, one + (0 if slim else stored), training(s.linears))
+    part = sums(s.inside) + 2 * s.block + 3 * states
+    part += max(0 if known else activations(s.inside), 0 if known else logits, one)
+    part = IMPORTED + 2 * outside + max(part, training(s.inside)) + workers * (IMPORTED + one)
     analysed = 0 if slim else sum(4 * c * c + 2 * r * c + 316 * r for r, c in s.linears)
     seconds = _seconds(s, config, known)
-    scratch = analysed + 2 * stored + inputs + (s.blocks + 3) * states
+    scratch = analysed + (3 if plan.steps else 2) * stored + inputs + (s.blocks + 3) * states
     return Needs(whole, analysed + stored, seconds), Needs(part, scratch, seconds * 4 / 3)
 
 
@@ -144,9 +155,11 @@ def _seconds(s: Sizes, config: CompressConfig, known: bool) -> float:
         return seconds + 2 * joint  # with an adapter to begin with, then with the widths
     seconds += 2 * plan.rounds * (plan.sweeps + 1) * refined
     head = s.vocabulary * s.width
-    step = STEP * plan.seq_len * plan.steps * 8 * (dense + head)  # the original's outputs too
-    checks = plan.steps and (CHECKS + 1) * HELD_OUT * plan.seq_len * (2 * dense + 4 * head)
-    return seconds + (step + checks) / rate
+    seen = STEP * plan.seq_len * plan.steps
+    checked = plan.steps and (CHECKS + 1) * HELD_OUT * plan.seq_len
+    original = 2 * tokens * dense if plan.steps else 0
+    work = original + seen * (6 * dense + 8 * head) + checked * (2 * dense + 4 * head)
+    return seconds + work / rate
 
 
 def _rate() -> float:

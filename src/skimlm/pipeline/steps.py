@@ -143,7 +143,9 @@ def train_packed(
     source, store, blocks = walk.source, walk.store, range(len(walk.source.blocks))
     layers = {n: kept for i in blocks for n, kept in _packed_layers(walk, specs, i).items()}
     with source.loaded(blocks, but={f"{name}.weight" for name in walk.linears}):
-        student = Student(source.model, walk.linears, layers, source.blocks)
+        # made again they are the same numbers, for a third more time
+        recomputed = source.blocks if source.streamed else ()
+        student = Student(source.model, walk.linears, layers, recomputed)
         trained = train(
             student,
             walk.ids,
