@@ -148,28 +148,25 @@ class Bench:
         price = budget.prices(specs_of(self.linears, None, plan.scale))
         errors = {n: known[n].errors for n in self.linears}
         for target in targets:
-            clock, losses = Clock(), []
-            with clock("allocate"):
-                widths = budget.for_bits(errors, price, target, plan.end_loss)
-            walk, specs = self.walk(ids), specs_of(self.linears, None, plan.scale)
-            specs = {n: specs[n].with_widths(w) for n, w in widths.items()}
-            with clock("fit"):
-                each(walk, "fit", "packed", packed_linear, lambda n: (known[n], widths[n], plan))
-            if plan.steps:
-                with clock("train"):
-                    losses = train_packed(walk, specs, plan.steps)
-            read = packed(walk)
-            layers = {
-                n: Layer(s, {k: read(f"{n}.{k}") for k in layout(s)}) for n, s in specs.items()
-            }
-            self.measure(
-                f"{method} {target}",
-                price.bits(widths) / self.weights,
-                {n: dequantize(unpack(layer)) for n, layer in layers.items()},
-                seconds=clock.seconds,
-                held_out_kl=losses,
-                analysis=note,
-            )
+            widths = budget.for_bits(errors, price, target, plan.end_loss)
+            bits = price.bits(widths) / self.weights
+            parts, facts = self.compressed(plan, ids, known, widths)
+            self.measure(f"{method} {target}", bits, parts, analysis=note, **facts)
+
+    def compressed(self, plan, ids, known, widths):
+        """De-quantized weights at these widths; facts to note. Trained norms are in the model."""
+        clock, losses = Clock(), []
+        walk, specs = self.walk(ids), specs_of(self.linears, None, plan.scale)
+        specs = {n: specs[n].with_widths(w) for n, w in widths.items()}
+        with clock("fit"):
+            each(walk, "fit", "packed", packed_linear, lambda n: (known[n], widths[n], plan))
+        if plan.steps:
+            with clock("train"):
+                losses = train_packed(walk, specs, plan.steps)
+        read = packed(walk)
+        layers = {n: Layer(s, {k: read(f"{n}.{k}") for k in layout(s)}) for n, s in specs.items()}
+        weights = {n: dequantize(unpack(layer)) for n, layer in layers.items()}
+        return weights, {"seconds": clock.seconds, "held_out_kl": losses}
 
 
 def main():
