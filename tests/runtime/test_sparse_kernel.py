@@ -204,7 +204,7 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch):
     libraries = [native._open(isa) for isa in native.ISAS[:have]]
     for sparsity, group, adapter in itertools.product(SPARSE.values(), (None, 128), ADAPTERS):
         layer = layer_of(301, 396, sparsity, group, adapter, scaled=adapter[0] == 5)
-        count = 1 if layer.spec.version == 1 else 3  # more are multiplied as they are in bfloat16
+        count = 1 if layer.spec.plain else 3  # more are multiplied as they are in bfloat16
         x, results = inputs(count, 396, torch.float32), []
         for library in libraries:
             monkeypatch.setattr(native, "library", lambda library=library: library)
