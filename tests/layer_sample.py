@@ -48,6 +48,19 @@ def oracle_level(q: P.QuantizedWeight, i: int, j: int) -> int:
     return int(q.codebook[i, code]) if b <= 5 else code - int(q.row_zero[i])
 
 
+def levels_of(q: P.QuantizedWeight) -> torch.Tensor:
+    """All levels float64 [r, k], by the second line that FORMAT.md has of a window."""
+    levels = q.codebook.double().gather(1, q.codes.long().clamp(max=31))
+    wide = (q.widths > 5)[:, None]
+    levels = torch.where(wide, q.codes.double() - q.row_zero.double()[:, None], levels)
+    for table, width in enumerate(sorted({w for w in q.widths.tolist() if w > 16})):
+        rows, b = q.widths == width, width - 16
+        codes = torch.nn.functional.pad(q.codes[rows].long(), (0, 6))
+        window = sum(codes[:, k : q.codes.shape[1] + k] * 2 ** (k * b) for k in range(7)) % 128
+        levels[rows] = q.trellis[table].double()[window]
+    return levels
+
+
 def oracle_value(q: P.QuantizedWeight, i: int, j: int) -> float:
     """One weight, in doubles: the three factors have few enough bits to multiply exactly."""
     level = oracle_level(q, i, j)

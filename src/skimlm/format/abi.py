@@ -25,7 +25,7 @@ HEADER = """\
 
 constexpr int64_t SKIMLM_MAX_WIDTH = {MAX_WIDTH};  // bits of a code
 constexpr int64_t SKIMLM_MAX_TABLE_WIDTH = {MAX_TABLE_WIDTH};  // wider rows are affine
-constexpr int64_t SKIMLM_TRELLIS = {TRELLIS};  // rows of this width and b: a trellis, codes of b bits
+constexpr int64_t SKIMLM_TRELLIS = {TRELLIS};  // a row of this width and b: codes of b bits
 constexpr int64_t SKIMLM_WINDOW = {WINDOW};  // bits that look up a level of it
 constexpr int64_t SKIMLM_WIDTHS_END = {WIDTHS_END};  // widths, as they are stored, lie below
 constexpr int64_t SKIMLM_ADAPTER_GROUP = {ADAPTER_GROUP};  // columns of a scale of a 4-bit adapter

@@ -4,7 +4,7 @@
 
 constexpr int64_t SKIMLM_MAX_WIDTH = 8;  // bits of a code
 constexpr int64_t SKIMLM_MAX_TABLE_WIDTH = 5;  // wider rows are affine
-constexpr int64_t SKIMLM_TRELLIS = 16;  // rows of this width and b: a trellis, codes of b bits
+constexpr int64_t SKIMLM_TRELLIS = 16;  // a row of this width and b: codes of b bits
 constexpr int64_t SKIMLM_WINDOW = 7;  // bits that look up a level of it
 constexpr int64_t SKIMLM_WIDTHS_END = 21;  // widths, as they are stored, lie below
 constexpr int64_t SKIMLM_ADAPTER_GROUP = 128;  // columns of a scale of a 4-bit adapter

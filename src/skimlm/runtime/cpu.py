@@ -23,7 +23,7 @@ FEW_TOKENS = 32  # from here on torch's product, unless `native.many`
 FEW_SPARSE = 256  # the same of layers that are not plain, with VBMI (4096x4096: torch takes 240 ms)
 TILE = 2**21  # weights de-quantized at a time for many tokens
 DTYPES = (torch.float32, torch.bfloat16)
-KNOWN_ROW_CODES = {"table", "affine", "grid"}
+KNOWN_ROW_CODES = {"table", "affine", "grid", "trellis"}
 
 
 def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
