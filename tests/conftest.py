@@ -180,27 +180,34 @@ def sentencepiece(kind: str) -> transformers.PreTrainedTokenizerFast:
 def random_quantized(
     rows: int, cols: int, seed: int = 0, in_scale: bool = False, widths: list[int] | None = None
 ) -> QuantizedWeight:
-    """A valid random compressed weight of about unit variance; widths are mixed unless given."""
+    """A valid random compressed weight of about unit variance.
+
+    Widths are mixed unless given, those of a trellis left out.
+    """
     g = torch.Generator().manual_seed(seed)
     width = torch.randint(1, 9, (rows,), generator=g)
     if widths is not None:
         width = torch.tensor(widths)[torch.arange(rows) % len(widths)]
-    levels = 2**width
+    bits = width % 16
+    levels = 2**bits
     codes = (torch.rand(rows, cols, generator=g) * levels[:, None]).long()
     codebook = torch.zeros(rows, 32, dtype=torch.int8)
     zero = torch.zeros(rows, dtype=torch.int16)
     for i, b in enumerate(width.tolist()):
+        if b > 16:
+            continue
         if b <= 5:
             table = torch.randint(-127, 128, (2**b,), generator=g)
             codebook[i, : 2**b] = table.sort().values.to(torch.int8)
         else:
             zero[i] = int(torch.randint(0, 2**b, (1,), generator=g))
-    spread = torch.where(width <= 5, 64.0, levels.float() / 4)
+    spread = torch.where(bits <= 5, 64.0, levels.float() / 4)
     scale = (torch.rand(rows, generator=g) + 0.5) / spread / cols**0.5
     shift = (torch.rand(cols, generator=g) + 0.5).half() if in_scale else None
-    return QuantizedWeight(
-        codes.to(torch.uint8), width.to(torch.uint8), codebook, scale.bfloat16(), zero, shift
-    )
+    used = len({b for b in width.tolist() if b > 16})
+    trellis = torch.randint(-128, 128, (used, 128), dtype=torch.int8, generator=g)
+    codes, width = codes.to(torch.uint8), width.to(torch.uint8)
+    return QuantizedWeight(codes, width, codebook, scale.bfloat16(), zero, shift, trellis=trellis)
 
 
 def quantized_linears(model, in_scale: bool = False, **kwargs) -> dict[str, QuantizedWeight]:

@@ -20,21 +20,50 @@ def oracle_pack(q: P.QuantizedWeight) -> dict[str, bytes]:
     out["widths"] = bytes(q.widths.tolist())
     for i in order:
         b = int(q.widths[i])
-        out["weight"] += oracle_bytes(q.codes[i].tolist(), b)
+        out["weight"] += oracle_bytes(q.codes[i].tolist(), b % 16)
         out["row_scale"] += raw(q.row_scale[i])
+        if b > 16:
+            continue
         if b <= 5:
             out["codebook"] += bytes(v & 255 for v in q.codebook[i, : 2**b].tolist())
         else:
             out["row_zero"] += int(q.row_zero[i]).to_bytes(2, "little", signed=True)
     if q.in_scale is not None:
         out["in_scale"] = raw(q.in_scale)
+    out["trellis"] = raw(q.trellis)
     return {name: data for name, data in out.items() if data}
+
+
+def oracle_window(codes: list[int], b: int, j: int) -> int:
+    """Seven bits from code j on, from the row as one big integer."""
+    return sum(code << (k * b) for k, code in enumerate(codes)) >> (j * b) & 127
+
+
+def oracle_level(q: P.QuantizedWeight, i: int, j: int) -> int:
+    """The level of code j of row i."""
+    code, b = int(q.codes[i, j]), int(q.widths[i])
+    if b > 16:
+        table = sorted({w for w in q.widths.tolist() if w > 16}).index(b)
+        return int(q.trellis[table, oracle_window(q.codes[i].tolist(), b - 16, j)])
+    return int(q.codebook[i, code]) if b <= 5 else code - int(q.row_zero[i])
+
+
+def levels_of(q: P.QuantizedWeight) -> torch.Tensor:
+    """All levels float64 [r, k], by the second line that FORMAT.md has of a window."""
+    levels = q.codebook.double().gather(1, q.codes.long().clamp(max=31))
+    wide = (q.widths > 5)[:, None]
+    levels = torch.where(wide, q.codes.double() - q.row_zero.double()[:, None], levels)
+    for table, width in enumerate(sorted({w for w in q.widths.tolist() if w > 16})):
+        rows, b = q.widths == width, width - 16
+        codes = torch.nn.functional.pad(q.codes[rows].long(), (0, 6))
+        window = sum(codes[:, k : q.codes.shape[1] + k] * 2 ** (k * b) for k in range(7)) % 128
+        levels[rows] = q.trellis[table].double()[window]
+    return levels
 
 
 def oracle_value(q: P.QuantizedWeight, i: int, j: int) -> float:
     """One weight, in doubles: the three factors have few enough bits to multiply exactly."""
-    code, b = int(q.codes[i, j]), int(q.widths[i])
-    level = int(q.codebook[i, code]) if b <= 5 else code - int(q.row_zero[i])
+    level = oracle_level(q, i, j)
     return level * float(q.row_scale[i]) * (1.0 if q.in_scale is None else float(q.in_scale[j]))
 
 
@@ -87,6 +116,7 @@ def with_options(
         sparsity,
         group,
         adapter,
+        q.trellis,
     )
 
 
@@ -108,8 +138,9 @@ def oracle_read(stored: dict[str, torch.Tensor], rows: int, cols: int, entry: di
     at = table = zero = places = 0
     weight = [[0.0] * cols for _ in range(rows)]
     widths = list(data["widths"])
+    trellises = sorted({b for b in widths if b > 16})
     for place, i in enumerate(sorted(range(rows), key=lambda i: (widths[i], i))):
-        b, columns = widths[i], range(cols)
+        b, columns, width = widths[i] % 16, range(cols), widths[i]
         if sparsity == "bitmap":
             columns = [j for j in range(cols) if bits(data["positions"][places:], j, 1)]
             places += (cols + 7) // 8
@@ -122,6 +153,10 @@ def oracle_read(stored: dict[str, torch.Tensor], rows: int, cols: int, entry: di
             code = bits(data["weight"][at:], k * b, b)
             if g:
                 level = code - 2 ** (b - 1)
+            elif width > 16:
+                rest = data["weight"][at : at + (n * b + 7) // 8] + b"\0\0"
+                level = 128 * trellises.index(width) + bits(rest, k * b, 7)
+                level = int.from_bytes(data["trellis"][level:][:1], "little", signed=True)
             elif b <= 5:
                 level = int.from_bytes(data["codebook"][table + code :][:1], "little", signed=True)
             else:
@@ -131,7 +166,7 @@ def oracle_read(stored: dict[str, torch.Tensor], rows: int, cols: int, entry: di
             shift = number("in_scale", j, torch.float16, 2) if "in_scale" in data else 1.0
             weight[i][j] = level * scale * shift
         at += (n * b + 7) // 8
-        table, zero = table + (2**b if b <= 5 else 0), zero + (b > 5)
+        table, zero = table + (2**b if width <= 5 else 0), zero + (5 < width < 9)
 
     def factor(name, n):
         if entry["adapter_bits"] == 16:
@@ -164,6 +199,10 @@ OPTIONS = [
     for group in (None, 33, 1000)
     for adapter in [(0, 0), (1, 4), (3, 4), (3, 16)]
 ][1:]
+
+
+# widths of rows, with those of a trellis among them
+TRELLIS_WIDTHS = [[17], [18], [19], [20], [3, 20, 17, 7, 2, 19, 18, 1]]
 
 
 def options_id(chosen: dict) -> str:

@@ -29,6 +29,7 @@ from skimlm.runtime.linear import CompressedLinear
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "data" / "golden-v1.safetensors"
 GOLDEN_2 = GOLDEN.with_name("golden-v2.safetensors")
+GOLDEN_3 = GOLDEN.with_name("golden-v3.safetensors")
 # what the golden file holds: widths, codes and first values of the first row, and a table
 GOLDEN_WIDTHS = [8, 5, 2, 7, 4, 4, 8, 8, 5]
 GOLDEN_CODES = [217, 218, 141, 73, 52, 113, 91, 184, 18, 248, 27]
@@ -45,6 +46,10 @@ GOLDEN_OPTIONS = {
     "grid": options(group=12),
 }
 GOLDEN_SUMS = {"half": 0.11932080145925283, "few": 4.403397656977177, "grid": -0.9829018684104085}
+# the same of version 3, with rows of these widths
+GOLDEN_WIDTHS_3 = [19, 2, 17, 20, 18, 7, 18]
+GOLDEN_OPTIONS_3 = {"whole": options(), "half": options("2:4", 6, None, 2, 4)}
+GOLDEN_SUMS_3 = {"whole": 1.0805428698658943, "half": 1.5104796215891838}
 GOLDEN_TABLE = torch.tensor([[1.0, -0.5, 0.25], [0.0, 0.0, 0.0], [-3.0, 2.0, 0.1]])
 
 
@@ -58,12 +63,12 @@ def golden_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
-def golden_linears() -> dict[str, torch.Tensor]:
-    """The same for version 2."""
-    q = random_quantized(9, 12, seed=7, in_scale=True)
+def golden_linears(widths=None, kinds=GOLDEN_OPTIONS) -> dict[str, torch.Tensor]:
+    """The same for version 2, or with these widths for version 3."""
+    q = random_quantized(9, 12, seed=7, in_scale=True, widths=widths)
     return {
         f"{name}.{tensor}": stored
-        for name, chosen in GOLDEN_OPTIONS.items()
+        for name, chosen in kinds.items()
         for tensor, stored in pack(with_options(q, **chosen, seed=7)).tensors.items()
     }
 
@@ -97,16 +102,23 @@ def test_writing_again_gives_the_golden_bytes():
     assert raws(pack(unpack(layer))) == raws(layer)
 
 
-@pytest.mark.parametrize("name", GOLDEN_OPTIONS)
-def test_the_golden_file_of_version_2_reads_as_it_was_written(name):
-    stored, chosen = part(load_file(GOLDEN_2), f"{name}."), GOLDEN_OPTIONS[name]
+@pytest.mark.parametrize(
+    "version, file, name, chosen, total",
+    [(2, GOLDEN_2, n, chosen, GOLDEN_SUMS[n]) for n, chosen in GOLDEN_OPTIONS.items()]
+    + [(3, GOLDEN_3, n, chosen, GOLDEN_SUMS_3[n]) for n, chosen in GOLDEN_OPTIONS_3.items()],
+)
+def test_golden_files_of_later_versions_read_as_they_were_written(
+    version, file, name, chosen, total
+):
+    stored = part(load_file(file), f"{name}.")
     spec = LayerSpec(9, 12, in_scale=True, **chosen).with_widths(stored["widths"])
     layer = Layer(spec, stored)
+    assert spec.version == version
     q = unpack(layer)
     weight, *factors = oracle_read(stored, 9, 12, spec.entry())
     assert torch.equal(dequantize(q), weight)
     assert not factors or all(map(torch.equal, factors, q.adapter.values()))
-    assert float(weight.double().sum()) == GOLDEN_SUMS[name]
+    assert float(weight.double().sum()) == total
     assert raws(pack(q)) == raws(layer)
 
 
@@ -158,6 +170,19 @@ def test_the_second_worked_example_of_format_md_is_true():
     assert raws(pack(q)) == raws(stored)
 
 
+def test_the_third_worked_example_of_format_md_is_true():
+    text = (ROOT / "FORMAT.md").read_text(encoding="utf-8").split("## A third worked")[1]
+    stored_text, weight = re.findall(r"```\n(.*?)```", text, re.S)[:2]
+    layer = stored_example(stored_text, LayerSpec(3, 5, {2: 1, 18: 1, 19: 1}))
+    k = torch.arange(128)
+    trellis = torch.stack((k - 64, 63 - k)).to(torch.int8)
+    q = unpack(Layer(layer.spec, layer.tensors | {"trellis": trellis}))
+    assert q.codes.tolist() == [[1, 2, 3, 5, 4], [3, 2, 1, 0, 2], [0, 1, 2, 3, 1]]
+    assert torch.equal(dequantize(q), matrix(weight))
+    assert torch.equal(CompressedLinear.from_quantized(q)(torch.eye(5)), matrix(weight).T)
+    assert equal(unpack(pack(q)), q)
+
+
 def formula(before: str, after: str, **values: int) -> int:
     """What a formula of FORMAT.md between these words comes to."""
     text = " ".join((ROOT / "FORMAT.md").read_text(encoding="utf-8").split())
@@ -175,6 +200,16 @@ def test_format_md_states_the_cost_of_a_row_as_the_code_counts_it():
         assert sparse == row_bits(LayerSpec(1, 577, sparsity="bitmap", kept=99), b)
 
 
+def test_format_md_states_the_cost_of_a_trellis_row_as_the_code_counts_it():
+    for b in range(1, 5):
+        for kept, places in ((0, 0), (99, 73)):
+            sparsity = "bitmap" if kept else None
+            spec = LayerSpec(1, 577, {16 + b: 1}, sparsity=sparsity, kept=kept)
+            cost = formula("One trellis row costs ", " bits; every", b=b, n=kept or 577, p=places)
+            assert cost == row_bits(spec, 16 + b)
+            assert shared_bits(spec) == formula("width in use adds ", " bits to the linear")
+
+
 def test_format_md_states_the_cost_of_an_adapter_as_the_code_counts_it():
     sizes = dict(k=7, c=577, r=129)
     cost = formula("The adapter adds ", " bits at 16", **sizes)
@@ -188,3 +223,4 @@ if __name__ == "__main__":
 
     save_file(golden_tensors(), GOLDEN)
     save_file(golden_linears(), GOLDEN_2)
+    save_file(golden_linears(GOLDEN_WIDTHS_3, GOLDEN_OPTIONS_3), GOLDEN_3)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from layer_sample import OPTIONS, options, options_id
+from layer_sample import OPTIONS, options, options_id, oracle_window
 from skimlm.format import LayerSpec, layout
 from skimlm.format.abi import LayerStruct, header
 from skimlm.format.document import with_tables
@@ -19,6 +19,7 @@ from skimlm.format.row_codes import ROW_CODES
 ROOT = Path(__file__).parents[2]
 FORMAT_MD = (ROOT / "FORMAT.md").read_text(encoding="utf-8")
 COUNTS = {1: 2, 3: 4, 5: 1, 6: 3, 8: 1}
+TRELLIS = {2: 3, 7: 1, 17: 2, 19: 5}
 
 
 def test_the_header_of_native_code_is_current():
@@ -49,15 +50,20 @@ def extent(text: str, spec: LayerSpec, letters: dict[str, int]) -> int:
     if not found:
         return evaluate(text, **letters)
     code = (found[2] or "").strip()
-    widths = [b for b in spec.counts if not code or spec.code_of(b).name == code]
-    return sum(evaluate(found[1] or "1", b=b, **letters) * spec.counts[b] for b in widths)
+    widths = [w for w in spec.counts if not code or spec.code_of(w).name == code]
+    return sum(evaluate(found[1] or "1", b=w % 16, **letters) * spec.counts[w] for w in widths)
 
 
-@pytest.mark.parametrize("chosen", [options(), *OPTIONS], ids=options_id)
-def test_shapes_in_words_are_the_shapes(chosen):
-    spec = LayerSpec(11, 140, COUNTS, in_scale=True, **chosen)
+PARTS = [(chosen, COUNTS) for chosen in [options(), *OPTIONS]]
+PARTS += [(chosen, TRELLIS) for chosen, _ in PARTS if not chosen["group"]]
+
+
+@pytest.mark.parametrize("chosen, counts", PARTS, ids=lambda part: options_id(part))
+def test_shapes_in_words_are_the_shapes(chosen, counts):
+    spec = LayerSpec(11, 140, counts, in_scale=True, **chosen)
     places = {None: 0, "2:4": math.ceil(3 * 35 / 8), "bitmap": math.ceil(140 / 8)}[spec.sparsity]
     letters = dict(r=11, c=140, n=spec.kept or 140, p=places, g=spec.group, k=spec.rank)
+    letters["t"] = sum(width > 16 for width in counts)
     shapes = layout(spec)
     for tensor in TENSORS:
         if tensor.name not in shapes:
@@ -80,12 +86,18 @@ def test_a_tensor_is_there_only_with_the_key_that_is_named():
 @pytest.mark.parametrize("code", ROW_CODES, ids=lambda code: code.name)
 def test_levels_are_what_the_formula_says(code):
     rng = np.random.default_rng(0)
-    for b in code.widths:
+    for b in (width % 16 for width in code.widths):
         codes = rng.integers(0, 2**b, (3, 7))
         stored = {n: rng.integers(-99, 99, (3, size(b))) for n, size in code.adds.items()}
+        stored |= {
+            n: rng.integers(-99, 99, (1, size)).repeat(3, 0) for n, size in code.shares.items()
+        }
         tensors = {n: torch.from_numpy(v).to(torch.int16) for n, v in stored.items()}
         levels = code.levels(torch.from_numpy(codes).to(torch.uint8), b, tensors)
         names = {n: v if f"{n}[i][" in code.formula else v[:, 0] for n, v in stored.items()}
+        names |= {n: {b: stored[n][0]} for n in code.shares}
+        places = [[oracle_window(row, b, j) for j in range(7)] for row in codes.tolist()]
+        names["window"] = np.array(places)
         for i in range(3):
             for j in range(7):
                 want = eval(code.formula.replace("^", "**"), dict(names, code=codes, i=i, j=j, b=b))
@@ -95,9 +107,9 @@ def test_levels_are_what_the_formula_says(code):
 def test_every_width_has_one_code_whatever_a_layer_has():
     for chosen in [options(), *OPTIONS]:
         spec = LayerSpec(11, 140, COUNTS, **chosen)
-        for b in range(1, 9):
-            fitting = [code for code in ROW_CODES if b in code.widths and code.used(spec)]
-            assert fitting == [spec.code_of(b)]
+        for width in (*range(1, 9), *(() if spec.group else range(17, 21))):
+            fitting = [code for code in ROW_CODES if width in code.widths and code.used(spec)]
+            assert fitting == [spec.code_of(width)]
 
 
 def test_format_md_names_every_key_of_an_entry():

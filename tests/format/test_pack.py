@@ -9,12 +9,14 @@ import skimlm.format as P
 from conftest import random_quantized
 from layer_sample import (
     OPTIONS,
+    TRELLIS_WIDTHS,
     equal,
     options,
     options_id,
     oracle_pack,
     oracle_read,
     oracle_value,
+    oracle_window,
     raw,
     spoil,
     with_options,
@@ -37,6 +39,35 @@ def test_every_combination_of_options_is_stored_as_format_md_says(chosen):
     torch.testing.assert_close(P.effective(q).double(), whole, rtol=1e-6, atol=1e-5)
     assert torch.equal(ops.dequantize_reference(layer), want)
     assert equal(P.unpack(layer), q) and q.shape == (9, 140)
+
+
+@pytest.mark.parametrize("widths", TRELLIS_WIDTHS, ids=str)
+@pytest.mark.parametrize("chosen", [c for c in OPTIONS if not c["group"]], ids=options_id)
+def test_trellis_rows_are_stored_as_format_md_says_whatever_a_layer_has(chosen, widths):
+    q = with_options(random_quantized(9, 140, seed=1, in_scale=True, widths=widths), **chosen)
+    layer = P.pack(q)
+    want, *_ = oracle_read(layer.tensors, 9, 140, layer.spec.entry())
+    assert torch.equal(P.dequantize(q), want)
+    assert torch.equal(ops.dequantize_reference(layer), want)
+    assert equal(P.unpack(layer), q) and layer.spec.version == 3
+    assert 8 * layer.nbytes == P.shared_bits(layer.spec) + sum(
+        P.row_bits(layer.spec, w) for w in q.widths.tolist()
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("cols", [1, 2, 3, 7, 40])
+def test_windows_are_the_bits_of_the_stream(bits, cols):
+    codes = torch.randint(0, 2**bits, (5, cols), dtype=torch.uint8)
+    want = [[oracle_window(row, bits, j) for j in range(cols)] for row in codes.tolist()]
+    assert P.windows(codes, bits).tolist() == want
+
+
+def test_each_trellis_width_in_use_costs_its_table_once():
+    plain = P.shared_bits(P.LayerSpec(7, 20, {2: 7}, in_scale=True))
+    for widths, tables in (({18: 7}, 1), ({18: 3, 20: 4}, 2), ({2: 3, 19: 4}, 1)):
+        spec = P.LayerSpec(7, 20, widths, in_scale=True)
+        assert P.shared_bits(spec) == plain + 1024 * tables
 
 
 @pytest.mark.parametrize("chosen", OPTIONS, ids=options_id)
@@ -68,6 +99,7 @@ def test_patterns_6_and_7_are_read_as_5():
 
 CASES = [(5, 7, [b], scaled) for b in range(1, 9) for scaled in (False, True)]
 CASES += [(33, cols, None, True) for cols in (1, 3, 8, 64, 65)]
+CASES += [(5, cols, widths, True) for widths in TRELLIS_WIDTHS for cols in (1, 7, 129)]
 
 
 @pytest.mark.parametrize("rows, cols, widths, scaled", CASES)
@@ -104,11 +136,12 @@ def test_rows_cut_into_chunks_give_the_same_weight(monkeypatch):
     assert torch.equal(ops.dequantize_reference(P.pack(q)), P.dequantize(q))
 
 
-@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("width", [*range(1, 9), *range(17, 21)])
 @pytest.mark.parametrize("cols", [1, 5, 576])
 def test_row_bits_counts_every_stored_bit(width, cols):
-    q = random_quantized(4, cols, widths=[width])
-    assert 8 * P.pack(q).nbytes == 4 * P.row_bits(P.LayerSpec(4, cols), width)
+    layer = P.pack(random_quantized(4, cols, widths=[width]))
+    shared = 1024 if width > 16 else 0
+    assert 8 * layer.nbytes == 4 * P.row_bits(P.LayerSpec(4, cols), width) + shared
 
 
 def test_layout_predicts_every_tensor_from_the_histogram():
@@ -160,6 +193,46 @@ def test_tampered_tensors_are_named(case):
     with pytest.raises(FormatError, match=message) as caught:
         P.unpack(P.Layer(layer.spec, stored), name="layer")
     assert str(caught.value).startswith("layer.") and "\n" not in str(caught.value)
+
+
+TAMPERED_TRELLIS = {
+    "no trellis": ("trellis", None, "is missing"),
+    "one table of two": ("trellis", lambda t: t[:1], r"must be int8 \[2, 128\], got int8 \[1, "),
+    "a flat table": ("trellis", lambda t: t.flatten(), "must be int8"),
+    "half a table": ("trellis", lambda t: t[:, :64], "must be int8"),
+    "levels without sign": ("trellis", lambda t: t.byte(), "must be int8 .*, got uint8"),
+    "a codebook too many": ("codebook", lambda t: torch.cat((t, t)), "must be int8"),
+    "a zero point": ("row_zero", lambda _: torch.zeros(1).short(), "does not belong here"),
+    "other widths": ("widths", lambda t: t.clamp(max=18), "rows by width .* are not config"),
+    "width 16": ("widths", lambda t: t.clamp(min=16), r"row widths must be .*, got 16"),
+    "width 21": ("widths", lambda t: t + 2, r"row widths must be 1..8 or 17..20, got 21"),
+    "short codes": ("weight", lambda t: t[1:], "must be uint8"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED_TRELLIS)
+def test_tampered_tensors_of_trellis_rows_are_named(case):
+    tensor, change, message = TAMPERED_TRELLIS[case]
+    layer = P.pack(random_quantized(12, 5, widths=[2, 19, 18]))
+    stored = dict(layer.tensors)
+    old = stored.pop(tensor, None)
+    if change:
+        stored[tensor] = change(old)
+    for check in (P.unpack, P.check_stored):
+        with pytest.raises(FormatError, match=message) as caught:
+            check(P.Layer(layer.spec, stored), name="layer")
+        assert str(caught.value).startswith(f"layer.{tensor}:")
+
+
+def test_a_grid_has_no_trellis_rows():
+    layer = P.pack(random_quantized(12, 5, widths=[2, 19]))
+    entry = layer.spec.entry() | {"group": 5}
+    with pytest.raises(FormatError, match=r"widths: row widths must be 1\.\.8, got 19"):
+        spec = P.LayerSpec.read(entry, 12, 5)
+        scale = layer.tensors["row_scale"].view(12, 1)
+        stored = {n: t for n, t in layer.tensors.items() if n in P.layout(spec)}
+        stored |= {"row_scale": scale, "weight": torch.zeros(12 * 2).byte()}
+        P.check_stored(P.Layer(spec, stored))
 
 
 FULL = options("2:4", 14, 9, 3, 4)  # of 28 columns
@@ -255,7 +328,18 @@ def test_two_four_needs_a_multiple_of_four_columns():
         P.LayerSpec.read({"widths": {"3": 9}, "sparsity": "2:4", "kept": 13}, 9, 26)
 
 
-HISTOGRAMS = [None, [3, 9], {"3": -9}, {"9": 9}, {"x": 9}, {"3": "9"}, {"3": True}, {}]
+HISTOGRAMS = [
+    None,
+    [3, 9],
+    {"3": -9},
+    {"9": 9},
+    {"16": 9},
+    {"21": 9},
+    {"x": 9},
+    {"3": "9"},
+    {"3": True},
+    {},
+]
 
 
 @pytest.mark.parametrize("widths", HISTOGRAMS, ids=str)
@@ -343,6 +427,23 @@ INVALID = {
     "a NaN scale": (dict(row_scale=float("nan")), "row_scale: holds NaN or Inf"),
     "an infinite input scale": (dict(in_scale=float("inf")), "in_scale: holds NaN or Inf"),
 }
+INVALID_TRELLIS = {
+    "a codebook": (dict(codebook=lambda t: t + 1), "codebook: trellis rows have none"),
+    "a zero point": (dict(row_zero=lambda t: t + 1), "row_zero: only rows wider"),
+    "a code too large": (dict(codes=lambda t: t + 8), "codes: a code does not fit"),
+    "no table": (dict(trellis=lambda t: t[1:]), r"trellis: must be int8 \[1, 128\], got int8 \[0"),
+    "two tables": (dict(trellis=lambda t: t.repeat(2, 1)), "trellis: must be int8"),
+    "a table nobody uses": (dict(widths=lambda t: t % 16), r"trellis: must be int8 \[0, 128\]"),
+}
+
+
+@pytest.mark.parametrize("case", INVALID_TRELLIS)
+def test_pack_refuses_trellis_rows_that_would_not_come_back(case):
+    changes, message = INVALID_TRELLIS[case]
+    q = random_quantized(4, 5, widths=[19])
+    changed = {name: change(getattr(q, name)) for name, change in changes.items()}
+    with pytest.raises(FormatError, match=message):
+        P.pack(dataclasses.replace(q, **changed))
 
 
 @pytest.mark.parametrize("case", INVALID)
@@ -360,10 +461,11 @@ def test_widths_that_have_no_row_code_are_refused():
     for width in set(range(256)) - allowed:
         layer = P.pack(random_quantized(4, 5, widths=[3]))
         wrong = torch.full_like(layer.tensors["widths"], width)
-        with pytest.raises(FormatError, match=f"widths: row widths must be .*8, got {width}$"):
+        known = rf"1\.\.8 or 17\.\.20, got {width}$"
+        with pytest.raises(FormatError, match=f"widths: row widths must be {known}"):
             P.unpack(P.Layer(layer.spec, layer.tensors | {"widths": wrong}))
         q = dataclasses.replace(random_quantized(4, 5, widths=[3]), widths=wrong)
-        with pytest.raises(FormatError, match=f"widths: row widths must be .*8, got {width}$"):
+        with pytest.raises(FormatError, match=f"widths: row widths must be {known}"):
             P.pack(q)
         with pytest.raises(FormatError, match="histogram"):
             P.LayerSpec.read({"widths": {str(width): 9}}, 9, 28)

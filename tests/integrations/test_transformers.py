@@ -282,7 +282,7 @@ TENSORS = {
     "short codes": (f"{UP}.weight", lambda t: t[:-1], "must be uint8"),
     "long codes": (f"{UP}.weight", lambda t: torch.cat((t, t)), "must be uint8"),
     "codes of another dtype": (f"{UP}.weight", lambda t: t.to(torch.int8), "must be uint8"),
-    "width 9": (f"{UP}.widths", lambda t: t * 0 + 9, r"row widths must be .*\.\.8, got 9"),
+    "width 9": (f"{UP}.widths", lambda t: t * 0 + 9, r"row widths must be .*, got 9"),
     "widths that move rows": (f"{UP}.widths", lambda t: 9 - t, "are not config.json's"),
     "NaN row scale": (f"{UP}.row_scale", lambda t: t * float("nan"), "holds NaN or Inf"),
     "Inf input scale": (f"{UP}.in_scale", lambda t: t / 0, "holds NaN or Inf"),
@@ -361,8 +361,13 @@ def setter(*path):
 
 LINEAR = ("linears", UP)
 CONFIGS = {
-    "newer version": (setter("format_version"), 3, "format_version 3, this skimlm reads 1 to 2"),
+    "newer version": (setter("format_version"), 4, "format_version 4, this skimlm reads 1 to 3"),
     "parts in version 1": (setter(*LINEAR, "group"), 64, f"{UP}: format_version 1 has no group"),
+    "trellis rows in version 1": (
+        setter(*LINEAR, "widths"),
+        {"3": 60, "18": 2, "19": 10},
+        f"{UP}: format_version 1 has no trellis rows",
+    ),
     "odd embed bits": (setter("embed_bits"), 5, "embed_bits must be 4, 8 or 16, got 5"),
     "width 9": (setter(*LINEAR, "widths"), {"9": 72}, f"{UP}: has no valid width histogram"),
     "negative rows": (setter(*LINEAR, "widths"), {"2": 73, "3": -1}, "no valid width histogram"),

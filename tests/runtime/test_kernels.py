@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from conftest import at_once, random_quantized
-from layer_sample import OPTIONS, inputs, options, options_id, with_options
+from layer_sample import (
+    OPTIONS,
+    TRELLIS_WIDTHS,
+    inputs,
+    levels_of,
+    options,
+    options_id,
+    with_options,
+)
 from skimlm import native
 from skimlm.errors import FormatError
 from skimlm.format import Layer, dequantize, effective, pack, table_values
@@ -18,7 +26,7 @@ from skimlm.runtime import cpu, ops
 from skimlm.runtime.linear import CompressedHead, CompressedLinear
 
 SHAPES = [(1, 1), (3, 7), (5, 64), (9, 65), (37, 100), (66, 131), (12, 576)]
-MIXED = [[b] for b in range(1, 9)] + [None]
+MIXED = [[b] for b in range(1, 9)] + [None, *TRELLIS_WIDTHS]
 
 
 @pytest.fixture(params=["torch's threads", "own threads"])
@@ -92,10 +100,7 @@ def exact_product(x, q, limit=8355711):
         unit *= 2
     scaled = x.double() / unit
     whole = (scaled.abs() + 0.5).floor() * scaled.sign()
-    levels = q.codebook.double().gather(1, q.codes.long().clamp(max=31))
-    wide = (q.widths > 5)[:, None]
-    levels = torch.where(wide, q.codes.double() - q.row_zero.double()[:, None], levels)
-    return (whole @ levels.T * (q.row_scale.double() * unit)).float()
+    return (whole @ levels_of(q).T * (q.row_scale.double() * unit)).float()
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -111,9 +116,12 @@ def test_one_token_is_exact_to_the_bit_everywhere(isa, widths, scaled):
 
 def test_a_product_for_each_of_several_layers_is_that_of_each_alone(pool):
     kinds = [dict(), dict(), *OPTIONS[::7], dict()]
+    widths = {0: [19, 3, 18], len(kinds) - 1: [20, 7, 17, 19, 18]}
     scaled = [False, True, *[bool(i % 2) for i in range(len(kinds) - 3)], False]
     qs = [
-        with_options(random_quantized(70, 140, seed=i, in_scale=s), **kind)
+        with_options(
+            random_quantized(70, 140, seed=i, in_scale=s, widths=widths.get(i)), **kind
+        )
         for i, (kind, s) in enumerate(zip(kinds, scaled, strict=True))
     ]
     layers = [pack(q) for q in qs]
@@ -143,8 +151,9 @@ def test_layers_that_cannot_go_together_are_refused(isa):
         ops.matmul_each(torch.randn(3, 70), [a, a])
 
 
-def test_rows_longer_than_sums_of_bytes_in_32_bits(isa):
-    q = random_quantized(5, 70_000)
+@pytest.mark.parametrize("widths", [None, [17, 18, 19, 20]], ids=str)
+def test_rows_longer_than_sums_of_bytes_in_32_bits(isa, widths):
+    q = random_quantized(5, 70_000, widths=widths)
     x = torch.full((1, 70_000), 3.0)
     assert torch.equal(ops.matmul(x, pack(q)), exact_product(x, q))
 
@@ -213,8 +222,9 @@ def test_extreme_zero_points_and_scales(isa):
     assert (error <= 1e-6 * (x.double().abs() @ weight.abs().T)).all()
 
 
-def test_threads_do_not_change_a_bit(pool):
-    layer = pack(random_quantized(2000, 600))
+@pytest.mark.parametrize("widths", [None, [19, 3, 18]], ids=str)
+def test_threads_do_not_change_a_bit(pool, widths):
+    layer = pack(random_quantized(2000, 600, widths=widths))
     x = torch.randn(3, 600)
     torch.set_num_threads(1)
     one = ops.matmul(x, layer)
@@ -334,10 +344,12 @@ def test_a_row_code_that_native_code_does_not_know_is_left_to_torch(monkeypatch)
     assert torch.equal(ops.dequantize(layer), ops.dequantize_reference(layer))
 
 
-def test_malformed_calls_are_errors_not_crashes(isa):
+@pytest.mark.parametrize("widths", [None, [19, 3, 18]], ids=str)
+def test_malformed_calls_are_errors_not_crashes(isa, widths):
     """Random damage to any argument: an exception with a reason, or the right answer."""
     rng = random.Random(0)
-    layer, x = pack(random_quantized(12, 40, in_scale=True)), torch.randn(2, 40)
+    layer = pack(random_quantized(12, 40, in_scale=True, widths=widths))
+    x = torch.randn(2, 40)
     good, want = layer.tensors, ops.matmul(x, layer)
 
     def damage(tensor):
@@ -374,7 +386,7 @@ def test_malformed_calls_are_errors_not_crashes(isa):
 
 def test_widths_out_of_range_are_refused(isa):
     q = random_quantized(12, 40)
-    for bad in (0, 9, 255):
+    for bad in (0, 9, 16, 21, 255):
         layer = pack(q)
         layer.tensors["widths"][3] = bad
         with pytest.raises(FormatError, match="width"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import at_once, random_quantized
-from layer_sample import inputs, options, with_options
+from layer_sample import TRELLIS_WIDTHS, inputs, options, with_options
 from skimlm import native
 from skimlm.errors import FormatError
 from skimlm.format import Layer, pack
@@ -30,6 +30,11 @@ def layer_of(
     kept = {None: 0, "2:4": cols // 2, "bitmap": max(1, cols // 3)}[sparsity]
     q = random_quantized(rows, cols, widths=widths, in_scale=scaled)
     return pack(with_options(q, sparsity, kept, group, *adapter))
+
+
+def widths_of(group):
+    """Widths of rows of every kind that a layer may have."""
+    return [*([b] for b in range(1, 9)), None, *([] if group else TRELLIS_WIDTHS)]
 
 
 def changed(layer, **tensors) -> Layer:
@@ -60,8 +65,9 @@ def oracle(layer):
     level, scales = np.zeros((rows, cols), np.int64), np.zeros_like(scale)
     count = spec.kept if spec.sparsity else cols
     at = table = zero = 0
+    trellises = sorted({int(b) for b in widths if b > 16})
     for place, i in enumerate(order):
-        b, columns = int(widths[i]), np.arange(cols)
+        b, columns = int(widths[i]) % 16, np.arange(cols)
         if spec.sparsity:
             packed = numbers(stored, "positions", (rows, -1))[place]
             if spec.sparsity == "2:4":
@@ -70,10 +76,15 @@ def oracle(layer):
             else:
                 columns = np.flatnonzero(fields(packed, 1, cols))
         size = (count * b + 7) // 8
-        code = fields(numbers(stored, "weight")[at : at + size], b, count)
+        row = numbers(stored, "weight")[at : at + size]
+        code = fields(row, b, count)
         at += size
         if spec.group:
             value = code - (1 << (b - 1))
+        elif widths[i] > 16:
+            bits = np.append(np.unpackbits(row, bitorder="little"), [0] * 7)
+            window = sum(bits[k : k + count * b : b].astype(np.int64) << k for k in range(7))
+            value = stored["trellis"][trellises.index(widths[i])].numpy().astype(np.int64)[window]
         elif b <= 5:
             value = numbers(stored, "codebook")[table : table + 2**b].astype(np.int64)[code]
             table += 2**b
@@ -131,8 +142,8 @@ def multiply(x, layer, bias=None):
 @pytest.mark.parametrize("sparsity", SPARSE)
 def test_products_are_what_the_stored_bytes_say(isa, sparsity, group):
     turns = itertools.cycle([(a, s, b) for a in ADAPTERS for s in (False, True) for b in (0, 1)])
-    widths = [*([b] for b in range(1, 9)), None]
-    for (rows, cols), width in [*itertools.product(SHAPES, widths), (ADAPTED, [4])]:
+    widths = itertools.product(SHAPES, widths_of(group))
+    for (rows, cols), width in [*widths, (ADAPTED, [4])]:
         adapter, scaled, shift = ((5, 4), True, 1) if rows == ADAPTED[0] else next(turns)
         layer = layer_of(rows, cols, SPARSE[sparsity], group, adapter, width, scaled)
         level, scale, span = oracle(layer)
@@ -160,7 +171,7 @@ def test_products_are_what_the_stored_bytes_say(isa, sparsity, group):
 @pytest.mark.parametrize("sparsity", SPARSE)
 def test_the_sparse_part_is_exact_to_the_bit_everywhere(isa, sparsity, group):
     for rows, cols in [*SHAPES, (6, 1284)]:
-        for widths in [*([b] for b in range(1, 9)), None]:
+        for widths in widths_of(group):
             layer = layer_of(rows, cols, SPARSE[sparsity], group, (0, 0), widths, rows == 5)
             for dtype in (torch.float32, torch.bfloat16):
                 x = inputs(1, cols, dtype)
@@ -172,7 +183,8 @@ def test_the_sparse_part_is_exact_to_the_bit_everywhere(isa, sparsity, group):
 def test_several_tokens_and_rows_longer_than_what_is_kept_in_cache(isa, group):
     rows, cols = 37, 4300
     for sparsity, count in itertools.product(SPARSE.values(), (5, 100)):
-        layer = layer_of(rows, cols, sparsity, group, (3, 4))
+        widths = None if group else [*range(1, 9), *range(17, 21)]
+        layer = layer_of(rows, cols, sparsity, group, (3, 4), widths)
         level, scale, span = oracle(layer)
         a, b = factors(layer)
         weight = level * scale.repeat(span, 1)[:, :cols] + b.T @ a
@@ -203,8 +215,9 @@ def test_every_instruction_set_gives_the_same_bits(monkeypatch):
     have = native._open("portable").skimlm_best_isa() + 1
     libraries = [native._open(isa) for isa in native.ISAS[:have]]
     for sparsity, group, adapter in itertools.product(SPARSE.values(), (None, 128), ADAPTERS):
-        layer = layer_of(301, 396, sparsity, group, adapter, scaled=adapter[0] == 5)
-        count = 1 if layer.spec.version == 1 else 3  # more are multiplied as they are in bfloat16
+        widths = None if group else [*range(1, 9), *range(17, 21)]
+        layer = layer_of(301, 396, sparsity, group, adapter, widths, scaled=adapter[0] == 5)
+        count = 1 if layer.spec.plain else 3  # more are multiplied as they are in bfloat16
         x, results = inputs(count, 396, torch.float32), []
         for library in libraries:
             monkeypatch.setattr(native, "library", lambda library=library: library)
@@ -260,7 +273,9 @@ def test_what_does_not_fit_is_refused(isa):
     ]
     refused = 0
     for sparsity, group, adapter in cases:
-        layer, x = layer_of(12, 140, sparsity, group, adapter, scaled=True), torch.randn(2, 140)
+        widths = None if group else [2, 7, 19, 18]
+        layer = layer_of(12, 140, sparsity, group, adapter, widths, scaled=True)
+        x = torch.randn(2, 140)
         assert multiply(x, layer) is not None
         for name, tensor in layer.tensors.items():
             flat = tensor.flatten()
@@ -326,7 +341,7 @@ def bits(tensor):
 @pytest.mark.parametrize("sparsity", SPARSE)
 def test_unpacked_weights_are_those_of_torch_to_the_bit(isa, sparsity, group, dtype):
     turns = itertools.cycle(itertools.product(ADAPTERS, (False, True)))
-    for (rows, cols), widths in itertools.product(SHAPES, [*([b] for b in range(1, 9)), None]):
+    for (rows, cols), widths in itertools.product(SHAPES, widths_of(group)):
         adapter, scaled = next(turns)
         layer = layer_of(rows, cols, SPARSE[sparsity], group, adapter, widths, scaled)
         got, want = unpack(layer, dtype), ops.dequantize_reference(layer, dtype)
@@ -360,7 +375,8 @@ def test_a_range_of_stored_rows_is_unpacked_on_its_own(isa):
 def test_what_does_not_fit_is_not_unpacked(isa):
     refused = 0
     for sparsity, group in (("2:4", None), ("bitmap", 64), (None, 64), ("2:4", 64)):
-        layer = layer_of(12, 140, sparsity, group, scaled=True)
+        widths = None if group else [2, 7, 19, 18]
+        layer = layer_of(12, 140, sparsity, group, widths=widths, scaled=True)
         for name, tensor in layer.tensors.items():
             flat = tensor.flatten()
             longer = torch.cat([flat, flat[:1]])
@@ -404,7 +420,7 @@ def test_a_layer_whose_tensors_do_not_fit_says_which():
         layer(torch.randn(2, 140))
 
 
-@pytest.mark.parametrize("bad", [0, 9, 255])
+@pytest.mark.parametrize("bad", [0, 9, 16, 21, 255])
 def test_widths_out_of_range_are_refused(isa, bad):
     layer = layer_of(12, 140, "2:4")
     layer.tensors["widths"][3] = bad

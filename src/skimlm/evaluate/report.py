@@ -19,6 +19,7 @@ import torch
 
 from skimlm import native
 from skimlm.errors import SkimError
+from skimlm.format.row_codes import TRELLIS, code_bits
 from skimlm.integrations.swap import check_files, swap_in
 from skimlm.integrations.transformers import SkimlmConfig
 from skimlm.models.architecture import skeleton
@@ -100,7 +101,7 @@ def inspect_text(facts: Mapping[str, Any]) -> str:
     """Lay out what `inspect` returns."""
     parts = facts["bytes_by_part"]
     total = sum(facts["widths"].values())
-    shares = (f"{b} bit: {n:,} ({n / total:.1%})" for b, n in facts["widths"].items())
+    shares = (f"{_width(w, ' bit')}: {n:,} ({n / total:.1%})" for w, n in facts["widths"].items())
     lines = [
         f"{facts['path']}: {facts['model_type']}, format {facts['format_version']}",
         f"bits per weight  {facts['bits_per_weight']:.4f}, everything counted,"
@@ -119,13 +120,19 @@ def inspect_text(facts: Mapping[str, Any]) -> str:
             f"{layer['rows']}x{layer['cols']}",
             f"{layer['bits_per_weight']:.3f}",
             f"{layer['nbytes']:,}",
-            " ".join(f"{b}:{n}" for b, n in layer["widths"].items())
+            " ".join(f"{_width(w)}:{n}" for w, n in layer["widths"].items())
             + (" scaled" if layer["in_scale"] else "")
             + _parts_text(layer),
         ]
         for layer in facts["linears"]
     ]
     return "\n".join(lines) + "\n" + table([header, *rows])
+
+
+def _width(stored: str, unit: str = "") -> str:
+    """A width as people read it, `t` before the bits of trellis rows."""
+    width = int(stored)
+    return f"{'t' if width > TRELLIS else ''}{code_bits(width)}{unit}"
 
 
 def _parts_text(layer: Mapping[str, Any]) -> str:

@@ -24,7 +24,16 @@ from skimlm.format.pack import (
     unpack,
     unpack_adapter,
 )
-from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH, TABLE
+from skimlm.format.row_codes import (
+    MAX_TABLE_WIDTH,
+    MAX_WIDTH,
+    TABLE,
+    TRELLIS,
+    WINDOW,
+    WINDOWS,
+    code_bits,
+    windows,
+)
 from skimlm.format.table import table_layout, table_values
 
 __all__ = [
@@ -35,6 +44,9 @@ __all__ = [
     "METHOD",
     "NAMES",
     "TABLE",
+    "TRELLIS",
+    "WINDOW",
+    "WINDOWS",
     "Adapter",
     "Layer",
     "LayerSpec",
@@ -42,6 +54,7 @@ __all__ = [
     "check_sizes",
     "check_stored",
     "check_values",
+    "code_bits",
     "dequantize",
     "effective",
     "histogram",
@@ -54,4 +67,5 @@ __all__ = [
     "table_values",
     "unpack",
     "unpack_adapter",
+    "windows",
 ]

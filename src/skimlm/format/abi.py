@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from skimlm.format.layer import ADAPTER_GROUP, NAMES, TENSORS
-from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH
+from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH, TRELLIS, WIDTHS_END, WINDOW
 
 SPARSITY = {None: 0, "2:4": 1, "bitmap": 2}  # what the struct says of a layer's sparsity
 NUMBERS = ("rows", "cols", "sparsity", "kept", "group", "rank", "adapter_bits")
@@ -23,8 +23,11 @@ HEADER = """\
 #pragma once
 #include <cstdint>
 
-constexpr int64_t SKIMLM_MAX_WIDTH = {MAX_WIDTH};
+constexpr int64_t SKIMLM_MAX_WIDTH = {MAX_WIDTH};  // bits of a code
 constexpr int64_t SKIMLM_MAX_TABLE_WIDTH = {MAX_TABLE_WIDTH};  // wider rows are affine
+constexpr int64_t SKIMLM_TRELLIS = {TRELLIS};  // a row of this width and b: codes of b bits
+constexpr int64_t SKIMLM_WINDOW = {WINDOW};  // bits that look up a level of it
+constexpr int64_t SKIMLM_WIDTHS_END = {WIDTHS_END};  // widths, as they are stored, lie below
 constexpr int64_t SKIMLM_ADAPTER_GROUP = {ADAPTER_GROUP};  // columns of a scale of a 4-bit adapter
 
 // A linear layer of `rows` outputs and `cols` inputs as FORMAT.md stores it. What it does not have
@@ -37,7 +40,7 @@ struct SkimlmLayer {{
   // sparsity: {sparsity}. group 0: codebooks and affine rows, else a grid.
   int64_t {numbers};
   // What follows from `widths`, if it is known already, else null: which row stands at a stored
-  // place, [rows], and how many rows have each width, [SKIMLM_MAX_WIDTH + 1].
+  // place, [rows], and how many rows have each width, [SKIMLM_WIDTHS_END].
   const int32_t* order;
   const int64_t* counts;
 }};
@@ -70,6 +73,9 @@ def header() -> str:
     return HEADER.format(
         MAX_WIDTH=MAX_WIDTH,
         MAX_TABLE_WIDTH=MAX_TABLE_WIDTH,
+        TRELLIS=TRELLIS,
+        WINDOW=WINDOW,
+        WIDTHS_END=WIDTHS_END,
         ADAPTER_GROUP=ADAPTER_GROUP,
         pointers="\n".join(pointers),
         sizes="\n  ".join(f"int64_t {line};" for line in thirds),

@@ -7,7 +7,7 @@ import re
 import torch
 
 from skimlm.format.layer import TENSORS
-from skimlm.format.row_codes import ROW_CODES
+from skimlm.format.row_codes import ROW_CODES, code_bits
 
 SHORT = {  # names of dtypes in safetensors
     torch.uint8: "U8",
@@ -34,10 +34,11 @@ def tensors() -> str:
 
 def row_codes() -> str:
     """Every way of coding a row."""
-    lines = ["| code of a row | widths b | level[i, j] | used |", "|---|---|---|---|"]
+    lines = ["| code of a row | width | b | level[i, j] | used |", "|---|---|---|---|---|"]
     for code in ROW_CODES:
-        widths = "..".join(str(b) for b in dict.fromkeys((code.widths[0], code.widths[-1])))
-        lines.append(f"| {code.name} | {widths} | `{code.formula}` | {code.used_text} |")
+        ends = (code.widths[0], code.widths[-1])
+        widths, bits = ("..".join(map(str, pair)) for pair in (ends, map(code_bits, ends)))
+        lines.append(f"| {code.name} | {widths} | {bits} | `{code.formula}` | {code.used_text} |")
     return "\n".join(lines)
 
 

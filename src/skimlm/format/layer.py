@@ -13,6 +13,7 @@ Everything here is pure: tensors in, tensors out, no model, no I/O. Every malfor
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -22,10 +23,10 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import FormatError
-from skimlm.format.row_codes import ROW_CODES, RowCode
+from skimlm.format.row_codes import ROW_CODES, WINDOWS, RowCode, code_bits
 
 METHOD = "skimlm"  # quant_method in config.json
-FORMAT_VERSION = 2  # the newest; a folder in which no layer needs it says 1
+FORMAT_VERSION = 3  # the newest; a folder says the least that its layers need
 ADAPTER_GROUP = 128  # columns that share a scale of a 4-bit adapter
 MAX_RANK = 2**16  # keeps the sizes that a hostile config.json implies within int64
 ONES = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
@@ -40,7 +41,8 @@ Specs: TypeAlias = dict[str, tuple[torch.dtype, Shape]]  # of tensors, by name
 class LayerSpec:
     """Shape and coding of one compressed linear layer: its entry in config.json.
 
-    Until widths are chosen `counts` is empty; then `row_bits` says what each would cost.
+    Until widths are chosen `counts` is empty; then `row_bits` says what each would cost. A width is
+    the stored byte: `code_bits` of it are the bits of a code.
     """
 
     rows: int  # outputs
@@ -87,7 +89,18 @@ class LayerSpec:
     @cached_property
     def version(self) -> int:
         """The first version of the format that has such layers."""
-        return 2 if self.options() else 1
+        return next(v for v in range(1, FORMAT_VERSION + 1) if not self.beyond(v))
+
+    def beyond(self, version: int) -> list[str]:
+        """What of it a version of the format does not have."""
+        codes = (code for width in self.counts if (code := self.code_of(width)))
+        rows = dict.fromkeys(f"{code.name} rows" for code in codes if code.since > version)
+        return [*(self.options() if version < 2 else ()), *rows]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is whole rows with one scale each, and nothing else."""
+        return not self.options()
 
     @property
     def codes(self) -> int:
@@ -202,17 +215,27 @@ class StoredTensor:
         return 8 * self.dtype_in(spec).itemsize * math.prod(self.shape(spec))
 
 
-def row_bytes(width: int, cols: int) -> int:
+def row_bytes(bits: int, cols: int) -> int:
     """Bytes of one row's packed codes."""
-    return -(-cols * width // 8)
+    return -(-cols * bits // 8)
 
 
 def _added(name: str) -> Callable[[LayerSpec], Shape]:
     """Shape of a tensor that row codes add."""
 
     def shape(spec: LayerSpec) -> Shape:
-        sizes = ((spec.code_of(b), b, n) for b, n in spec.counts.items())
+        sizes = ((spec.code_of(w), code_bits(w), n) for w, n in spec.counts.items())
         return (sum(n * c.adds[name](b) for c, b, n in sizes if c and name in c.adds),)
+
+    return shape
+
+
+def _shared(name: str, size: int) -> Callable[[LayerSpec], Shape]:
+    """Shape of a tensor that the rows of each width share: as many rows as widths in use."""
+
+    def shape(spec: LayerSpec) -> Shape:
+        codes = (spec.code_of(width) for width in spec.counts)
+        return (sum(code is not None and name in code.shares for code in codes), size)
 
     return shape
 
@@ -271,9 +294,12 @@ def _patterns(packed: Tensor, spec: LayerSpec, width: int) -> str | None:
 
 def wrong_widths(counts: Mapping[int, int], spec: LayerSpec) -> str | None:
     """What is wrong with rows of these widths in such a layer."""
-    allowed = [b for code in ROW_CODES if code.used(spec) for b in code.widths]
+    allowed = sorted(width for code in ROW_CODES if code.used(spec) for width in code.widths)
     if bad := [width for width in counts if width not in allowed]:
-        return f"row widths must be {min(allowed)}..{max(allowed)}, got {bad[0]}"
+        lows = [width for width in allowed if width - 1 not in allowed]
+        highs = [width for width in allowed if width + 1 not in allowed]
+        known = " or ".join(f"{low}..{high}" for low, high in zip(lows, highs, strict=True))
+        return f"row widths must be {known}, got {bad[0]}"
     return None
 
 
@@ -291,14 +317,20 @@ TENSORS = (
     StoredTensor(
         "weight",
         torch.uint8,
-        lambda s: (sum(n * row_bytes(b, s.codes) for b, n in s.counts.items()),),
+        lambda s: (sum(n * row_bytes(code_bits(w), s.codes) for w, n in s.counts.items()),),
         "stored",
         "[sum of ceil(n*b/8) over rows]",
         "packed codes",
-        strict=lambda packed, s, width: _padding(packed, width * s.codes),
+        strict=lambda packed, s, width: _padding(packed, code_bits(width) * s.codes),
     ),
     StoredTensor(
-        "widths", torch.uint8, lambda s: (s.rows,), "model", "[r]", "b of every row", check=_widths
+        "widths",
+        torch.uint8,
+        lambda s: (s.rows,),
+        "model",
+        "[r]",
+        "width of every row",
+        check=_widths,
     ),
     StoredTensor(
         "codebook",
@@ -323,6 +355,14 @@ TENSORS = (
         "stored",
         "[affine rows]",
         "zero point of every affine row",
+    ),
+    StoredTensor(
+        "trellis",
+        torch.int8,
+        _shared("trellis", WINDOWS),
+        None,
+        f"[t, {WINDOWS}]",
+        "levels of each of the t trellis widths in use, ascending",
     ),
     StoredTensor(
         "in_scale",
@@ -418,16 +458,20 @@ def row_bits(spec: LayerSpec, width: int) -> int:
 
 
 def shared_bits(spec: LayerSpec) -> int:
-    """Every stored bit of a layer that `row_bits` leaves out: input scale and adapter."""
+    """Every stored bit of a layer that `row_bits` leaves out.
+
+    Input scale, adapter, and what the rows of each width in `spec.counts` share.
+    """
     return sum(tensor.bits(spec) for tensor in TENSORS if not tensor.order)
 
 
 def stored_groups(layer: Layer) -> Iterator[tuple[int, Tensor, dict[str, Tensor]]]:
     """Yield (width, indices [n] of its rows in the model, views [n, k] of their stored tensors).
 
-    k is 0 for what these rows do not have.
+    k is 0 for what these rows do not have. What they share is the same in every row.
     """
     spec, widths, flat = layer.spec, layer.tensors["widths"], {}
+    shared: Counter[str] = Counter()  # rows of each shared tensor that are already taken
     stored = [tensor for tensor in TENSORS if tensor.order == "stored"]
     for tensor in stored:
         there = layer.tensors.get(tensor.name)
@@ -442,5 +486,9 @@ def stored_groups(layer: Layer) -> Iterator[tuple[int, Tensor, dict[str, Tensor]
             begin, size = at[tensor.name], math.prod(tensor.shape(rows))
             views[tensor.name] = flat[tensor.name][begin : begin + size].view(n, size // n)
             at[tensor.name] += size
+        code = spec.code_of(width)
+        for name in code.shares if code else ():
+            views[name] = layer.tensors[name][shared[name]].expand(n, -1)
+            shared[name] += 1
         yield width, order[first : first + n], views
         first += n

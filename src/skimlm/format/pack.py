@@ -1,22 +1,24 @@
 """One layer as values (`QuantizedWeight`) and as bytes (`pack`, `unpack`): FORMAT.md in code.
 
-A weight is stored per output row: row i has its own width b_i in 1..8, so codes of b_i bits, and
+A weight is stored per output row: row i has its own width, so codes of b_i bits, 1..8, and
 
     value[i, j] = level[i, j] * row_scale[i] * in_scale[j]
     level[i, j] = codebook[i, code[i, j]]      b_i <= 5: 2**b_i int8 levels of this row
                 = code[i, j] - row_zero[i]     b_i >= 6: an affine grid, tables cost too much
+                = trellis[b_i, window[i, j]]   widths 16 + b_i: 128 int8 levels that rows share
 
 in float32. On disk the rows are sorted by width (stably, so `widths` alone gives the permutation
 and no file can hold an invalid one); every row is a little-endian bit stream padded to a byte.
 
 Since version 2 a layer may have more: codes of some columns only, the others being 0; a uniform
-grid with a scale per group of columns in place of codebooks; a low-rank adapter.
+grid with a scale per group of columns in place of codebooks; a low-rank adapter. Version 3 has
+trellis rows: the level of a code depends on those behind it, on 7 bits of the row's stream.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,7 +36,13 @@ from skimlm.format.layer import (
     stored_groups,
     wrong_widths,
 )
-from skimlm.format.row_codes import MAX_TABLE_WIDTH, TABLE
+from skimlm.format.row_codes import (
+    MAX_TABLE_WIDTH,
+    TABLE,
+    TRELLIS,
+    WINDOWS,
+    code_bits,
+)
 
 # 2:4: which of four columns pattern k keeps; 6 and 7 are never written
 PATTERNS = torch.tensor(
@@ -62,16 +70,18 @@ class Adapter:
 class QuantizedWeight:
     """One linear of `r` rows (outputs) and `c` columns (inputs), rows in the model's order."""
 
-    codes: Tensor  # uint8 [r, c] or, with a mask, [r, kept]; codes[i, j] < 2**widths[i]
-    widths: Tensor  # uint8 [r], 1..8
+    codes: Tensor  # uint8 [r, c] or, with a mask, [r, kept]; codes[i, j] < 2**code_bits(widths[i])
+    widths: Tensor  # uint8 [r], 1..8, or of a trellis 17..20
     codebook: Tensor  # int8 [r, 32]: the first 2**widths[i] entries count, 0 elsewhere
     row_scale: Tensor  # bfloat16 [r] or, on a grid, [r, ceil(c / group)]
-    row_zero: Tensor  # int16 [r], 0 where widths[i] <= 5
+    row_zero: Tensor  # int16 [r], 0 but where widths[i] is 6..8
     in_scale: Tensor | None = None  # float16 [c]
     mask: Tensor | None = None  # bool [r, c], True where there is a code, `kept` of them in a row
     sparsity: str | None = None  # with a mask: "2:4" or "bitmap", how it is stored
     group: int | None = None  # a grid: levels are code - 2**(b - 1), codebook and row_zero are 0
     adapter: Adapter | None = None
+    trellis: Tensor = field(default_factory=lambda: torch.zeros(0, WINDOWS, dtype=torch.int8))
+    # int8 [widths of a trellis in use, 128], ascending in width
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,27 +106,27 @@ def groups(widths: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield width, (widths == width).nonzero().flatten()
 
 
-def pack_codes(codes: Tensor, width: int) -> Tensor:
-    """Pack codes uint8 [n, c] into uint8 [n, row_bytes]: code j at bit j*width, LSB first."""
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes uint8 [n, c] into uint8 [n, row_bytes]: code j at bit j*bits, LSB first."""
     n, cols = codes.shape
-    bits = (codes.unsqueeze(-1) >> torch.arange(width, dtype=torch.uint8)) & 1  # [n, c, width]
-    bits = torch.nn.functional.pad(bits.view(n, cols * width), (0, -cols * width % 8))
+    ones = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1  # [n, c, bits]
+    ones = torch.nn.functional.pad(ones.view(n, cols * bits), (0, -cols * bits % 8))
     place = 1 << torch.arange(8, dtype=torch.uint8)
-    return (bits.view(n, row_bytes(width, cols), 8) * place).sum(-1, dtype=torch.uint8)
+    return (ones.view(n, row_bytes(bits, cols), 8) * place).sum(-1, dtype=torch.uint8)
 
 
-def unpack_codes(packed: Tensor, width: int, cols: int) -> Tensor:
+def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     """Invert `pack_codes`: uint8 [n, row_bytes] to codes uint8 [n, cols]."""
-    if width == 0:
+    if bits == 0:
         return packed.new_zeros(len(packed), cols)
-    if width in (1, 2, 4, 8):  # no code spans two bytes
-        shift = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-        return ((packed.unsqueeze(-1) >> shift) & (2**width - 1)).flatten(1)[:, :cols]
-    start = torch.arange(cols, device=packed.device) * width
+    if bits in (1, 2, 4, 8):  # no code spans two bytes
+        shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed.unsqueeze(-1) >> shift) & (2**bits - 1)).flatten(1)[:, :cols]
+    start = torch.arange(cols, device=packed.device) * bits
     # a code spans two bytes at most; the byte behind the last one is never used, only indexed
     wide = torch.nn.functional.pad(packed, (0, 1)).to(torch.int16)
     pair = wide[:, start // 8] | (wide[:, start // 8 + 1] << 8)
-    return ((pair >> (start % 8).to(torch.int16)) & (2**width - 1)).to(torch.uint8)
+    return ((pair >> (start % 8).to(torch.int16)) & (2**bits - 1)).to(torch.uint8)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -172,13 +182,13 @@ def row_values(
 ) -> Tensor:
     """Weights float32 [n, c] of rows of one width: codes [n, kept] to levels to values.
 
-    `added` has the tensors [n, k] of their row code, `mask` bool [n, c] where the codes are,
-    `scale` is [n, groups].
+    `added` has the tensors [n, k] of their row code, what they share in every row; `mask` bool
+    [n, c] where the codes are, `scale` is [n, groups].
     """
     code = spec.code_of(width)
     if code is None:
-        raise FormatError(f"has rows of {width} bits, which this skimlm cannot read")
-    level = code.levels(codes, width, added)
+        raise FormatError(f"has rows of width {width}, which this skimlm cannot read")
+    level = code.levels(codes, code_bits(width), added)
     if mask is not None:
         level = level.new_zeros(mask.shape).masked_scatter_(mask, level)
     scale = scale.float() if spec.group is None else spread(scale, spec.group, spec.cols)
@@ -192,7 +202,7 @@ def dequantize(q: QuantizedWeight) -> Tensor:
     for width, index in groups(q.widths):
         mask = None if q.mask is None else q.mask[index]
         scale = q.row_scale[index].view(len(index), -1)
-        added = _added(q, spec, width, index)
+        added = _added(q, spec, width, index) | _shared(q, spec, width, index)
         out[index] = row_values(spec, width, q.codes[index], added, mask, scale, q.in_scale)
     return out
 
@@ -211,14 +221,15 @@ def pack(q: QuantizedWeight) -> Layer:
     spec = q.spec
     rows: dict[str, list[Tensor]] = {}
     for width, index in groups(q.widths):
-        pieces = {"weight": pack_codes(q.codes[index], width), "row_scale": q.row_scale[index]}
+        codes = pack_codes(q.codes[index], code_bits(width))
+        pieces = {"weight": codes, "row_scale": q.row_scale[index]}
         pieces |= _added(q, spec, width, index)
         if q.mask is not None and q.sparsity is not None:
             pieces["positions"] = pack_positions(q.mask[index], q.sparsity)
         for name, piece in pieces.items():
             rows.setdefault(name, []).append(piece.flatten())
     tensors = {name: torch.cat(pieces) for name, pieces in rows.items()}
-    tensors["widths"] = q.widths.clone()
+    tensors |= {"widths": q.widths.clone(), "trellis": q.trellis.clone()}
     if q.in_scale is not None:
         tensors["in_scale"] = q.in_scale.clone()
     tensors |= pack_adapter(q.adapter)
@@ -238,8 +249,9 @@ def unpack(layer: Layer, *, name: str = "") -> QuantizedWeight:
         "codebook": torch.zeros(rows, TABLE, dtype=torch.int8),
         "row_zero": torch.zeros(rows, dtype=torch.int16),
     }
+    shared = {"trellis": tensors["trellis"]} if "trellis" in tensors else {}
     for width, index, views in stored_groups(layer):
-        codes[index] = unpack_codes(views["weight"], width, spec.codes)
+        codes[index] = unpack_codes(views["weight"], code_bits(width), spec.codes)
         row_scale.view(rows, -1)[index] = views["row_scale"]
         if mask is not None and spec.sparsity is not None:
             mask[index] = unpack_positions(views["positions"], spec.sparsity, cols)
@@ -257,14 +269,25 @@ def unpack(layer: Layer, *, name: str = "") -> QuantizedWeight:
         spec.sparsity,
         spec.group,
         unpack_adapter(layer),
+        **shared,
     )
 
 
 def _added(q: QuantizedWeight, spec: LayerSpec, width: int, index: Tensor) -> dict[str, Tensor]:
     """What the row code of a width stores besides codes, [n, k] of rows `index`."""
-    code, n = spec.code_of(width), len(index)
-    sizes = {} if code is None else {name: size(width) for name, size in code.adds.items()}
+    code, n, bits = spec.code_of(width), len(index), code_bits(width)
+    sizes = {} if code is None else {name: size(bits) for name, size in code.adds.items()}
     return {name: getattr(q, name)[index].view(n, -1)[:, :k] for name, k in sizes.items()}
+
+
+def _shared(q: QuantizedWeight, spec: LayerSpec, width: int, index: Tensor) -> dict[str, Tensor]:
+    """What rows `index` of a width share, the same [n, k] in all of them."""
+    code = spec.code_of(width)
+    before = [c for w in spec.counts if w < width and (c := spec.code_of(w))]
+    return {
+        name: getattr(q, name)[sum(name in c.shares for c in before)].expand(len(index), -1)
+        for name in (code.shares if code else ())
+    }
 
 
 def pack_adapter(adapter: Adapter | None) -> dict[str, Tensor]:
@@ -309,10 +332,12 @@ def check_values(q: QuantizedWeight) -> None:
             raise FormatError("holds NaN or Inf", tensor=name)
     if wrong := wrong_widths(spec.counts, spec):
         raise FormatError(wrong, tensor="widths")
-    if (q.codes > (2 ** q.widths.int() - 1).unsqueeze(1)).any():
+    if (q.codes > (2 ** code_bits(q.widths).int() - 1).unsqueeze(1)).any():
         raise FormatError("a code does not fit its row's width", tensor="codes")
-    if q.row_zero[q.widths <= MAX_TABLE_WIDTH].any():
+    if q.row_zero[code_bits(q.widths) <= MAX_TABLE_WIDTH].any():
         raise FormatError("only rows wider than 5 bits have a zero point", tensor="row_zero")
+    if q.codebook[q.widths > TRELLIS].any():
+        raise FormatError("trellis rows have none, it must be 0", tensor="codebook")
     for name, levels in (("codebook", q.codebook), ("row_zero", q.row_zero)):
         if q.group is not None and levels.any():
             raise FormatError("a grid has none, it must be 0", tensor=name)
@@ -337,6 +362,7 @@ def _fields(
     yield "codebook", q.codebook, torch.int8, (rows, TABLE)
     yield "row_scale", q.row_scale, *stored["row_scale"]
     yield "row_zero", q.row_zero, torch.int16, (rows,)
+    yield "trellis", q.trellis, *stored.get("trellis", (torch.int8, (0, WINDOWS)))
     if q.in_scale is not None:
         yield "in_scale", q.in_scale, *stored["in_scale"]
     if q.mask is not None:

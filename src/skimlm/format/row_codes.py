@@ -3,13 +3,17 @@
 value[i, j] = level[i, j] * row_scale[i] * in_scale[j]. To add one, add an entry to `ROW_CODES` (and
 to layer.py the tensors it adds, if they are new); a kernel for a device says in runtime/ that it
 knows the code, until then torch multiplies.
+
+A row's width is one byte. Its low four bits, `code_bits`, are the bits of each of the row's codes;
+what stands above them sets apart codes that a layer may have beside each other, such as table and
+trellis rows of 3 bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
@@ -22,25 +26,54 @@ class RowCode:
     """A way to turn the codes of a row into levels: value = level * row_scale * in_scale."""
 
     name: str
-    widths: range  # bits of a code
+    widths: range  # of its rows, as they are stored
     used: Callable[[LayerSpec], bool]  # by layers that are so; the first of ROW_CODES that fits is
-    adds: Mapping[str, Callable[[int], int]]  # tensor -> its elements per row, from the width
-    # codes uint8 [n, k], their width, the tensors it adds [n, elements] -> levels float32 [n, k]
+    adds: Mapping[str, Callable[[int], int]]  # tensor -> its elements per row, from the code's bits
+    # codes uint8 [n, k], their bits, what it adds and shares [n, elements] -> levels float32 [n, k]
     levels: Callable[[Tensor, int, Mapping[str, Tensor]], Tensor]
     formula: str  # of a level, for FORMAT.md
     used_text: str  # `used` for FORMAT.md
+    # tensor [widths in use, elements] -> elements that all rows of one width have in common
+    shares: Mapping[str, int] = field(default_factory=dict)
+    since: int = 1  # the first version of the format that has such rows, keys of a layer aside
 
 
-def _table_levels(codes: Tensor, width: int, stored: Mapping[str, Tensor]) -> Tensor:
+TRELLIS = 16  # a width of this and b: rows whose codes of b bits are a trellis
+WINDOW = 7  # bits of such a row that look up a level
+WINDOWS = 2**WINDOW  # levels of a trellis
+Width = TypeVar("Width", int, Tensor)
+
+
+def code_bits(width: Width) -> Width:
+    """Bits of a code in a row of this width, or of these widths (uint8)."""
+    return width % TRELLIS
+
+
+def windows(codes: Tensor, bits: int) -> Tensor:
+    """The WINDOW bits of the stream of a row that begin where each code does, uint8 [n, k].
+
+    `codes` uint8 [n, k] of `bits` bits; behind the last one there are zeros.
+    """
+    found = codes.clone()
+    for ahead, place in enumerate(range(bits, WINDOW, bits), 1):
+        found[:, :-ahead] |= codes[:, ahead:] << place
+    return found & (WINDOWS - 1)
+
+
+def _table_levels(codes: Tensor, bits: int, stored: Mapping[str, Tensor]) -> Tensor:
     return stored["codebook"].float().gather(1, codes.long())
 
 
-def _affine_levels(codes: Tensor, width: int, stored: Mapping[str, Tensor]) -> Tensor:
+def _affine_levels(codes: Tensor, bits: int, stored: Mapping[str, Tensor]) -> Tensor:
     return codes.float() - stored["row_zero"].float()
 
 
-def _grid_levels(codes: Tensor, width: int, stored: Mapping[str, Tensor]) -> Tensor:
-    return codes.float() - 2 ** (width - 1)
+def _grid_levels(codes: Tensor, bits: int, stored: Mapping[str, Tensor]) -> Tensor:
+    return codes.float() - 2 ** (bits - 1)
+
+
+def _trellis_levels(codes: Tensor, bits: int, stored: Mapping[str, Tensor]) -> Tensor:
+    return stored["trellis"].gather(1, windows(codes, bits).long()).float()
 
 
 ROW_CODES = (
@@ -71,7 +104,19 @@ ROW_CODES = (
         "code[i, j] - 2^(b-1)",
         'with "group"',
     ),
+    RowCode(
+        "trellis",
+        range(TRELLIS + 1, TRELLIS + 5),
+        lambda s: s.group is None,
+        {},
+        _trellis_levels,
+        "trellis[b][window[i, j]]",
+        'without "group"',
+        shares={"trellis": WINDOWS},
+        since=3,
+    ),
 )
-MAX_WIDTH = max(code.widths[-1] for code in ROW_CODES)
+MAX_WIDTH = max(code_bits(b) for code in ROW_CODES for b in code.widths)  # bits of a code
+WIDTHS_END = max(code.widths.stop for code in ROW_CODES)  # widths, as they are stored, lie below
 MAX_TABLE_WIDTH = next(code.widths[-1] for code in ROW_CODES if code.name == "table")
 TABLE = 2**MAX_TABLE_WIDTH  # columns of a codebook that is not packed

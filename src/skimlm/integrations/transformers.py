@@ -59,9 +59,8 @@ class SkimlmConfig(QuantizationConfigMixin):
         """How a linear of this shape is stored."""
         try:
             spec = LayerSpec.read(self.linears[name], rows, cols)
-            if spec.version > self.format_version:
-                options = ", ".join(spec.options())
-                raise FormatError(f"format_version {self.format_version} has no {options}")
+            if newer := spec.beyond(self.format_version):
+                raise FormatError(f"format_version {self.format_version} has no {', '.join(newer)}")
         except FormatError as error:
             raise FormatError(error.reason, file=CONFIG, tensor=name) from None
         return spec

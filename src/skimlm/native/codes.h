@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "layer.h"
+
+constexpr int WINDOW = SKIMLM_WINDOW;
+
 namespace {
 
 inline uint16_t to_bf16(float x) {  // round to nearest, ties to even; NaN is never passed in
@@ -45,27 +49,30 @@ inline void from_float(const float* x, bool bf16, int64_t n, void* out) {
     std::copy_n(x, n, static_cast<float*>(out));
 }
 
-// Codes of one row: eight of them are B whole bytes, read as one little-endian word.
-template <int B>
+// The codes of one row, or the W bits of its stream that begin with each of them, zeros behind its end:
+// eight codes are B whole bytes, read as one little-endian word.
+template <int B, int W = B>
 void cut(const uint8_t* row, uint8_t* code, int64_t c) {
-  constexpr uint64_t mask = (uint64_t(1) << B) - 1;
+  constexpr uint64_t mask = (uint64_t(1) << W) - 1;
+  const uint8_t* end = row + (c * B + 7) / 8;
   auto eight = [&](uint64_t word, uint8_t* to) {
     for (int t = 0; t < 8; ++t) to[t] = uint8_t((word >> (B * t)) & mask);
   };
   int64_t j = 0;
-  for (; j + 8 <= c; j += 8, row += B) {
-    uint64_t word = 0;
-    std::memcpy(&word, row, B);
+  for (; j + 8 <= c && row + 8 <= end; j += 8, row += B) {  // reads 8 bytes, whatever B
+    uint64_t word;
+    std::memcpy(&word, row, 8);
     eight(word, code + j);
   }
-  if (j < c) {
+  for (; j < c; j += 8, row += B) {
     uint64_t word = 0;
-    std::memcpy(&word, row, ((c - j) * B + 7) / 8);
+    std::memcpy(&word, row, std::min<int64_t>(end - row, 8));
     eight(word, code + j);  // code has room for eight more
   }
 }
 
 using Cut = void (*)(const uint8_t*, uint8_t*, int64_t);
 const Cut cut_row[9] = {nullptr, cut<1>, cut<2>, cut<3>, cut<4>, cut<5>, cut<6>, cut<7>, cut<8>};
+const Cut cut_windows[5] = {nullptr, cut<1, WINDOW>, cut<2, WINDOW>, cut<3, WINDOW>, cut<4, WINDOW>};
 
 }  // namespace

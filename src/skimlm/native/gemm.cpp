@@ -9,6 +9,7 @@
 // products are exact in float: only the order of the additions differs from a float32 reference.
 #include <algorithm>
 #include <cstring>
+#include <deque>
 
 #include "lanes.h"
 #include "parallel.h"
@@ -70,29 +71,42 @@ Pieces to_pieces(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, 
   return out;
 }
 
+// How the rows of one width become bfloat16.
+struct Cutting {
+  Controls controls;
+  Bf16Trellis trellis;  // which its rows share, if they are one
+};
+
 // Where the codes and levels of a row stand.
 struct Place {
   const Group* group;
   int64_t at;  // in the group
+  const Cutting* cutting;
 };
 
 // A row being turned into bfloat16.
 struct Row {
   const uint8_t* at;  // its next chunk
   int64_t step;       // bytes of a chunk
-  const Controls* controls;
+  const Cutting* cutting;
   __mmask64 last;  // of the last chunk
   int width;
+  RowCode code;
 };
 
 // 64 codes of a row as bfloat16: levels, or codes minus half their range. 16-bit lane 4 i + q of the
 // first register holds column 8 i + q, of the second 8 i + 4 + q.
 VBMI inline void bf16_chunk(const Row& row, __mmask64 mask, __m512i table, __m512i* low,
                             __m512i* high) {
-  const Controls& c = *row.controls;
+  const Controls& c = row.cutting->controls;
   const __m512i lanes = _mm512_permutexvar_epi8(c.spread, load_chunk(row.at, mask));
   *low = _mm512_multishift_epi64_epi8(c.low, lanes);
   *high = _mm512_multishift_epi64_epi8(c.high, lanes);
+  if (row.code == TRELLIS) {
+    *low = row.cutting->trellis(*low);
+    *high = row.cutting->trellis(*high);
+    return;
+  }
   if (__builtin_expect(row.width <= 5, 1)) {
     *low = _mm512_permutexvar_epi16(*low, table);
     *high = _mm512_permutexvar_epi16(*high, table);
@@ -139,35 +153,36 @@ VBMI inline void transpose(__m512i (&v)[16]) {
   }
 }
 
-VBMI Row row_at(const Place& place, const Controls* controls, int64_t first, int64_t chunks) {
-  const auto& [g, at] = place;
+VBMI Row row_at(const Place& place, int64_t first, int64_t chunks) {
+  const auto& [g, at, cutting] = place;
   const int64_t step = 8 * g->width;
-  return {g->packed + at * g->stride + first * step, step, controls + g->width,
-          last_mask(g->stride, chunks, g->width), g->width};
+  return {g->packed + at * g->stride + first * step, step, cutting,
+          last_mask(g->stride, chunks, g->width), g->width, g->code};
 }
 
-VBMI __m512i table_at(const Place& place, const Controls* controls) {
-  const auto& [g, at] = place;
-  return g->width <= 5 ? bf16_table(g->levels + (at << g->width), controls[g->width])
-                       : _mm512_setzero_si512();
+VBMI __m512i table_at(const Place& place) {
+  const auto& [g, at, cutting] = place;
+  return g->code == TABLE ? bf16_table(g->levels + (at << g->width), cutting->controls)
+                          : _mm512_setzero_si512();
 }
 
 // Chunks first..last of up to 16 rows as pairs of columns: panel [pair, 32, 2], half of the 32.
-VBMI void fill_pairs(const Place* places, int64_t count, const Controls* controls, int64_t first,
-                     int64_t last, int64_t chunks, uint16_t* panel) {
+VBMI void fill_pairs(const Place* places, int64_t count, int64_t first, int64_t last, int64_t chunks,
+                     uint16_t* panel) {
   alignas(64) __m512i table[16];
   Row row[16];
   static const uint8_t nothing[64] = {};
+  static const Cutting none = {};
   for (int64_t r = 0; r < 16; ++r) {
     const bool real = r < count;  // rows past the last one are zeros
-    row[r] = real ? row_at(places[r], controls, first, chunks) : Row{nothing, 0, controls, 0, 1};
-    table[r] = real ? table_at(places[r], controls) : _mm512_setzero_si512();
+    row[r] = real ? row_at(places[r], first, chunks) : Row{nothing, 0, &none, 0, 1, TABLE};
+    table[r] = real ? table_at(places[r]) : _mm512_setzero_si512();
   }
   for (int64_t k = first; k < last; ++k, panel += CHUNK * ROWS) {
     alignas(64) __m512i half[2][16];
     const bool end = k + 1 == chunks;
     for (int r = 0; r < 16; ++r) {
-      bf16_chunk(row[r], end ? row[r].last : row[r].controls->bytes, table[r], &half[0][r],
+      bf16_chunk(row[r], end ? row[r].last : row[r].cutting->controls.bytes, table[r], &half[0][r],
                  &half[1][r]);
       row[r].at += row[r].step;
     }
@@ -181,15 +196,15 @@ VBMI void fill_pairs(const Place* places, int64_t count, const Controls* control
 }
 
 // Chunks first..last of a row, in order.
-VBMI void fill_row(const Place& place, const Controls* controls, int64_t first, int64_t last,
-                   int64_t chunks, uint16_t* to) {
-  Row row = row_at(place, controls, first, chunks);
-  const __m512i table = table_at(place, controls);
+VBMI void fill_row(const Place& place, int64_t first, int64_t last, int64_t chunks, uint16_t* to) {
+  Row row = row_at(place, first, chunks);
+  const __m512i table = table_at(place);
   const __m512i begin = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
   const __m512i end = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  const Controls& cut = place.cutting->controls;
   for (int64_t k = first; k < last; ++k, to += CHUNK, row.at += row.step) {
     __m512i low, high;
-    bf16_chunk(row, k + 1 == chunks ? row.last : row.controls->bytes, table, &low, &high);
+    bf16_chunk(row, k + 1 == chunks ? row.last : cut.bytes, table, &low, &high);
     _mm512_store_si512(to, _mm512_permutex2var_epi64(low, begin, high));
     _mm512_store_si512(to + 32, _mm512_permutex2var_epi64(low, end, high));
   }
@@ -285,7 +300,7 @@ bool is_few(const Pieces& x, int64_t c) { return x.n * x.pieces <= (c > LONG ? F
 
 // Up to 32 rows from `begin`; `scratch` holds ROWS * SPAN, `sums` [lines, ROWS].
 void rows_many(const SkimlmLayer& w, const Place* places, int64_t begin, int64_t count,
-               const Controls* controls, const Pieces& x, uint16_t* scratch, float* sums, const Output& out) {
+               const Pieces& x, uint16_t* scratch, float* sums, const Output& out) {
   const int64_t c = w.cols, chunks = (c + CHUNK - 1) / CHUNK;
   const bool few = is_few(x, c);
   const int64_t span = (few ? FEW_SPAN : SPAN) / CHUNK;
@@ -296,21 +311,20 @@ void rows_many(const SkimlmLayer& w, const Place* places, int64_t begin, int64_t
     if (few) {
       for (int64_t r = 0; r < count; r += 4) {
         for (int64_t i = 0; i < 4; ++i)  // a row past the last one is the last one again
-          fill_row(places[std::min(r + i, count - 1)], controls, first, last, chunks,
-                   scratch + i * FEW_ROW);
+          fill_row(places[std::min(r + i, count - 1)], first, last, chunks, scratch + i * FEW_ROW);
         all_lines(rows, FEW_LINES, scratch, length, x, column, column > 0, sums + r);
       }
     } else {
       for (int64_t r = 0; r < ROWS; r += 16)
-        fill_pairs(places + r, count - r, controls, first, last, chunks, scratch + 2 * r);
+        fill_pairs(places + r, count - r, first, last, chunks, scratch + 2 * r);
       all_lines(panel, LINES, scratch, (length + 1) / 2, x, column, column > 0, sums);
     }
   }
   float scale[ROWS] = {}, zero[ROWS] = {};
   for (int64_t r = 0; r < count; ++r) {
-    const auto& [group, at] = places[r];
+    const auto& [group, at, cutting] = places[r];
     scale[r] = from_bf16(w.row_scale[group->first + at]);
-    zero[r] = group->code == TABLE ? 0.f : float(group->zeros[at] - (1 << (group->width - 1)));
+    zero[r] = group->code == AFFINE ? float(group->zeros[at] - (1 << (group->width - 1))) : 0.f;
   }
   for (int64_t t = 0; t < x.n; ++t) {
     float* value = sums + t * x.pieces * ROWS;
@@ -410,8 +424,7 @@ void bytes_many(const ByteRows& w, int64_t begin, int64_t count, const Pieces& x
     float* value = sums + t * x.pieces * ROWS;
     for (int64_t piece = 1; piece < x.pieces; ++piece)
       for (int r = 0; r < ROWS; ++r) value[r] += value[piece * ROWS + r];
-    for (int64_t r = 0; r < count; ++r)
-      out.put(t, w.order ? w.order[begin + r] : begin + r, value[r]);
+    for (int64_t r = 0; r < count; ++r) out.put(t, w.order[begin + r], value[r]);
   }
 }
 
@@ -439,11 +452,12 @@ void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf
 #if defined(__AVX512F__)
   const Pieces pieces = to_pieces(x, bf16, w.in_scale, n, w.cols, m.affine > 0, threads);
   std::vector<Place> places(w.rows);
-  Controls controls_of[MAX_B + 1] = {controls(1), controls(1)};
+  std::deque<Cutting> cuttings;  // where they stand does not change
   for (const Group& group : m.groups) {
-    controls_of[group.width] = controls(group.width);
+    const bool trellis = group.code == TRELLIS;
+    cuttings.push_back({controls(group.width), trellis ? Bf16Trellis(group.levels, 1.f) : Bf16Trellis()});
     for (int64_t i = 0; i < group.rows; ++i)
-      places[m.order[group.first + i]] = {&group, i};
+      places[m.order[group.first + i]] = {&group, i, &cuttings.back()};
   }
   // Rows in the model's order, so that threads write to places far from each other.
   const int64_t panels = (w.rows + ROWS - 1) / ROWS;
@@ -452,8 +466,7 @@ void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf
     const Lines<uint16_t> scratch(ROWS * std::min(SPAN, 64 + (w.cols + CHUNK - 1) / CHUNK * CHUNK));
     const Lines<float> sums(n * pieces.pieces * ROWS);
     for (int64_t at = from; at < to; ++at)
-      rows_many(w, places.data(), at * ROWS, std::min<int64_t>(ROWS, w.rows - at * ROWS), controls_of,
-                pieces, scratch.data(), sums.data(), out);
+      rows_many(w, places.data(), at * ROWS, std::min<int64_t>(ROWS, w.rows - at * ROWS), pieces, scratch.data(), sums.data(), out);
   });
 #else
   (void)w, (void)m, (void)x, (void)bf16, (void)n, (void)out, (void)threads;

@@ -6,6 +6,8 @@
 #pragma once
 #include <cstdint>
 
+#include "codes.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -45,7 +47,7 @@ namespace {
 // Byte k of lane i takes byte i * b + k of the chunk; 16-bit fields begin at multiples of b bits.
 struct Controls {
   __m512i spread, low, high, copies;
-  __mmask64 bytes, entries;  // of a chunk, of a table
+  __mmask64 bytes, entries;  // of a chunk and the byte behind it, of a table
 };
 
 VBMI inline Controls controls(int b) {
@@ -58,7 +60,7 @@ VBMI inline Controls controls(int b) {
   }
   return {_mm512_load_si512(spread), _mm512_load_si512(low), _mm512_load_si512(high),
           _mm512_load_si512(copies),
-          b == 8 ? ~__mmask64(0) : (__mmask64(1) << 8 * b) - 1,
+          b == 8 ? ~__mmask64(0) : (__mmask64(2) << 8 * b) - 1,
           b > 5 ? 0 : (__mmask64(1) << (1 << b)) - 1};
 }
 
@@ -94,6 +96,31 @@ VBMI inline __m512i bf16_table(const int8_t* levels, const Controls& c) {
       _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(bytes, 1)));
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
+
+// The levels of a trellis plus 128, and the same as bfloat16, to be looked up by the low seven bits of lanes.
+struct ByteTrellis {
+  __m512i at[2];
+  VBMI explicit ByteTrellis(const int8_t* levels) {
+    for (int i = 0; i < 2; ++i)
+      at[i] = _mm512_xor_si512(_mm512_loadu_si512(levels + 64 * i), _mm512_set1_epi8(char(128)));
+  }
+  VBMI __m512i operator()(__m512i window) const { return _mm512_permutex2var_epi8(at[0], window, at[1]); }
+};
+
+struct Bf16Trellis {
+  __m512i at[4];
+  Bf16Trellis() = default;
+  VBMI Bf16Trellis(const int8_t* levels, float scale) {
+    alignas(64) uint16_t entry[1 << WINDOW];
+    for (int k = 0; k < 1 << WINDOW; ++k) entry[k] = to_bf16(float(levels[k]) * scale);
+    for (int i = 0; i < 4; ++i) at[i] = _mm512_load_si512(entry + 32 * i);
+  }
+  VBMI __m512i operator()(__m512i window) const {
+    return _mm512_mask_mov_epi16(_mm512_permutex2var_epi16(at[0], window, at[1]),
+                                 _mm512_test_epi16_mask(window, _mm512_set1_epi16(64)),
+                                 _mm512_permutex2var_epi16(at[2], window, at[3]));
+  }
+};
 
 // [sum of a, of b, of c, of d] in each of four lanes of 128 bits, whose sums are still to be taken.
 VBMI inline __m512i quarters(__m512i a, __m512i b, __m512i c, __m512i d) {

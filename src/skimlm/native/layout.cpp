@@ -42,33 +42,41 @@ bool lay_out(const SkimlmLayer& w, Matrix& m) {
   if (!lay_out_columns(w, m)) return false;
   if (!w.order) m.found.resize(w.rows);
   m.order = w.order ? w.order : m.found.data();
-  int64_t count[MAX_B + 1], rows = 0, bytes = 0, levels = 0;
+  int64_t count[SKIMLM_WIDTHS_END] = {}, rows = 0, bytes = 0, levels = 0, shared = 0;
   m.affine = 0;
-  for (int b = 1; b <= MAX_B; ++b) {  // width by width: a histogram would wait on its own counts
-    count[b] = w.order ? w.counts[b] : rows_of_width(b, w.widths, w.rows, m.found.data() + rows);
-    rows += count[b];
-    bytes += count[b] * divide_up(m.kept * b, 8);
-    const RowCode code = code_of(w, b);
-    if (code == TABLE) levels += count[b] << b;
-    if (code == AFFINE) m.affine += count[b];
+  // width by width: a histogram would wait on its own counts
+  for (int width = 1; width < SKIMLM_WIDTHS_END && rows < w.rows; ++width) {
+    const int b = code_bits(w, width);
+    if (!b) continue;
+    const int64_t n = w.order ? w.counts[width] : rows_of_width(width, w.widths, w.rows, m.found.data() + rows);
+    count[width] = n;
+    rows += n;
+    bytes += n * divide_up(m.kept * b, 8);
+    const RowCode code = code_of(w, width);
+    if (code == TABLE) levels += n << b;
+    if (code == AFFINE) m.affine += n;
+    if (code == TRELLIS && n) shared += int64_t(1) << WINDOW;
   }
   if (rows != w.rows || bytes != w.weight_size || levels != w.codebook_size ||
-      m.affine != w.row_zero_size)
+      m.affine != w.row_zero_size || shared != w.trellis_size)
     return false;
   m.groups.clear();
   int64_t first = 0;
   const uint8_t* packed = w.weight;
-  const int8_t* codebook = w.codebook;
+  const int8_t *codebook = w.codebook, *trellis = w.trellis;
   const int16_t* zeros = w.row_zero;
-  for (int b = 1; b <= MAX_B; ++b) {
-    if (!count[b]) continue;
-    const RowCode code = code_of(w, b);
+  for (int width = 1; width < SKIMLM_WIDTHS_END; ++width) {
+    const int64_t n = count[width];
+    if (!n) continue;
+    const int b = code_bits(w, width);
+    const RowCode code = code_of(w, width);
     const int64_t stride = divide_up(m.kept * b, 8);
-    m.groups.push_back({b, code, count[b], first, packed, codebook, zeros, stride});
-    first += count[b];
-    packed += count[b] * stride;
-    if (code == TABLE) codebook += count[b] << b;
-    if (code == AFFINE) zeros += count[b];
+    m.groups.push_back({b, code, n, first, packed, code == TRELLIS ? trellis : codebook, zeros, stride});
+    first += n;
+    packed += n * stride;
+    if (code == TABLE) codebook += n << b;
+    if (code == AFFINE) zeros += n;
+    if (code == TRELLIS) trellis += int64_t(1) << WINDOW;
   }
   return true;
 }

@@ -3,41 +3,54 @@
 #include <cstdint>
 #include <vector>
 
+#include "codes.h"
 #include "layer.h"
 
 constexpr int64_t MAX_B = SKIMLM_MAX_WIDTH;
 constexpr int64_t ADAPTER = SKIMLM_ADAPTER_GROUP;
 enum Sparsity { DENSE, PAIRS, BITMAP };  // as layer.h counts them
 
-// How the codes of a row become levels (format/layer.py has the formulas). What a code decides stands in
-// three places: here, `lay_out` for what its rows add to the stored tensors, and `multiply_rows` in
+// How the codes of a row become levels (format/row_codes.py has the formulas). What a code decides stands
+// in three places: here, `lay_out` for what its rows add to the stored tensors, and `multiply_rows` in
 // sparse.cpp for the kernels.
-enum RowCode { TABLE, AFFINE, GRID };
+enum RowCode { TABLE, AFFINE, GRID, TRELLIS };
 
 inline RowCode code_of(const SkimlmLayer& w, int64_t width) {
-  return w.group ? GRID : width <= SKIMLM_MAX_TABLE_WIDTH ? TABLE : AFFINE;
+  return w.group ? GRID : width > SKIMLM_TRELLIS ? TRELLIS : width <= SKIMLM_MAX_TABLE_WIDTH ? TABLE : AFFINE;
+}
+
+// Bits of the codes of rows of a stored width; 0: such a layer has no such rows.
+inline int code_bits(const SkimlmLayer& w, int64_t width) {
+  const bool known = width <= MAX_B || (!w.group && width > SKIMLM_TRELLIS && width < SKIMLM_WIDTHS_END);
+  return known ? int(width % SKIMLM_TRELLIS) : 0;
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return a ? (a - 1) / b + 1 : 0; }
 
 // What the rows of one width share.
 struct Group {
-  int width;
+  int width;  // bits of a code
   RowCode code;
   int64_t rows, first;    // how many, and the stored index of the first
   const uint8_t* packed;  // of the first row
-  const int8_t* levels;   // of the first row, TABLE
+  const int8_t* levels;   // of the first row, TABLE; of all rows, TRELLIS
   const int16_t* zeros;   // of the first row, AFFINE
   int64_t stride;         // bytes of a row
 
   // What is taken off the levels of row i.
   int64_t zero(int64_t i) const { return code == AFFINE ? zeros[i] : 0; }
 
-  // Levels of the codes 0 .. 2^width - 1 of row i.
+  // What is looked up for a code: the code itself or, of a trellis, the WINDOW bits that begin with it.
+  Cut cut() const { return code == TRELLIS ? cut_windows[width] : cut_row[width]; }
+  int index_bits() const { return code == TRELLIS ? WINDOW : width; }
+
+  // Levels of row i by what is looked up, 0 .. 2^index_bits - 1.
   template <class T>
   void entries(int64_t i, T* out) const {
-    for (int k = 0; k < 1 << width; ++k)
-      out[k] = T(code == TABLE ? levels[(i << width) + k] : code == GRID ? k - (1 << (width - 1)) : k);
+    const int8_t* own = code == TABLE ? levels + (i << width) : levels;
+    const bool stored = code == TABLE || code == TRELLIS;
+    for (int k = 0; k < 1 << index_bits(); ++k)
+      out[k] = T(stored ? own[k] : code == GRID ? k - (1 << (width - 1)) : k);
   }
 };
 

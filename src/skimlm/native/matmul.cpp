@@ -68,7 +68,10 @@ void rows_any(const Group& g, int64_t begin, int64_t end, int64_t c, const Each&
   std::vector<uint8_t> code(padded + 8);
   std::vector<int16_t> level(padded);
   for (int64_t i = begin; i < end; ++i) {
-    cut_any(g.width, g.packed + i * g.stride, code.data(), c);
+    if (g.code == TRELLIS)
+      g.cut()(g.packed + i * g.stride, code.data(), c);
+    else
+      cut_any(g.width, g.packed + i * g.stride, code.data(), c);
     int16_t entry[256];
     g.entries(i, entry);
     for (int64_t j = 0; j < c; ++j) level[j] = entry[code[j]];
@@ -106,12 +109,17 @@ void rounded_any(const Group& g, int64_t begin, int64_t end, const Rounded& x,
 // bytes of sixteen codes (eight above 4 bits), two multishifts bring the codes to the bottom of bytes,
 // and a second permutation looks them up in the row's table, copies of which fill the register so that
 // what stands above a code does not matter. x stands in the order in which the codes come out.
+//
+// Of a trellis the seven bits that begin with a code are looked up, in the two registers that all rows
+// share. They reach into the next byte: up to 3 bits a lane has it anyway, at 4 bits a second load of the
+// same bytes begins four later.
 
 #if defined(__AVX512F__)
-// R rows of width B: their tables (levels plus 128 up to 5 bits) and how to cut codes out of bytes.
-template <int B, int R>
+// R rows of width B, of a trellis if T: their tables (levels plus 128 up to 5 bits) and how to cut codes
+// out of bytes.
+template <int B, int R, bool T>
 struct Rows {
-  __m512i table[R], spread[2], fields[2];
+  __m512i table[T ? 2 : R], spread[2], fields[2];
   const uint8_t* at;
   int64_t stride;
 
@@ -126,14 +134,19 @@ struct Rows {
     for (int h = 0; h < 2; ++h)
       spread[h] = _mm512_load_si512(bytes[h]), fields[h] = _mm512_load_si512(bits[h]);
     const __m512i copy = _mm512_load_si512(copies), half = _mm512_set1_epi8(char(128));
+    if constexpr (T) {
+      table[0] = _mm512_xor_si512(_mm512_loadu_si512(g.levels), half);
+      table[1] = _mm512_xor_si512(_mm512_loadu_si512(g.levels + 64), half);
+    } else {
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      if constexpr (B <= 5) {
-        const __mmask64 entries = (__mmask64(1) << (1 << B)) - 1;
-        const __m512i levels = _mm512_maskz_loadu_epi8(entries, g.levels + ((i + r) << B));
-        table[r] = _mm512_xor_si512(_mm512_permutexvar_epi8(copy, levels), half);
-      } else {
-        table[r] = _mm512_set1_epi8(char((1 << B) - 1));
+      for (int r = 0; r < R; ++r) {
+        if constexpr (B <= 5) {
+          const __mmask64 entries = (__mmask64(1) << (1 << B)) - 1;
+          const __m512i levels = _mm512_maskz_loadu_epi8(entries, g.levels + ((i + r) << B));
+          table[r] = _mm512_xor_si512(_mm512_permutexvar_epi8(copy, levels), half);
+        } else {
+          table[r] = _mm512_set1_epi8(char((1 << B) - 1));
+        }
       }
     }
   }
@@ -144,13 +157,19 @@ struct Rows {
   VBMI void pair(int r, int64_t k, __m512i (&half)[2]) const {
     const uint8_t* from = at + r * stride + k * 16 * B;
     const int64_t left = stride - k * 16 * B;
-    if constexpr (B <= 4) {
+    if constexpr (T && B == 4) {
+      for (int h = 0; h < 2; ++h) {
+        const __m512i bytes = MASK ? _mm512_maskz_loadu_epi8(first_bytes(left - 4 * h), from + 4 * h)
+                                   : _mm512_loadu_si512(from + 4 * h);
+        half[h] = _mm512_multishift_epi64_epi8(fields[0], bytes);
+      }
+    } else if constexpr (B <= 4) {
       __m512i bytes;
       if constexpr (MASK)
         bytes = _mm512_maskz_loadu_epi8(first_bytes(left), from);
-      else if constexpr (B == 1)
+      else if constexpr (B == 1 && !T)
         bytes = _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-      else if constexpr (B == 2)
+      else if constexpr (B == 2 - T)
         bytes = _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
       else
         bytes = _mm512_loadu_si512(from);
@@ -165,8 +184,12 @@ struct Rows {
         half[h] = _mm512_multishift_epi64_epi8(fields[0],
                                                _mm512_permutex2var_epi8(low, spread[h], high));
     }
-    for (__m512i& v : half)
-      v = B <= 5 ? _mm512_permutexvar_epi8(v, table[r]) : _mm512_and_si512(v, table[r]);
+    for (__m512i& v : half) {
+      if constexpr (T)
+        v = _mm512_permutex2var_epi8(table[0], v, table[1]);
+      else
+        v = B <= 5 ? _mm512_permutexvar_epi8(v, table[r]) : _mm512_and_si512(v, table[r]);
+    }
   }
 
   // FAR: R rows are longer than AHEAD, so what is fetched AHEAD comes too late for the last of them. The
@@ -185,8 +208,8 @@ struct Rows {
   int64_t zero(const Group& g, int64_t i) const { return B <= 5 ? 128 : g.zeros[i]; }
 };
 
-template <int B, int R, bool MASK, bool FAR>
-VBMI inline __attribute__((always_inline)) void exact_pairs(const Rows<B, R>& rows, int64_t begin,
+template <int B, int R, bool T, bool MASK, bool FAR>
+VBMI inline __attribute__((always_inline)) void exact_pairs(const Rows<B, R, T>& rows, int64_t begin,
                                                             int64_t end, const int8_t* x,
                                                             __m512i (&sum)[R][PLANES]) {
   for (int64_t k = begin; k < end; ++k) {
@@ -206,17 +229,17 @@ VBMI inline __attribute__((always_inline)) void exact_pairs(const Rows<B, R>& ro
 }
 
 // R rows of one width times one token.
-template <int B, int R, bool FAR>
+template <int B, int R, bool T, bool FAR>
 VBMI void block_exact(const Group& g, int64_t i, const Integers& x, int64_t token,
                       const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const Rows<B, R> rows(g, i);
+  const Rows<B, R, T> rows(g, i);
   __m512i sum[R][PLANES];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_si512();
   const int64_t pairs = x.chunks / 2, full = std::max<int64_t>(pairs - 2, 0);
   const int8_t* xs = &x.planes[token * pairs * PLANES * PAIR];
-  exact_pairs<B, R, false, FAR>(rows, 0, full, xs, sum);
-  exact_pairs<B, R, true, FAR>(rows, full, pairs, xs, sum);
+  exact_pairs<B, R, T, false, FAR>(rows, 0, full, xs, sum);
+  exact_pairs<B, R, T, true, FAR>(rows, full, pairs, xs, sum);
   int64_t total[R];
   add_planes<R>(sum, total);
   for (int r = 0; r < R; ++r) {
@@ -226,8 +249,8 @@ VBMI void block_exact(const Group& g, int64_t i, const Integers& x, int64_t toke
   }
 }
 
-template <int B, int R, bool MASK, bool FAR>
-VBMI inline __attribute__((always_inline)) void rounded_pairs(const Rows<B, R>& rows, int64_t begin,
+template <int B, int R, bool T, bool MASK, bool FAR>
+VBMI inline __attribute__((always_inline)) void rounded_pairs(const Rows<B, R, T>& rows, int64_t begin,
                                                               int64_t end, const Rounded& x,
                                                               int64_t token, __m512 (&sum)[R]) {
   for (int64_t k = begin; k < end; ++k) {
@@ -247,16 +270,16 @@ VBMI inline __attribute__((always_inline)) void rounded_pairs(const Rows<B, R>& 
   }
 }
 
-template <int B, int R, bool FAR>
+template <int B, int R, bool T, bool FAR>
 VBMI void block_rounded(const Group& g, int64_t i, const Rounded& x, int64_t token,
                         const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const Rows<B, R> rows(g, i);
+  const Rows<B, R, T> rows(g, i);
   __m512 sum[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
   const int64_t full = std::max<int64_t>(x.pairs - 2, 0);
-  rounded_pairs<B, R, false, FAR>(rows, 0, full, x, token, sum);
-  rounded_pairs<B, R, true, FAR>(rows, full, x.pairs, x, token, sum);
+  rounded_pairs<B, R, T, false, FAR>(rows, 0, full, x, token, sum);
+  rounded_pairs<B, R, T, true, FAR>(rows, full, x.pairs, x, token, sum);
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     const float scale = from_bf16(row_scale[g.first + i + r]);
@@ -266,34 +289,37 @@ VBMI void block_rounded(const Group& g, int64_t i, const Rounded& x, int64_t tok
   }
 }
 
-template <int B>
+template <int B, bool T>
 VBMI void exact_vbmi(const Group& g, int64_t begin, int64_t end, const Integers& x,
                      const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const auto four = 4 * g.stride > AHEAD ? block_exact<B, 4, true> : block_exact<B, 4, false>;
+  const auto four = 4 * g.stride > AHEAD ? block_exact<B, 4, T, true> : block_exact<B, 4, T, false>;
   int64_t i = begin;
   for (; i + 4 <= end; i += 4)
     for (int64_t t = 0; t < x.n; ++t) four(g, i, x, t, row_scale, order, out);
   for (; i < end; ++i)
-    for (int64_t t = 0; t < x.n; ++t) block_exact<B, 1, false>(g, i, x, t, row_scale, order, out);
+    for (int64_t t = 0; t < x.n; ++t) block_exact<B, 1, T, false>(g, i, x, t, row_scale, order, out);
 }
 
-template <int B>
+template <int B, bool T>
 VBMI void rounded_vbmi(const Group& g, int64_t begin, int64_t end, const Rounded& x,
                        const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const auto four = 4 * g.stride > AHEAD ? block_rounded<B, 4, true> : block_rounded<B, 4, false>;
+  const auto four = 4 * g.stride > AHEAD ? block_rounded<B, 4, T, true> : block_rounded<B, 4, T, false>;
   int64_t i = begin;
   for (; i + 4 <= end; i += 4)
     for (int64_t t = 0; t < x.n; ++t) four(g, i, x, t, row_scale, order, out);
   for (; i < end; ++i)
-    for (int64_t t = 0; t < x.n; ++t) block_rounded<B, 1, false>(g, i, x, t, row_scale, order, out);
+    for (int64_t t = 0; t < x.n; ++t) block_rounded<B, 1, T, false>(g, i, x, t, row_scale, order, out);
 }
 
-constexpr decltype(&exact_vbmi<1>) exact_of_width[MAX_B + 1] = {
-    nullptr,       exact_vbmi<1>, exact_vbmi<2>, exact_vbmi<3>, exact_vbmi<4>,
-    exact_vbmi<5>, exact_vbmi<6>, exact_vbmi<7>, exact_vbmi<8>};
-constexpr decltype(&rounded_vbmi<1>) rounded_of_width[MAX_B + 1] = {
-    nullptr,         rounded_vbmi<1>, rounded_vbmi<2>, rounded_vbmi<3>, rounded_vbmi<4>,
-    rounded_vbmi<5>, rounded_vbmi<6>, rounded_vbmi<7>, rounded_vbmi<8>};
+// [whether it is a trellis][bits of a code]
+constexpr decltype(&exact_vbmi<1, false>) exact_of_width[2][MAX_B + 1] = {
+    {nullptr, exact_vbmi<1, false>, exact_vbmi<2, false>, exact_vbmi<3, false>, exact_vbmi<4, false>,
+     exact_vbmi<5, false>, exact_vbmi<6, false>, exact_vbmi<7, false>, exact_vbmi<8, false>},
+    {nullptr, exact_vbmi<1, true>, exact_vbmi<2, true>, exact_vbmi<3, true>, exact_vbmi<4, true>}};
+constexpr decltype(&rounded_vbmi<1, false>) rounded_of_width[2][MAX_B + 1] = {
+    {nullptr, rounded_vbmi<1, false>, rounded_vbmi<2, false>, rounded_vbmi<3, false>, rounded_vbmi<4, false>,
+     rounded_vbmi<5, false>, rounded_vbmi<6, false>, rounded_vbmi<7, false>, rounded_vbmi<8, false>},
+    {nullptr, rounded_vbmi<1, true>, rounded_vbmi<2, true>, rounded_vbmi<3, true>, rounded_vbmi<4, true>}};
 #endif
 
 // Rows of one width of one product, as one turn of a thread takes them.
@@ -325,7 +351,7 @@ static void multiply(const Slice& s) {
   const Product& p = *s.product;
 #if defined(__AVX512F__)
   if (p.x.planes)
-    return exact_of_width[s.group->width](*s.group, s.begin, s.end, p.x, p.layer.row_scale,
+    return exact_of_width[s.group->code == TRELLIS][s.group->width](*s.group, s.begin, s.end, p.x, p.layer.row_scale,
                                           p.matrix.order, p.out);
 #endif
   exact_any(*s.group, s.begin, s.end, p.x, p.layer.row_scale, p.matrix.order, p.out);
@@ -357,7 +383,7 @@ void matmul_plain(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf1
       const Slice& s = slices[at];
 #if defined(__AVX512F__)
       if (skimlm_has_vbmi()) {
-        rounded_of_width[s.group->width](*s.group, s.begin, s.end, rounded, w.row_scale, m.order, out);
+        rounded_of_width[s.group->code == TRELLIS][s.group->width](*s.group, s.begin, s.end, rounded, w.row_scale, m.order, out);
         continue;
       }
 #endif

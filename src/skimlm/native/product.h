@@ -124,7 +124,7 @@ void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf
 // whole chunks unless there is one scale.
 struct ByteRows {
   int64_t r, c, scales, span;
-  const int32_t* order;  // which row of `out` they are; null: the same
+  const int32_t* order;  // which row of `out` they are
   // Rows begin..end to bytes [., stride], and their scales to [., scales].
   std::function<void(int64_t begin, int64_t end, int8_t* bytes, int64_t stride, float* scale)> make;
 };

@@ -27,7 +27,7 @@ void multiply_rows(const Matrix& m, const Group& g, int64_t begin, int64_t end, 
                    const Output& out) {
 #if defined(__AVX512F__)
   const bool units = m.scales == 1 || m.span % UNIT == 0 || (m.span == CHUNK && g.width <= 4);
-  const auto pairs = units ? pairs_of_width[m.grid][g.width] : nullptr;
+  const auto pairs = units && g.code != TRELLIS ? pairs_of_width[m.grid][g.width] : nullptr;
   if (in.biased && pairs) return pairs(m, g, begin, end, in, out);
   if (in.paired && g.width <= 4) return dense_of_width[g.width](m, g, begin, end, in, out);
   if (in.x.planes) return rows_bytes(m, g, begin, end, in, out);
@@ -43,29 +43,33 @@ bool is_bytes(const Matrix& m, const Group& g) {
   return g.code != AFFINE && (m.scales == 1 || m.span % CHUNK == 0);
 }
 
-// The rows of all groups that do: they stand first.
-ByteRows byte_rows(const Matrix& m) {
-  int64_t rows = 0;
-  for (const Group& g : m.groups) rows += is_bytes(m, g) ? g.rows : 0;
+// The rows of all groups that do, one after the other; `order` keeps which ones they are.
+ByteRows byte_rows(const Matrix& m, std::vector<int32_t>& order) {
+  for (const Group& g : m.groups)
+    for (int64_t i = 0; is_bytes(m, g) && i < g.rows; ++i) order.push_back(int32_t(m.row(g.first + i)));
   auto make = [&m](int64_t begin, int64_t end, int8_t* bytes, int64_t stride, float* scale) {
     Room room(m.c);
+    int64_t before = 0;  // rows of the groups before
     for (const Group& g : m.groups) {
-      const int64_t first = std::max(begin - g.first, int64_t(0));
-      const int64_t last = std::min(end - g.first, g.rows);
+      if (!is_bytes(m, g)) continue;
+      const int64_t from = before;
+      before += g.rows;
+      const int64_t first = std::max(begin - from, int64_t(0));
+      const int64_t last = std::min(end - from, g.rows);
       if (first >= last) continue;
       const Bytes cut(g.width);
       const uint8_t offset = g.code == GRID ? 1 << (g.width - 1) : 128;
       for (int64_t i = first; i < last; ++i) {
-        const int64_t at = g.first + i;
-        int8_t* to = bytes + (at - begin) * stride;
+        const int64_t at = g.first + i, place = from + i - begin;
+        int8_t* to = bytes + place * stride;
         row_bytes(m, g, i, cut, offset, room, reinterpret_cast<uint8_t*>(to));
         for (int64_t j = 0; j < stride; ++j) to[j] = int8_t(to[j] - offset);  // mod 2^8
         for (int64_t s = 0; s < m.scales; ++s)
-          scale[(at - begin) * m.scales + s] = from_bf16(m.row_scale[at * m.scales + s]);
+          scale[place * m.scales + s] = from_bf16(m.row_scale[at * m.scales + s]);
       }
     }
   };
-  return {rows, m.c, m.scales, m.span, m.order, make};
+  return {int64_t(order.size()), m.c, m.scales, m.span, order.data(), make};
 }
 #endif
 
@@ -184,7 +188,8 @@ static void multiply_several(const SkimlmLayer& w, const Matrix& m, const Matrix
                       int64_t n, const Output& out, int threads) {
   std::vector<float> u(n * w.rank), y(w.rank ? n * w.rows : 0);
   const Output sparse = w.rank ? Output{y.data(), false, w.rows, nullptr} : out;
-  const ByteRows rows = byte_rows(m);
+  std::vector<int32_t> order, components;
+  const ByteRows rows = byte_rows(m, order);
   multiply_many(rows, x, bf16, w.in_scale, n, sparse, threads);
   if (rows.r < m.r) {
     const std::vector<float> values = to_floats(x, bf16, w.in_scale, n, w.cols);
@@ -198,7 +203,7 @@ static void multiply_several(const SkimlmLayer& w, const Matrix& m, const Matrix
   }
   if (!w.rank) return;
   if (!a.groups.empty()) {
-    multiply_many(byte_rows(a), x, bf16, nullptr, n, {u.data(), false, w.rank, nullptr}, threads);
+    multiply_many(byte_rows(a, components), x, bf16, nullptr, n, {u.data(), false, w.rank, nullptr}, threads);
   } else {
     const std::vector<float> plain = to_floats(x, bf16, nullptr, n, w.cols);
     
@@ -218,7 +223,8 @@ static void multiply_several(const SkimlmLayer& w, const Matrix& m, const Matrix
 void matmul_any(const SkimlmLayer& w, const Matrix& m, const Matrix& a, const void* x, bool bf16, int64_t n,
                 const Output& out, int threads) {
 #if defined(__AVX512F__)
-  if (n >= SEVERAL && skimlm_has_vbmi() && is_bytes(m, m.groups.front()))
+  const auto bytes = [&m](const Group& g) { return is_bytes(m, g); };
+  if (n >= SEVERAL && skimlm_has_vbmi() && std::any_of(m.groups.begin(), m.groups.end(), bytes))
     return multiply_several(w, m, a, x, bf16, n, out, threads);
 #endif
   const std::vector<float> values = to_floats(x, bf16, w.in_scale, n, w.cols);

@@ -24,6 +24,12 @@ inline uint64_t mask_of_patterns(uint64_t patterns) {
 VBMI void bytes_of(const Matrix& m, const Group& g, int64_t i, const Bytes& cut, uint8_t* to) {
   const uint8_t* at = g.packed + i * g.stride;
   const int64_t step = 8 * g.width;
+  if (g.code == TRELLIS) {
+    const ByteTrellis trellis(g.levels);
+    for (int64_t k = 0, left = g.stride; k < m.kept; k += CHUNK, left -= step)
+      _mm512_storeu_si512(to + k, trellis(cut.chunk(at + g.stride - left, left)));
+    return;
+  }
   if (g.code == TABLE) {
     const __mmask64 entries = (__mmask64(1) << (1 << g.width)) - 1;
     const __m512i levels = _mm512_maskz_loadu_epi8(entries, g.levels + (i << g.width));

@@ -23,9 +23,9 @@ struct Bytes {
     fields = _mm512_load_si512(bits);
     copies = _mm512_load_si512(copy);
   }
-  // 64 codes in the low bits of bytes
+  // 64 codes in the low bits of bytes, what stands behind each of them above; `left` bytes are there
   VBMI __m512i chunk(const uint8_t* at, int64_t left) const {
-    const __m512i bytes = _mm512_maskz_loadu_epi8(first_bytes(std::min<int64_t>(left, 8 * width)), at);
+    const __m512i bytes = _mm512_maskz_loadu_epi8(first_bytes(std::min<int64_t>(left, 8 * width + 1)), at);
     return _mm512_multishift_epi64_epi8(fields, _mm512_permutexvar_epi8(spread, bytes));
   }
 };

@@ -10,12 +10,20 @@
 namespace {
 
 #if defined(__AVX512F__)
-// One row of width b <= 5 as bfloat16: its levels are scaled and rounded once, then looked up.
-VBMI void dense_row(const uint8_t* row, const int8_t* levels, int b, float scale, uint16_t* to,
-                    int64_t c, const Controls& k) {
-  alignas(64) uint16_t entry[32];
-  for (int m = 0; m < 32; ++m) entry[m] = to_bf16(float(levels[m & ((1 << b) - 1)]) * scale);
-  const __m512i table = _mm512_load_si512(entry);
+// A table of 2^b levels as bfloat16, to be looked up by the low bits of 16-bit lanes.
+struct Bf16Table {
+  __m512i at;
+  VBMI Bf16Table(const int8_t* levels, int b, float scale) {
+    alignas(64) uint16_t entry[32];
+    for (int m = 0; m < 32; ++m) entry[m] = to_bf16(float(levels[m & ((1 << b) - 1)]) * scale);
+    at = _mm512_load_si512(entry);
+  }
+  VBMI __m512i operator()(__m512i code) const { return _mm512_permutexvar_epi16(code, at); }
+};
+
+// One row of width b <= 5 as bfloat16: its levels, scaled and rounded once, are looked up.
+template <class Table>
+VBMI void dense_row(const uint8_t* row, const Table& table, int b, uint16_t* to, int64_t c, const Controls& k) {
   const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
   const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
   const int64_t stride = (c * b + 7) / 8, chunks = (c + CHUNK - 1) / CHUNK;
@@ -23,10 +31,8 @@ VBMI void dense_row(const uint8_t* row, const int8_t* levels, int b, float scale
     const bool last = i + 1 == chunks;
     const __mmask64 mask = last ? last_mask(stride, chunks, b) : k.bytes;
     const __m512i lanes = _mm512_permutexvar_epi8(k.spread, load_chunk(row, mask));
-    const __m512i low =
-        _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(k.low, lanes), table);
-    const __m512i high =
-        _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(k.high, lanes), table);
+    const __m512i low = table(_mm512_multishift_epi64_epi8(k.low, lanes));
+    const __m512i high = table(_mm512_multishift_epi64_epi8(k.high, lanes));
     const int64_t left = last ? c - i * CHUNK : CHUNK;
     const uint64_t keep = left == 64 ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
     _mm512_mask_storeu_epi16(to, __mmask32(keep), _mm512_permutex2var_epi64(low, first, high));
@@ -80,11 +86,18 @@ void unpack_rows(const SkimlmLayer& w, const Matrix& m, const Group& g, int64_t 
                  const std::vector<float>& column, std::optional<Levels>& levels,
                  std::vector<float>& value, bool bf16, const auto& place) {
 #if defined(__AVX512F__)
-  const bool dense = bf16 && skimlm_has_vbmi() && column.empty() && m.sparsity == DENSE && g.code == TABLE;
+  const bool dense = bf16 && skimlm_has_vbmi() && column.empty() && m.sparsity == DENSE &&
+                     (g.code == TABLE || g.code == TRELLIS);
   const Controls control = dense ? controls(g.width) : Controls{};
-  for (int64_t i = first; dense && i < last; ++i)
-    dense_row(g.packed + i * g.stride, g.levels + (i << g.width), g.width,
-              from_bf16(w.row_scale[g.first + i]), static_cast<uint16_t*>(place(g.first + i)), m.c, control);
+  for (int64_t i = first; dense && i < last; ++i) {
+    const float scale = from_bf16(w.row_scale[g.first + i]);
+    const uint8_t* row = g.packed + i * g.stride;
+    uint16_t* to = static_cast<uint16_t*>(place(g.first + i));
+    if (g.code == TABLE)
+      dense_row(row, Bf16Table(g.levels + (i << g.width), g.width, scale), g.width, to, m.c, control);
+    else
+      dense_row(row, Bf16Trellis(g.levels, scale), g.width, to, m.c, control);
+  }
   if (dense) return;
 #endif
   if (!levels) levels.emplace(m);

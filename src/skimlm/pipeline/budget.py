@@ -55,7 +55,7 @@ def prices(specs: Mapping[str, LayerSpec]) -> Prices:
     """Prices of linears that will be stored so."""
     rows, fixed = {}, 0
     for name, spec in specs.items():
-        possible = WIDTHS if spec.version == 1 else WIDTHS[:MAX_TABLE_WIDTH]
+        possible = WIDTHS if spec.plain else WIDTHS[:MAX_TABLE_WIDTH]
         rows[name] = np.array([row_bits(spec, b) for b in possible], float)
         fixed += shared_bits(spec)
     return Prices(rows, fixed, {name: spec.rows * spec.cols for name, spec in specs.items()})

@@ -20,10 +20,10 @@ from skimlm.format.layer import Layer
 from skimlm.runtime.ops import add_adapter, check_devices, register
 
 FEW_TOKENS = 32  # from here on torch's product, unless `native.many`
-FEW_SPARSE = 256  # the same beyond version 1, with VBMI (4096x4096: torch takes 240 ms)
+FEW_SPARSE = 256  # the same of layers that are not plain, with VBMI (4096x4096: torch takes 240 ms)
 TILE = 2**21  # weights de-quantized at a time for many tokens
 DTYPES = (torch.float32, torch.bfloat16)
-KNOWN_ROW_CODES = {"table", "affine", "grid"}
+KNOWN_ROW_CODES = {"table", "affine", "grid", "trellis"}
 
 
 def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
@@ -33,10 +33,9 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
     known = spec.row_codes <= KNOWN_ROW_CODES
     if x.dtype not in DTYPES or not count or not known or native.missing():
         return NotImplemented
-    plain = spec.version == 1
     if count < FEW_TOKENS:
         few = True
-    elif plain:
+    elif spec.plain:
         few = native.many(x.dtype)
     else:
         few = count < FEW_SPARSE and bool(native.library().skimlm_has_vbmi())

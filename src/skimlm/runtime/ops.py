@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from skimlm.format.check import check_sizes
 from skimlm.format.layer import NAMES, Layer, LayerSpec, stored_groups
 from skimlm.format.pack import row_values, unpack_adapter, unpack_codes, unpack_positions
+from skimlm.format.row_codes import code_bits
 from skimlm.format.table import table_values
 
 CHUNK = 2**22  # codes turned into float32 at a time: bounds the temporaries to about 60 MB
@@ -44,7 +45,7 @@ def dequantize_reference(layer: Layer, dtype: torch.dtype = torch.float32) -> Te
     for width, index, views in stored_groups(layer):
         for at in (slice(i, i + step) for i in range(0, len(index), step)):
             rows = {name: view[at] for name, view in views.items()}
-            codes = unpack_codes(rows["weight"], width, spec.codes)
+            codes = unpack_codes(rows["weight"], code_bits(width), spec.codes)
             mask = None
             if spec.sparsity is not None:
                 mask = unpack_positions(rows["positions"], spec.sparsity, spec.cols)

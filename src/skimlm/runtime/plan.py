@@ -203,7 +203,7 @@ def _experts_fit(first: list[CompressedLinear], last: list[CompressedLinear]) ->
     for experts in (first, last):
         for expert in experts:
             same = expert.spec.rows, expert.spec.cols
-            if same != (experts[0].spec.rows, experts[0].spec.cols) or expert.spec.version > 1:
+            if same != (experts[0].spec.rows, experts[0].spec.cols) or not expert.spec.plain:
                 return False
             try:
                 check_sizes(expert.layer)

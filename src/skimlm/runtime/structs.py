@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skimlm.format.abi import LayerStruct
-from skimlm.format.row_codes import MAX_WIDTH
+from skimlm.format.row_codes import WIDTHS_END
 from skimlm.native.structs import LAYER, BlockStruct, BodyStruct, layer_struct
 from skimlm.runtime.linear import CompressedLinear
 
@@ -68,7 +68,7 @@ class _Filler:
             return None
         struct = LayerStruct.from_buffer_copy(fields)
         struct.order = self.at(torch.argsort(widths, stable=True).int())
-        struct.counts = self.at(torch.bincount(widths.long(), minlength=MAX_WIDTH + 1))
+        struct.counts = self.at(torch.bincount(widths.long(), minlength=WIDTHS_END))
         return ctypes.pointer(struct)
 
     def pointers(self, linears: list[Any]) -> Any:
