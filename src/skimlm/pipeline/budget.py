@@ -5,10 +5,9 @@ Everything stored counts: indices, codebooks, scales, the width byte of a row
 tokenizer. The answer never exceeds the target and lies within one edge of a row's hull below it.
 """
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 
 from skimlm.errors import SkimError, naming
 from skimlm.format.layer import LayerSpec, row_bits, shared_bits
-from skimlm.format.row_codes import MAX_TABLE_WIDTH
+from skimlm.format.row_codes import code_bits
 from skimlm.quantize import slim
 from skimlm.quantize.allocate import allocate
-from skimlm.quantize.fit import WIDTHS
 
 EXACT = 12  # tries at a size that are corrected by what the last one was over
 LESS = 1e-3  # bits per weight between two later tries, at least: the search ends
@@ -31,34 +29,39 @@ Widths = dict[str, Tensor]  # uint8 [r] per linear
 class Prices:
     """What widths cost: bits of a row of each width per linear, and what is stored regardless."""
 
-    rows: dict[str, np.ndarray]  # float64 [8], or [5] if sparse or with adapters: no affine rows
-    fixed: float  # bits, e.g. of scaling vectors
-    weights: dict[str, int]
-
-    @property
-    def widest(self) -> int:
-        """The largest width a row can have."""
-        return min(len(prices) for prices in self.rows.values())
+    specs: Mapping[str, LayerSpec]  # of the linears, but for their widths
+    widths: Sequence[int]  # that a row can have, as they are stored
+    rows: Mapping[str, np.ndarray]  # float64 [widths] per linear
 
     @property
     def total(self) -> int:
         """Weights in all linears."""
-        return sum(self.weights.values())
+        return sum(spec.rows * spec.cols for spec in self.specs.values())
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The widths that cost least and most."""
+        sums = sum(self.rows[n] * spec.rows for n, spec in self.specs.items())
+        return self.widths[int(np.argmin(sums))], self.widths[int(np.argmax(sums))]
+
+    @property
+    def shared(self) -> int:
+        """Bits besides the rows, at most: with rows of every width."""
+        every = {width: 1 for width in self.widths}
+        return sum(shared_bits(replace(spec, counts=every)) for spec in self.specs.values())
 
     def bits(self, widths: Mapping[str, Tensor]) -> float:
         """Stored bits of the linears at these widths."""
-        chosen = (self.rows[n][w.numpy().astype(int) - 1].sum() for n, w in widths.items())
-        return float(sum(chosen)) + self.fixed
+        column = np.zeros(256, int)
+        column[list(self.widths)] = range(len(self.widths))
+        rows = sum(self.rows[n][column[w.numpy()]].sum() for n, w in widths.items())
+        return float(rows) + sum(shared_bits(self.specs[n].with_widths(w)) for n, w in widths.items())
 
 
-def prices(specs: Mapping[str, LayerSpec]) -> Prices:
-    """Prices of linears that will be stored so."""
-    rows, fixed = {}, 0
-    for name, spec in specs.items():
-        possible = WIDTHS if spec.plain else WIDTHS[:MAX_TABLE_WIDTH]
-        rows[name] = np.array([row_bits(spec, b) for b in possible], float)
-        fixed += shared_bits(spec)
-    return Prices(rows, fixed, {name: spec.rows * spec.cols for name, spec in specs.items()})
+def prices(specs: Mapping[str, LayerSpec], widths: Sequence[int]) -> Prices:
+    """Prices of linears that will be stored so, in rows of these widths."""
+    rows = {n: np.array([row_bits(spec, w) for w in widths], float) for n, spec in specs.items()}
+    return Prices(specs, widths, rows)
 
 
 def specs_of(
@@ -70,7 +73,7 @@ def specs_of(
         shape = linear.weight.shape
         with naming(name):
             spec = LayerSpec(*shape) if options is None else options.spec(*shape)
-        specs[name] = dataclasses.replace(spec, in_scale=in_scale)
+        specs[name] = replace(spec, in_scale=in_scale)
     return specs
 
 
@@ -95,24 +98,23 @@ def check(
     planned_bytes: Callable[[Widths], int],
 ) -> None:
     """Refuse a target that no widths meet, before any work is done."""
-    least, top = uniform(linears, 1), price.widest
     if target.index_bits:
         return
+    least, most = (uniform(linears, width) for width in price.ends)
+    top = code_bits(price.ends[1])
     if target.size is not None and target.size < planned_bytes(least):
         raise SkimError(
             f"{target.size:,} bytes cannot be reached: the folder takes {planned_bytes(least):,} "
-            f"bytes at 1 bit and {planned_bytes(uniform(linears, top)):,} at {top}; --embed-bits 4 "
-            "makes it smaller"
+            f"bytes at 1 bit and {planned_bytes(most):,} at {top}; --embed-bits 4 makes it smaller"
         )
-    if target.size is not None and target.size > planned_bytes(uniform(linears, top)) / (1 - NEAR):
+    if target.size is not None and target.size > planned_bytes(most) / (1 - NEAR):
         raise SkimError(
             f"{target.size:,} bytes is more than {top} bits per weight take, "
-            f"{planned_bytes(uniform(linears, top)):,}: give at most that; --embed-bits 16 makes "
-            "it larger"
+            f"{planned_bytes(most):,}: give at most that; --embed-bits 16 makes it larger"
         )
     if target.size is not None:
         return
-    low, high = (price.bits(uniform(linears, b)) / price.total for b in (1, top))
+    low, high = (price.bits(widths) / price.total for widths in (least, most))
     if target.bits < low:
         raise SkimError(
             f"{target.bits:g} bits per weight is below what codebooks and bookkeeping allow here: "
@@ -139,8 +141,9 @@ def choose(
     if target.size is None:
         return for_bits(errors, price, target.bits, pooled)
     # Headers and config grow with the histograms: begin a little high, then correct downwards.
-    low, high = (price.bits(uniform(linears, b)) / price.total for b in (1, price.widest))
-    narrow, wide = (planned_bytes(uniform(linears, b)) for b in (1, price.widest))
+    ends = [uniform(linears, width) for width in price.ends]
+    low, high = (price.bits(widths) / price.total for widths in ends)
+    narrow, wide = (planned_bytes(widths) for widths in ends)
     bits = low + (high - low) * (target.size - narrow) / max(wide - narrow, 1) + 0.05
     for attempt in itertools.count():
         widths = for_bits(errors, price, min(max(bits, low), high), pooled)
@@ -153,42 +156,45 @@ def choose(
         bits = closer if attempt < EXACT else min(closer, bits - LESS)
     raise SkimError(
         f"{target.size:,} bytes cannot be reached: the folder takes {narrow:,} bytes at 1 bit "
-        f"and {wide:,} at {price.widest}"
+        f"and {wide:,} at {code_bits(price.ends[1])}"
     )
 
 
 def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: bool) -> Widths:
     """Widths with the least total error at no more than `bits` stored bits per weight.
 
-    `errors`: [r, 8] per linear. `pooled`: one budget for the model, else one per linear (the
+    `errors`: [r, widths] per linear. `pooled`: one budget for the model, else one per linear (the
     paper).
     """
-    per_weight = bits - price.fixed / price.total
-    costs = {n: np.broadcast_to(price.rows[n], e.shape) for n, e in errors.items()}
-    tables = {n: e.double().numpy() for n, e in errors.items()}
+    per_weight = bits - price.shared / price.total
+    # columns in the order of what they cost, which depends on the length of a row
+    orders = {n: price.rows[n].argsort(kind="stable") for n in errors}
+    costs = {n: np.broadcast_to(price.rows[n][orders[n]], e.shape) for n, e in errors.items()}
+    tables = {n: e.double().numpy()[:, orders[n]] for n, e in errors.items()}
+    widths = {n: np.array(price.widths, np.uint8)[order] for n, order in orders.items()}
     if not pooled:
-        shares = _shares({n: float(costs[n][:, 0].sum()) for n in tables}, price, per_weight)
-        return {n: _widths(allocate(e, costs[n], shares[n])) for n, e in tables.items()}
-    choice = allocate(
-        np.concatenate(list(tables.values())),
-        np.concatenate(list(costs.values())),
-        per_weight * price.total,
-    )
-    return dict(zip(errors, _widths(choice).split([len(e) for e in tables.values()]), strict=True))
+        weights = {n: spec.rows * spec.cols for n, spec in price.specs.items()}
+        least = {n: float(costs[n][:, 0].sum()) for n in tables}
+        shares = _shares(least, weights, per_weight)
+        choices = {n: allocate(e, costs[n], shares[n]) for n, e in tables.items()}
+    else:
+        pool = [np.concatenate(list(each.values())) for each in (tables, costs)]
+        every = torch.from_numpy(allocate(*pool, per_weight * price.total))
+        parts = every.split([len(e) for e in tables.values()])
+        choices = {n: part.numpy() for n, part in zip(tables, parts, strict=True)}
+    return {n: torch.from_numpy(widths[n][choice]) for n, choice in choices.items()}
 
 
-def _shares(least: Mapping[str, float], price: Prices, per_weight: float) -> dict[str, float]:
+def _shares(
+    least: Mapping[str, float], weights: Mapping[str, int], per_weight: float
+) -> dict[str, float]:
     """One budget per linear, the same bits per weight but for those that need more at the least."""
     poor: set[str] = set()
     while True:
         rest = [n for n in least if n not in poor]
-        left = per_weight * price.total - sum(least[n] for n in poor)
-        rate = left / max(sum(price.weights[n] for n in rest), 1)
-        more = {n for n in rest if rate * price.weights[n] < least[n]}
+        left = per_weight * sum(weights.values()) - sum(least[n] for n in poor)
+        rate = left / max(sum(weights[n] for n in rest), 1)
+        more = {n for n in rest if rate * weights[n] < least[n]}
         if not more:
-            return {n: least[n] if n in poor else rate * price.weights[n] for n in least}
+            return {n: least[n] if n in poor else rate * weights[n] for n in least}
         poor |= more
-
-
-def _widths(choice: np.ndarray) -> Tensor:
-    return torch.from_numpy(choice + 1).to(torch.uint8)

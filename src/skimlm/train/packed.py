@@ -4,8 +4,8 @@
     product(x, layer, tensors)            x W^T, differentiable in x and in them
     stored(layer, tensors)                the layer with their values, rounded as a file has them
 
-A weight is value[i, j] = book[i, code[i, j]], where the book of a row has all 2^b values that its
-codes can stand for. Only while one layer computes is its W there, made from the packed codes and
+A weight is value[i, j] = book[i, code[i, j]], where the book of a row has all values that its codes,
+or the windows of a trellis, can stand for. Only while one layer computes is its W there, made from the packed codes and
 the books; the gradient of W is summed over the weights that share an entry of a book.
 """
 
@@ -20,8 +20,10 @@ from torch import Tensor
 from skimlm import native
 from skimlm.format.layer import Layer, stored_groups
 from skimlm.format.pack import unpack_codes, unpack_positions
+from skimlm.format.row_codes import RowCode, code_bits, windows
 from skimlm.quantize.fit import round_codebook
 from skimlm.quantize.kmeans import lookup
+from skimlm.quantize.trellis import round_table
 from skimlm.runtime.ops import add_adapter, dequantize
 
 Tensors = Mapping[str, Tensor]
@@ -32,88 +34,100 @@ class Rows:
     """The rows of one width of a layer."""
 
     width: int
+    code: RowCode
     index: Tensor  # which rows of the layer they are [n]
     stored: Mapping[str, Tensor]  # views [n, k] of their stored tensors
 
-    @property
-    def codebook(self) -> str:
-        """The name under which their codebooks move."""
-        return f"codebook.{self.width}"
+    def name(self, tensor: str) -> str:
+        """The name under which a tensor of these rows moves."""
+        return f"{tensor}.{self.width}"
 
 
 def rows_of(layer: Layer) -> list[Rows]:
     """The rows of a layer by their widths."""
-    return [Rows(*group) for group in stored_groups(layer)]
+    found = []
+    for width, index, views in stored_groups(layer):
+        code = layer.spec.code_of(width)
+        assert code is not None
+        found.append(Rows(width, code, index, views))
+    return found
 
 
 def moving(layer: Layer) -> dict[str, Tensor]:
-    """What can move of a layer: the values [n, 2^b] of codebooks, scale included, by width.
+    """What can move of a layer, by width.
 
-    Grids stand still: their rows are few, and as good as the original's. Nothing of a layer moves
-    whose columns share scales in groups.
+    The values [n, 2^b] of codebooks, scale included; the levels [128] of a trellis, and the scales
+    [n] of its rows. Grids stand still: their rows are few, and as good as the original's. Nothing of
+    a layer moves whose columns share scales in groups.
     """
-    if layer.spec.group is not None:
-        return {}
     found = {}
-    for rows in rows_of(layer):
-        if _code(layer, rows.width) == "table":
-            levels, scale = rows.stored["codebook"].float(), rows.stored["row_scale"].float()
-            found[rows.codebook] = levels * scale
+    for rows in [] if layer.spec.group else rows_of(layer):
+        scale = rows.stored["row_scale"].float()
+        if rows.code.name == "table":
+            found[rows.name("codebook")] = rows.stored["codebook"].float() * scale
+        if rows.code.name == "trellis":
+            found[rows.name("trellis")] = rows.stored["trellis"][0].float()
+            found[rows.name("row_scale")] = scale[:, 0]
     return found
 
 
 def stored(layer: Layer, tensors: Tensors) -> Layer:
-    """The layer with these codebooks, as int8 levels times a bfloat16 scale per row."""
+    """The layer with these values: int8 levels times a bfloat16 scale per row."""
     new = {name: tensor.clone() for name, tensor in layer.tensors.items()}
     for rows in rows_of(Layer(layer.spec, new)):
-        if rows.codebook in tensors:
-            book = tensors[rows.codebook]
+        if rows.name("codebook") in tensors:
+            book = tensors[rows.name("codebook")]
             levels, scale = round_codebook(book, torch.full((len(book),), book.shape[1]))
             rows.stored["codebook"].copy_(levels)
+            rows.stored["row_scale"].copy_(scale[:, None])
+        if rows.name("trellis") in tensors:
+            table, scale = tensors[rows.name("trellis")], tensors[rows.name("row_scale")]
+            levels, scale = round_table(table, scale)
+            rows.stored["trellis"][0].copy_(levels)
             rows.stored["row_scale"].copy_(scale[:, None])
     return Layer(layer.spec, new)
 
 
 def product(x: Tensor, layer: Layer, tensors: Tensors) -> Tensor:
-    """x [..., c] times the layer with these codebooks: [..., r] in the dtype of x."""
+    """x [..., c] times the layer with these values: [..., r] in the dtype of x."""
     grid, scale = layer.spec.group is not None, layer.tensors.get("in_scale")
     scaled = x if grid or scale is None else x * scale.to(x.dtype)
-    books = [] if grid else [_book(layer, rows, tensors) for rows in rows_of(layer)]
+    books = [] if grid else [_book(rows, tensors) for rows in rows_of(layer)]
     return add_adapter(_Product.apply(scaled, layer, *books), x, layer)
 
 
-def _code(layer: Layer, width: int) -> str:
-    code = layer.spec.code_of(width)
-    assert code is not None
-    return code.name
+def _book(rows: Rows, tensors: Tensors) -> Tensor:
+    """The values that codes, or windows, of these rows stand for, float32 [n, 2^b or 128]."""
+    if rows.name("codebook") in tensors:
+        return tensors[rows.name("codebook")]
+    scale = rows.stored["row_scale"].float()
+    if rows.code.name == "trellis":
+        scale = tensors.get(rows.name("row_scale"), scale).view(-1, 1)
+        return scale * tensors.get(rows.name("trellis"), rows.stored["trellis"][0].float())
+    bits = code_bits(rows.width)
+    every = torch.arange(2**bits, dtype=torch.uint8).expand(len(rows.index), -1)
+    return rows.code.levels(every, bits, rows.stored) * scale
 
 
-def _book(layer: Layer, rows: Rows, tensors: Tensors) -> Tensor:
-    """The values that the codes of these rows stand for, float32 [n, 2^b]."""
-    if rows.codebook in tensors:
-        return tensors[rows.codebook]
-    code, width = layer.spec.code_of(rows.width), rows.width
-    assert code is not None
-    every = torch.arange(2**width, dtype=torch.uint8).expand(len(rows.index), -1)
-    return code.levels(every, width, rows.stored) * rows.stored["row_scale"].float()
-
-
-def _codes(layer: Layer, rows: Rows) -> Tensor:
-    """Codes uint8 [n, c] of these rows; 2^b, behind all others, where a weight is pruned."""
-    spec = layer.spec
-    codes = unpack_codes(rows.stored["weight"], rows.width, spec.codes).contiguous()
+def _codes(layer: Layer, rows: Rows, entries: int) -> Tensor:
+    """Which of the `entries` of its row each weight is, uint8 [n, c]; `entries` where pruned."""
+    spec, bits = layer.spec, code_bits(rows.width)
+    codes = unpack_codes(rows.stored["weight"], bits, spec.codes).contiguous()
+    if rows.code.name == "trellis":
+        codes = windows(codes, bits)
     if spec.sparsity is None:
         return codes
     mask = unpack_positions(rows.stored["positions"], spec.sparsity, spec.cols)
-    return torch.full_like(mask, 2**rows.width, dtype=torch.uint8).masked_scatter_(mask, codes)
+    return torch.full_like(mask, entries, dtype=torch.uint8).masked_scatter_(mask, codes)
 
 
 def _each(layer: Layer, books: tuple[Tensor, ...]) -> Iterator[tuple[Rows, Tensor, Tensor]]:
     """(rows, their codes, their book with a 0 for what is pruned), by width."""
     for rows, book in zip(rows_of(layer), books, strict=True):
+        codes = _codes(layer, rows, book.shape[1])
         if layer.spec.sparsity is not None:
             book = torch.nn.functional.pad(book, (0, 1))
-        yield rows, _codes(layer, rows), book.contiguous()
+        yield rows, codes, book.contiguous()
 
 
 def _weight(layer: Layer, books: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
