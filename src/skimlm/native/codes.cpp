@@ -31,12 +31,12 @@ int skimlm_unpack_codes(const uint8_t* packed, uint8_t* codes, int64_t r, int64_
                         int64_t windows, int threads) {
   return guarded([&] {
     if (bits < 1 || bits > (windows ? 4 : 8)) return MISFIT;
-    const Cut cut = (windows ? cut_windows : cut_row)[bits];
     const int64_t stride = (c * bits + 7) / 8;
     parallel_rows(r, 32, threads, [&](int64_t first, int64_t last) {
       std::vector<uint8_t> row(c + 8);  // writes eight at a time
       for (int64_t i = first; i < last; ++i) {
-        cut(packed + i * stride, row.data(), c);
+        cut_row(int(bits), packed + i * stride, row.data(), c);
+        if (windows) windows_of_width[bits](row.data(), c);
         std::copy_n(row.data(), c, codes + i * c);
       }
     });
