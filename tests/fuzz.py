@@ -61,14 +61,17 @@ def layer_call(choose):
     )
     if choose.random() < 0.5:  # version 1
         sparsity, kept, group, adapter = None, 0, None, (0, 0)
-    q = random_quantized(rows, cols, choose.randrange(9), in_scale=choose.random() < 0.3)
+    widths = None
+    if group is None and choose.random() < 0.5:
+        widths = choose.sample([*range(1, 9), *range(17, 21)], choose.randint(1, 12))
+    q = random_quantized(rows, cols, choose.randrange(9), choose.random() < 0.3, widths)
     layer = pack(with_options(q, sparsity, kept, group, *adapter))
     stored, spec = dict(layer.tensors), layer.spec
     x = torch.randn(choose.choice([1, 1, 2, 5, 33, 40]), cols)
     x = x.to(choose.choice([torch.float32, torch.bfloat16]))
     bias = torch.randn(rows).to(x.dtype) if choose.random() < 0.3 else None
     for _ in range(choose.choice([0, 1, 1, 2])):
-        name = choose.choice([*stored, "positions", "option", "x", "bias"])
+        name = choose.choice([*stored, "positions", "trellis", "option", "x", "bias"])
         if name == "option":
             option = choose.choice(OPTIONS)
             values = (None, "2:4", "bitmap") if option == "sparsity" else NUMBERS

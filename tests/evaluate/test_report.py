@@ -79,6 +79,18 @@ def test_everything_a_linear_has_is_shown_and_counted(folder_of_version_2):
     assert lines[name + "up_proj"].endswith(" scaled")
 
 
+def test_trellis_rows_are_shown_by_the_bits_of_their_codes(tmp_path):
+    model = tiny_model(dtype=torch.bfloat16)
+    quantized = quantized_linears(model, widths=[19, 3])
+    out = save(tmp_path / "out", model, None, quantized, embed_bits=8, bits=3.5)
+    facts = inspect(out)
+    rows = sum(q.shape[0] for q in quantized.values()) // 2
+    assert facts["widths"] == {"3": rows, "19": rows} and facts["format_version"] == 3
+    lines = inspect_text(facts).splitlines()
+    assert f"rows by width    3 bit: {rows:,} (50.0%), t3 bit: {rows:,} (50.0%)" in lines
+    assert any(line.endswith(" 3:32 t3:32") for line in lines)
+
+
 def test_parts_add_up_to_the_folder(compressed):
     facts, tensors = inspect(compressed), stored(compressed)
     parts = facts["bytes_by_part"]

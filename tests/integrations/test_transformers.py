@@ -119,6 +119,20 @@ def test_linears_of_version_2_load_run_and_come_back(tmp_path, family):
     assert_same_logits(logits(loaded.dequantize()), want)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_trellis_rows_load_run_and_come_back_in_a_folder_of_version_3(tmp_path, family):
+    model, widths = tiny_model(family), [19, 3, 18, 17, 7, 20]
+    quantized = compress(tmp_path / "out", model, in_scale=True, widths=widths)
+    loaded = open_folder(tmp_path / "out")
+    want = logits(loaded)
+    assert_same_logits(want, logits(make_dense(model, quantized, loaded)))
+    loaded.save_pretrained(tmp_path / "again")
+    assert stored(tmp_path / "again") == stored(tmp_path / "out")
+    assert config_of(tmp_path / "again") == config_of(tmp_path / "out")
+    assert config_of(tmp_path / "out")["format_version"] == 3
+    assert_same_logits(logits(loaded.dequantize()), want)
+
+
 def test_linears_of_version_1_keep_a_folder_at_version_1(tmp_path):
     compress(tmp_path / "out", tiny_model("llama"))
     config = config_of(tmp_path / "out")
@@ -301,6 +315,23 @@ TENSORS = {
 }
 
 
+TRELLIS_TENSORS = {
+    "no trellis": (f"{UP}.trellis", None, "is missing"),
+    "one table of two": (f"{UP}.trellis", lambda t: t[:1], "must be int8"),
+    "a trellis without sign": (f"{UP}.trellis", lambda t: t.byte(), "must be int8"),
+    "rows of a code": (f"{UP}.widths", lambda t: t % 16, "are not config.json's"),
+}
+
+
+@pytest.fixture(scope="module")
+def sound_trellis(tmp_path_factory, tokenizer):
+    """The same with trellis rows of 2 and 3 bits."""
+    out = tmp_path_factory.mktemp("trellis") / "out"
+    model = tiny_model("llama", tie_word_embeddings=False)
+    compress(out, model, tokenizer, widths=[19, 3, 18])
+    return out
+
+
 PART_TENSORS = {
     "no positions": (f"{DOWN}.positions", None, "is missing"),
     "short positions": (f"{DOWN}.positions", lambda t: t[1:], "must be uint8"),
@@ -321,11 +352,11 @@ PART_TENSORS = {
 }
 
 
-@pytest.mark.parametrize("case", [*TENSORS, *PART_TENSORS])
-def test_tampered_tensors_are_refused(sound, sound_parts, tmp_path, case):
-    name, change, message = (TENSORS | PART_TENSORS)[case]
-    folder = tmp_path / "out"
-    shutil.copytree(sound if case in TENSORS else sound_parts, folder)
+@pytest.mark.parametrize("case", [*TENSORS, *PART_TENSORS, *TRELLIS_TENSORS])
+def test_tampered_tensors_are_refused(sound, sound_parts, sound_trellis, tmp_path, case):
+    name, change, message = (TENSORS | PART_TENSORS | TRELLIS_TENSORS)[case]
+    folder, with_trellis = tmp_path / "out", sound_trellis if case in TRELLIS_TENSORS else None
+    shutil.copytree(with_trellis or (sound if case in TENSORS else sound_parts), folder)
     tensors = load_file(folder / "model.safetensors")
     old = tensors.pop(name, None)
     if change:

@@ -34,12 +34,19 @@ FUSED = ["llama", "mistral", "qwen2", "qwen3", "phi3", "mixtral", "qwen3_moe"]
 def pair(tmp_path):
     """Makes (compressed model, dense model of the same numbers)."""
 
-    def make(family="llama", dtype=torch.float32, in_scale=False, kinds=("plain",), **changes):
+    def make(
+        family="llama",
+        dtype=torch.float32,
+        in_scale=False,
+        kinds=("plain",),
+        widths=None,
+        **changes,
+    ):
         changes = {"sliding_window": None} | changes if family == "mistral" else changes
         dense = tiny_model(family, dtype, **changes)
         layout = structure_of(dense).layout
         separate(dense, layout)
-        quantized = quantized_linears(dense, in_scale=in_scale)
+        quantized = quantized_linears(dense, in_scale=in_scale, widths=widths)
         for i, (name, q) in enumerate(quantized.items()):
             quantized[name] = with_options(q, **KINDS[kinds[i % len(kinds)]](q.shape[1]))
         save(tmp_path / "out", dense, None, quantized, embed_bits=16, bits=3.2, layout=layout)
@@ -92,6 +99,13 @@ def test_logits_are_those_of_the_dense_model(pair, calls, isa, family, dtype):
         exact = follow(dense.float())[0]
         assert distance(got, exact) <= distance(want, exact)
     assert close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_trellis_rows_take_the_native_way(pair, calls, isa, family, dtype):
+    model, dense = pair(family, dtype, widths=[19, 3, 18, 20, 7, 17])
+    assert close(follow(model)[0], follow(dense)[0]) and len(calls) == 6
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,7 @@ def test_a_product_for_each_of_several_layers_is_that_of_each_alone(pool):
     widths = {0: [19, 3, 18], len(kinds) - 1: [20, 7, 17, 19, 18]}
     scaled = [False, True, *[bool(i % 2) for i in range(len(kinds) - 3)], False]
     qs = [
-        with_options(
-            random_quantized(70, 140, seed=i, in_scale=s, widths=widths.get(i)), **kind
-        )
+        with_options(random_quantized(70, 140, seed=i, in_scale=s, widths=widths.get(i)), **kind)
         for i, (kind, s) in enumerate(zip(kinds, scaled, strict=True))
     ]
     layers = [pack(q) for q in qs]

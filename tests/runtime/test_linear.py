@@ -37,9 +37,10 @@ def table_layers(rows=50, cols=9, bits=8, dtype=torch.float32, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_forward_is_the_dense_layers(dtype, scaled, biased):
+@pytest.mark.parametrize("widths", [None, [19, 3, 18, 20, 17]], ids=str)
+def test_forward_is_the_dense_layers(dtype, scaled, biased, widths):
     torch.manual_seed(0)
-    q = random_quantized(31, 17, in_scale=scaled)
+    q = random_quantized(31, 17, in_scale=scaled, widths=widths)
     bias = torch.randn(31, dtype=dtype) if biased else None
     x = torch.randn(2, 3, 17, dtype=dtype)
     layer = CompressedLinear.from_quantized(q, bias)
@@ -54,8 +55,9 @@ def test_forward_is_the_dense_layers(dtype, scaled, biased):
     torch.testing.assert_close(layer(many), dense, **close)
 
 
-def test_gradients_flow_through_to_the_input():
-    q = random_quantized(31, 17, in_scale=True)
+@pytest.mark.parametrize("widths", [None, [19, 3, 18, 20, 17]], ids=str)
+def test_gradients_flow_through_to_the_input(widths):
+    q = random_quantized(31, 17, in_scale=True, widths=widths)
     x = torch.randn(3, 17, requires_grad=True)
     CompressedLinear.from_quantized(q)(x).sum().backward()
     torch.testing.assert_close(x.grad, dequantize(q).sum(0).expand(3, 17))

@@ -8,6 +8,10 @@
 
 #include "layer.h"
 
+#if defined(__BMI2__)
+#include <immintrin.h>
+#endif
+
 constexpr int WINDOW = SKIMLM_WINDOW;
 
 namespace {
@@ -49,30 +53,58 @@ inline void from_float(const float* x, bool bf16, int64_t n, void* out) {
     std::copy_n(x, n, static_cast<float*>(out));
 }
 
-// The codes of one row, or the W bits of its stream that begin with each of them, zeros behind its end:
-// eight codes are B whole bytes, read as one little-endian word.
-template <int B, int W = B>
+// Codes of one row: eight of them are B whole bytes, read as one little-endian word.
+template <int B>
 void cut(const uint8_t* row, uint8_t* code, int64_t c) {
-  constexpr uint64_t mask = (uint64_t(1) << W) - 1;
-  const uint8_t* end = row + (c * B + 7) / 8;
+  constexpr uint64_t mask = (uint64_t(1) << B) - 1;
   auto eight = [&](uint64_t word, uint8_t* to) {
     for (int t = 0; t < 8; ++t) to[t] = uint8_t((word >> (B * t)) & mask);
   };
   int64_t j = 0;
-  for (; j + 8 <= c && row + 8 <= end; j += 8, row += B) {  // reads 8 bytes, whatever B
-    uint64_t word;
-    std::memcpy(&word, row, 8);
+  for (; j + 8 <= c; j += 8, row += B) {
+    uint64_t word = 0;
+    std::memcpy(&word, row, B);
     eight(word, code + j);
   }
-  for (; j < c; j += 8, row += B) {
+  if (j < c) {
     uint64_t word = 0;
-    std::memcpy(&word, row, std::min<int64_t>(end - row, 8));
+    std::memcpy(&word, row, ((c - j) * B + 7) / 8);
     eight(word, code + j);  // code has room for eight more
   }
 }
 
 using Cut = void (*)(const uint8_t*, uint8_t*, int64_t);
-const Cut cut_row[9] = {nullptr, cut<1>, cut<2>, cut<3>, cut<4>, cut<5>, cut<6>, cut<7>, cut<8>};
-const Cut cut_windows[5] = {nullptr, cut<1, WINDOW>, cut<2, WINDOW>, cut<3, WINDOW>, cut<4, WINDOW>};
+const Cut cut_of_width[9] = {nullptr, cut<1>, cut<2>, cut<3>, cut<4>, cut<5>, cut<6>, cut<7>, cut<8>};
+
+// The same for b bits, the fastest way that the instruction set has.
+inline void cut_row(int b, const uint8_t* row, uint8_t* code, int64_t c) {
+#if defined(__BMI2__)
+  const uint64_t mask = 0x0101010101010101u * ((1u << b) - 1);
+  const uint8_t* end = row + (c * b + 7) / 8;
+  int64_t j = 0;
+  for (; j + 8 <= c && row + 8 <= end; j += 8, row += b) {  // reads 8 bytes, whatever b
+    uint64_t word;
+    std::memcpy(&word, row, 8);
+    word = _pdep_u64(word, mask);
+    std::memcpy(code + j, &word, 8);
+  }
+  cut_of_width[b](row, code + j, c - j);
+#else
+  cut_of_width[b](row, code, c);
+#endif
+}
+
+// Codes of B bits, 1..4, become the WINDOW bits of the row's stream that begin with each, zeros behind the
+// last one: first pairs of codes, then fours, then eights, in place. There is room for eight more.
+template <int B, int STEP = 1>
+void to_windows(uint8_t* code, int64_t c) {
+  if constexpr (STEP == 1) std::fill_n(code + c, 8, uint8_t(0));
+  for (int64_t j = 0; j < c; ++j)
+    code[j] = uint8_t((code[j] | code[j + STEP] << STEP * B) & ((1 << WINDOW) - 1));
+  if constexpr (2 * STEP * B < WINDOW) to_windows<B, 2 * STEP>(code, c);
+}
+
+using ToWindows = void (*)(uint8_t*, int64_t);
+const ToWindows windows_of_width[5] = {nullptr, to_windows<1>, to_windows<2>, to_windows<3>, to_windows<4>};
 
 }  // namespace

@@ -40,11 +40,15 @@ struct Group {
   // What is taken off the levels of row i.
   int64_t zero(int64_t i) const { return code == AFFINE ? zeros[i] : 0; }
 
-  // What is looked up for a code: the code itself or, of a trellis, the WINDOW bits that begin with it.
-  Cut cut() const { return code == TRELLIS ? cut_windows[width] : cut_row[width]; }
+  // What is looked up for each of the c codes of row i: the code itself or, of a trellis, the WINDOW bits
+  // that begin with it. `to` has room for eight more.
+  void indices(int64_t i, int64_t c, uint8_t* to) const {
+    cut_row(width, packed + i * stride, to, c);
+    if (code == TRELLIS) windows_of_width[width](to, c);
+  }
   int index_bits() const { return code == TRELLIS ? WINDOW : width; }
 
-  // Levels of row i by what is looked up, 0 .. 2^index_bits - 1.
+  // The levels of row i by index.
   template <class T>
   void entries(int64_t i, T* out) const {
     const int8_t* own = code == TABLE ? levels + (i << width) : levels;

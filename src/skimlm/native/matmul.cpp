@@ -20,23 +20,6 @@ constexpr int64_t MANY = 2;              // tokens from which rows are turned in
 
 // ---- any processor: a row becomes integers, then one dot product per token
 
-void cut_any(int b, const uint8_t* row, uint8_t* code, int64_t c) {
-#if defined(__BMI2__)
-  const uint64_t mask = 0x0101010101010101u * ((1u << b) - 1);
-  const uint8_t* end = row + (c * b + 7) / 8;
-  int64_t j = 0;
-  for (; j + 8 <= c && row + 8 <= end; j += 8, row += b) {  // reads 8 bytes, whatever b
-    uint64_t word;
-    std::memcpy(&word, row, 8);
-    word = _pdep_u64(word, mask);
-    std::memcpy(code + j, &word, 8);
-  }
-  cut_row[b](row, code + j, c - j);
-#else
-  cut_row[b](row, code, c);
-#endif
-}
-
 int64_t dot(const int16_t* level, const int16_t* digit, int64_t c) {
   int64_t sum = 0;
   for (int64_t j = 0; j < c; j += 512) {  // 512 products of 8 and 12 bits fit 32
@@ -68,10 +51,7 @@ void rows_any(const Group& g, int64_t begin, int64_t end, int64_t c, const Each&
   std::vector<uint8_t> code(padded + 8);
   std::vector<int16_t> level(padded);
   for (int64_t i = begin; i < end; ++i) {
-    if (g.code == TRELLIS)
-      g.cut()(g.packed + i * g.stride, code.data(), c);
-    else
-      cut_any(g.width, g.packed + i * g.stride, code.data(), c);
+    g.indices(i, c, code.data());
     int16_t entry[256];
     g.entries(i, entry);
     for (int64_t j = 0; j < c; ++j) level[j] = entry[code[j]];

@@ -43,7 +43,7 @@ struct Numbers {
 
   // Row i of a group [c]: the entries of its codes, 0 where pruned.
   const T* row(const Matrix& m, const Group& g, int64_t i, const T* entry) {
-    g.cut()(g.packed + i * g.stride, code.data(), m.kept);
+    g.indices(i, m.kept, code.data());
     for (int64_t k = 0; k < m.kept; ++k) kept[k] = entry[code[k]];
     if (!m.sparsity) return kept.data();
     std::fill(dense.begin(), dense.end(), T(0));
