@@ -4,6 +4,7 @@
 for rows with codebooks; `fit` goes on from there under a full H and rounds to what is stored.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ from skimlm.quantize.trellis import (
     windows,
 )
 
-ALIKE, WEIGHTED = 8, 2  # rounds in which a table is learnt: all weights alike, then under F
+NORMAL, TAILS = 80, 0.2  # rounds of the table all begin with, and how far its tails are drawn out
+ALIKE, WEIGHTED = 4, 2  # rounds in which a table is learnt: all weights alike, then under F
 ROUNDS = 4  # of symbols, scales and table under H
 SETTLE = 2  # passes over the symbols once all else is rounded
 LEVELS = 127  # the largest entry of a stored table
@@ -38,18 +40,27 @@ class TrellisRows:
     scale: Tensor  # bfloat16 [r]
 
 
+@functools.cache
 def start_table(bits: int) -> Tensor:
-    """Levels [128] for normal weights of variance 1, from which tables are learnt.
+    """Levels [128] for weights of variance 1, from which tables are learnt.
 
-    Quantiles, drawn apart: a few outliers cost more than all else where no level reaches them, and
-    at high rates the best levels lie as if weights had three times the variance. They are dealt so
-    that the 2^b windows of a class span the range, neighbouring parts going to other taps.
+    They suit normal numbers whose tails are drawn out: a few outliers cost more than all else where
+    no level reaches them. Quantiles are dealt so that the 2^b windows of a class span the range,
+    neighbouring parts going to other taps; from there symbols and levels are found by turns.
     """
-    plain, taps, classes = 1 << (bits - TAPS[bits]), 1 << TAPS[bits], STATES >> bits
+    taps, classes = 1 << TAPS[bits], STATES >> bits
+    plain = STATES // taps // classes
     z = math.sqrt(2) * torch.erfinv((2 * torch.arange(STATES) + 1) / STATES - 1)
-    z = z * (1 + 0.3 * z.abs())
     part = torch.arange(plain) * taps + torch.arange(taps).unsqueeze(1)  # [taps, plain]
-    return z[part * classes + torch.arange(classes)[:, None, None]].flatten()
+    table = z[part * classes + torch.arange(classes)[:, None, None]].flatten()
+    w = torch.randn(ROWS, 512, generator=torch.Generator().manual_seed(0))
+    w *= 1 + TAILS * w.abs()
+    w /= w.square().mean().sqrt()
+    alike, scale = torch.ones_like(w), torch.ones(ROWS)
+    for _ in range(NORMAL):
+        codes = viterbi(w, alike, table, scale, bits)
+        table = _table_means(w, alike, table, scale, codes, bits)
+    return table
 
 
 def learn_table(w: Tensor, f: Tensor, bits: int) -> Tensor:
@@ -58,13 +69,20 @@ def learn_table(w: Tensor, f: Tensor, bits: int) -> Tensor:
     w, f = w[::step].contiguous(), f[::step].contiguous()
     table, scale = start_table(bits), _rms(w)
     for weight in [torch.ones_like(f)] * ALIKE + [f] * WEIGHTED:
-        window = windows(viterbi(w, weight, table, scale, bits), bits).long()
-        scale = _scales(w, weight, table[window], scale)
-        size, window = scale.unsqueeze(1), window.flatten()
-        mass = torch.zeros(STATES).index_add_(0, window, (weight * size * size).flatten())
-        total = torch.zeros(STATES).index_add_(0, window, (weight * size * w).flatten())
-        table = torch.where(mass > 0, total / mass, table)
+        codes = viterbi(w, weight, table, scale, bits)
+        scale = _scales(w, weight, table[windows(codes, bits).int()], scale)
+        table = _table_means(w, weight, table, scale, codes, bits)
     return table
+
+
+def _table_means(
+    w: Tensor, f: Tensor, table: Tensor, scale: Tensor, codes: Tensor, bits: int
+) -> Tensor:
+    """The table of least error under `f`, symbols fixed; entries that no weight has stay."""
+    window, size = windows(codes, bits).flatten().long(), scale.unsqueeze(1)
+    mass = torch.zeros(STATES).index_add_(0, window, (f * size * size).flatten())
+    total = torch.zeros(STATES).index_add_(0, window, (f * size * w).flatten())
+    return torch.where(mass > 0, total / mass, table)
 
 
 def start(w: Tensor, f: Tensor, table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
