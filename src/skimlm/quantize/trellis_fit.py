@@ -24,10 +24,11 @@ from skimlm.quantize.trellis import (
     windows,
 )
 
-NORMAL, TAILS = 80, 0.2  # rounds of the table all begin with, and how far its tails are drawn out
+NORMAL, TAILS = 80, 0.1  # rounds of the table all begin with, and how far its tails are drawn out
 ALIKE, WEIGHTED = 4, 2  # rounds in which a table is learnt: all weights alike, then under F
+SCALES = (0.75, 1.0, 1.25, 1.5, 1.8, 2.2, 2.8)  # of the rms of a row, from which its own is found
 ROUNDS = 4  # of symbols, scales and table under H
-SETTLE = 2  # passes over the symbols once all else is rounded
+SETTLE = 3  # passes over the symbols once all else is rounded
 LEVELS = 127  # the largest entry of a stored table
 
 
@@ -86,12 +87,20 @@ def _table_means(
 
 
 def start(w: Tensor, f: Tensor, table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symbols and scales [r] of rows under `f`, the table given."""
-    scale = _rms(w)
-    for _ in range(2):
-        codes = viterbi(w, f, table, scale, bits)
-        scale = _scales(w, f, table[windows(codes, bits).int()], scale)
-    return codes, scale
+    """Symbols uint8 [r, c] and scales [r] of rows under `f`, the table given.
+
+    Of a few scales each row takes the best one: where a sensitive weight lies far out, coarser
+    levels for all others cost less than not reaching it.
+    """
+    least, best = torch.full((len(w),), torch.inf), _rms(w)
+    for factor in SCALES:
+        scale = _rms(w) * factor
+        level = table[windows(viterbi(w, f, table, scale, bits), bits).int()]
+        scale = _scales(w, f, level, scale)
+        error = (f * (level * scale.unsqueeze(1) - w).square()).sum(1)
+        least, best = torch.minimum(least, error), torch.where(error < least, scale, best)
+    codes = viterbi(w, f, table, best, bits)
+    return codes, _scales(w, f, table[windows(codes, bits).int()], best)
 
 
 def curve(w: Tensor, f: Tensor, h: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
