@@ -55,6 +55,24 @@ SKIMLM_API int skimlm_sparse_descent(const float* h, float* gradient, const floa
                                       uint8_t* codes, int64_t r, int64_t c, int64_t k, int64_t pairs,
                                       int64_t sweeps, int threads);
 
+// The symbols of trellis rows of `bits` bits with least sum of f (scale * table[window] - w)^2: table [128],
+// scale [r], codes [r, c] (quantize/trellis.py).
+SKIMLM_API int skimlm_trellis_viterbi(const float* w, const float* f, const float* table, const float* scale,
+                                       uint8_t* codes, int64_t r, int64_t c, int64_t bits, int64_t taps,
+                                       int threads);
+
+// Descent over their symbols under h, `run` at once at every `stride`-th column, a divisor of 48; `run` is at most
+// 8 more (quantize/trellis.py). gradient [r, c] as above; codes change in place.
+SKIMLM_API int skimlm_trellis_descend(const float* h, float* gradient, const float* table,
+                                       const float* scale, uint8_t* codes, int64_t r, int64_t c,
+                                       int64_t bits, int64_t taps, int64_t run, int64_t stride,
+                                       int64_t sweeps, int threads);
+
+// a [128, 128] = sum of weight P^T h P over rows, P [c, 128] being 1 where a weight has a window
+// (quantize/trellis.py).
+SKIMLM_API int skimlm_trellis_normal(const float* h, const uint8_t* codes, const float* weight, double* a,
+                                      int64_t r, int64_t c, int64_t bits, int64_t taps, int threads);
+
 // Least-squares codebooks under h, codes fixed up to sorting, code 255 a weight of 0 (quantize/refine.py).
 // gradient [r, c] as above, or null.
 SKIMLM_API int skimlm_codebook_step(const float* h, const float* w, const int32_t* sizes,

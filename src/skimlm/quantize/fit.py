@@ -73,7 +73,7 @@ def analyse(w: Tensor, f: Tensor, h: Tensor | None, edges: int = 0) -> tuple[lis
             if fast is None:
                 errors[some, b - 1] = (f[some] * d * d).sum(1)
             else:
-                errors[some, b - 1] = _quadratic(d, fast)
+                errors[some, b - 1] = quadratic(d, fast)
     for b in range(MAX_TABLE_WIDTH + 1, MAX_WIDTH):  # a bit more, a quarter of the error
         errors[:, b] = errors[:, b - 1] / 4
     return centroids, errors
@@ -89,7 +89,7 @@ def _rounded(w: Tensor, f: Tensor, b: int, centroids: list[Tensor], rows: slice)
     return refine.dense(codes, table)
 
 
-def _quadratic(d: Tensor, h: Tensor) -> Tensor:
+def quadratic(d: Tensor, h: Tensor) -> Tensor:
     """d H d^T of every row [r]; of H [c, c] bfloat16, symmetric, one of each pair of tiles."""
     low, total = d.bfloat16(), torch.zeros(len(d))
     for begin in range(0, d.shape[1], SPAN):
