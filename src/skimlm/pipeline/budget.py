@@ -55,7 +55,9 @@ class Prices:
         column = np.zeros(256, int)
         column[list(self.widths)] = range(len(self.widths))
         rows = sum(self.rows[n][column[w.numpy()]].sum() for n, w in widths.items())
-        return float(rows) + sum(shared_bits(self.specs[n].with_widths(w)) for n, w in widths.items())
+        return float(rows) + sum(
+            shared_bits(self.specs[n].with_widths(w)) for n, w in widths.items()
+        )
 
 
 def prices(specs: Mapping[str, LayerSpec], widths: Sequence[int]) -> Prices:

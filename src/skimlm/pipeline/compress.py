@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import skimlm
 from skimlm.errors import SkimError, naming
 from skimlm.format.layer import LayerSpec, histogram
+from skimlm.format.row_codes import code_bits
 from skimlm.models.architecture import check_positions, skeleton
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.checkpoint import load_tokenizer, open_checkpoint
@@ -48,13 +49,12 @@ from skimlm.pipeline import plan as planning
 from skimlm.pipeline.budget import specs_of
 from skimlm.pipeline.calibrate import FEW
 from skimlm.pipeline.config import CompressConfig
-from skimlm.pipeline.recipes import packed_linear
+from skimlm.pipeline.recipes import packed_linear, widths_of
 from skimlm.pipeline.states import StateStore
 from skimlm.pipeline.text import default_text, read_documents, read_text, windows
 from skimlm.pipeline.walk import Walk, analyse, each, packed
 from skimlm.pipeline.workers import Submit, here, pool
 from skimlm.progress import Clock, peak_rss_bytes
-from skimlm.quantize.fit import WIDTHS
 from skimlm.storage import journal
 from skimlm.storage.folder import check_apart, check_out, folder_bytes
 
@@ -186,7 +186,8 @@ def _prices(
     given: "Given", config: CompressConfig
 ) -> tuple[budget.Prices, Callable[[budget.Widths], int]]:
     """What widths cost, and the bytes of OUT with them, every file counted."""
-    price = budget.prices(specs_of(given.linears, config.options, config.settings.scale))
+    possible = widths_of(config.settings, config.options)
+    price = budget.prices(specs_of(given.linears, config.options, config.settings.scale), possible)
     provenance = _provenance(config, given)
 
     def planned_bytes(widths: budget.Widths) -> int:
@@ -238,13 +239,10 @@ def _allocate(given: "Given", config: CompressConfig, tools: Tools, walk: Walk) 
 
 def _as_if_alike(given: "Given", config: CompressConfig) -> Plan:
     """A plan without an analysis, of the right size: all rows lose alike."""
-    curve = 0.25 ** torch.arange(len(WIDTHS), dtype=torch.float64)
     linears = given.linears
     price, planned_bytes = _prices(given, config)
-    errors = {
-        n: curve[: len(price.rows[n])].expand(m.out_features, -1).clone()
-        for n, m in linears.items()
-    }
+    curve = torch.tensor([0.25 ** code_bits(width) for width in price.widths]).double()
+    errors = {n: curve.expand(m.out_features, -1) for n, m in linears.items()}
     budget.check(config.target, linears, price, planned_bytes)
     widths = budget.choose(config.target, errors, linears, price, True, planned_bytes)
     bits = price.bits(widths) / price.total

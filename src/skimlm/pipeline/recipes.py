@@ -4,6 +4,8 @@ fit_linear, settled      W, what is known of it, widths -> codebooks and codes -
 first_fit, composed_linear      the same with sparsity or adapters: those first, then codebooks
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,20 @@ from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.sensitivity import Analysis
 from skimlm.quantize import fit as fitting
 from skimlm.quantize import slim
-from skimlm.quantize.fit import Fit
+from skimlm.quantize.fit import GRIDS, WIDTHS, Fit
 from skimlm.quantize.kmeans import kmeans_rows
 from skimlm.quantize.refine import damped
 from skimlm.quantize.scale import normalise, scale_step, scaled_error
+
+
+def widths_of(plan: Recipe, options: slim.Options | None) -> Sequence[int]:
+    """The widths that rows can have: the published method knows no trellis, and sparse rows and
+    rows with adapters have codebooks.
+    """
+    if options is not None:
+        return WIDTHS[:MAX_TABLE_WIDTH]
+    return WIDTHS if plan.end_loss else GRIDS
+
 
 SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of as many tokens
 
@@ -32,6 +44,7 @@ def fit_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> Fit:
         fit = _published_scale(w, h, known, widths, fit)
     if plan.rounds:
         fitting.refine_fit(w, h, fit, plan.rounds, plan.sweeps)
+    fitting.fit_trellises(w, known.fisher.float(), h, known.row_weight, known.tables, fit)
     return fit
 
 

@@ -1,7 +1,7 @@
 """The analysis of a model: what every bit budget starts from, computed once and kept on disk.
 
 Per linear [r, c]: H~ (or H) float32 [c, c], F bfloat16 [r, c], the row weights, the k-means
-centroids of widths 1..5 and the error curve E[i, b], in a file of its own; a folder of them is kept
+centroids of 1..5 bits, tables of trellises and the error curve E[i, width], in a file of its own; a folder of them is kept
 under a key of model, text, windows and version, so that another width of the same model skips
 calibration. It is read a linear at a time: no more than one needs to be in memory. The files are a
 cache: they can be deleted any time.
@@ -25,12 +25,14 @@ from torch import Tensor, nn
 
 import skimlm
 from skimlm.errors import SkimError, first_line
+from skimlm.format.row_codes import WINDOWS
 from skimlm.pipeline.calibrate import Statistics
 from skimlm.quantize.fit import analyse
 from skimlm.quantize.refine import damped
 from skimlm.storage.safetensors import write_file
 
-VERSION = 5
+VERSION = 6
+PARTS = ("hessian", "fisher", "row_weight", "centroids", "tables", "errors")
 EDGES = 1024  # of k-means on rows of over 2048: within 5e-4 of the optimum, 5 times as fast
 
 
@@ -42,7 +44,8 @@ class Analysis:
     fisher: Tensor  # bfloat16 [r, c]
     row_weight: Tensor  # float32 [r], mean 1
     centroids: list[Tensor]  # float32 [r, 2^b] for b = 1..5
-    errors: Tensor  # float64 [r, 8]
+    tables: Tensor  # of trellises, float32 [widths, 128]
+    errors: Tensor  # float64 [r, widths]
     tokens: int  # that calibration gave it
 
 
@@ -98,7 +101,7 @@ class Stored(Mapping[str, Analysis]):
     def __getitem__(self, name: str) -> Analysis:
         if name not in self.shapes:
             raise KeyError(name)
-        parts = self._read(name, ("hessian", "fisher", "row_weight", "centroids", "errors"))
+        parts = self._read(name, PARTS)
         centroids = list(parts.pop("centroids").split([2, 4, 8, 16, 32], dim=1))
         return Analysis(**parts, centroids=centroids, tokens=self.tokens(name))
 
@@ -122,6 +125,7 @@ class Stored(Mapping[str, Analysis]):
             "fisher": analysis.fisher,
             "row_weight": analysis.row_weight,
             "centroids": torch.cat(analysis.centroids, dim=1),
+            "tables": analysis.tables,
             "errors": analysis.errors,
         }
         try:
@@ -134,12 +138,16 @@ class Stored(Mapping[str, Analysis]):
 
     def _read(self, name: str, parts: Iterable[str]) -> dict[str, Tensor]:
         r, c = self.shapes[name]
-        want = {"hessian": (c, c), "fisher": (r, c), "row_weight": (r,), "errors": (r, 8)}
-        want |= {"centroids": (r, 62)}
+        want: dict[str, tuple[int | None, ...]] = {"hessian": (c, c), "fisher": (r, c)}
+        want |= {"row_weight": (r,), "centroids": (r, 62)}
+        want |= {"tables": (None, WINDOWS), "errors": (r, None)}
         with self._open(name) as file:
             found = {part: file.get_tensor(part) for part in parts}
             for part, tensor in found.items():
-                if tensor.shape != want[part]:
+                shape = tuple(
+                    n if n is None else m for n, m in zip(want[part], tensor.shape, strict=False)
+                )
+                if len(tensor.shape) != len(want[part]) or shape != want[part]:
                     raise ValueError(f"{part} has another shape")
         return found
 
@@ -177,9 +185,10 @@ def of(weight: Tensor, s: Statistics, end_loss: bool) -> Analysis:
     row_weight = s.row_weight if end_loss else torch.ones(len(weight))
     # the published method (not in units of the end loss) uses H as it is
     known = damped(h) if end_loss else h
-    centroids, errors = analyse(weight, s.fisher, known, EDGES if end_loss else 0)
-    errors *= row_weight[:, None].double()
-    return Analysis(h, s.fisher.bfloat16(), row_weight, centroids, errors, s.tokens)
+    curve = analyse(weight, s.fisher, known, EDGES if end_loss else 0, trellises=end_loss)
+    errors = curve.errors * row_weight[:, None].double()
+    fisher = s.fisher.bfloat16()
+    return Analysis(h, fisher, row_weight, curve.centroids, curve.tables, errors, s.tokens)
 
 
 def nbytes(cache: Path, name: str) -> int:

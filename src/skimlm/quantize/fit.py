@@ -5,18 +5,27 @@ widths, `finish` rounds the codebooks to what is stored (8-bit levels, one bfloa
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from skimlm.format.pack import QuantizedWeight
-from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH, TABLE
-from skimlm.quantize import refine
+from skimlm.format.row_codes import (
+    MAX_TABLE_WIDTH,
+    MAX_WIDTH,
+    TABLE,
+    TRELLIS,
+    WINDOWS,
+    code_bits,
+)
+from skimlm.quantize import refine, trellis, trellis_fit
 from skimlm.quantize.kmeans import kmeans_rows, nearest
+from skimlm.quantize.trellis_fit import TrellisRows
 
-WIDTHS = range(1, MAX_WIDTH + 1)
-SPAN = 2048  # columns of a tile of H
+GRIDS = range(1, MAX_WIDTH + 1)  # widths of codebooks, and of affine grids
+TRELLISES = tuple(TRELLIS + bits for bits in trellis.TAPS)
+WIDTHS = (*GRIDS, *TRELLISES)
 # rows at a time: a copy of 256 x 11008 floats is memory the allocator keeps and gives again, of all
 # rows at once every copy is fresh pages (4096 x 11008: 16.9 s against 13.8)
 ROWS = 256
@@ -34,11 +43,18 @@ class Fit:
     affine: QuantizedWeight | None
     # float32 [c]; codebooks and codes live in the scaled domain w / s
     in_scale: Tensor | None = None
+    # the trellis rows of each width, in row order; their codebook entry is unused
+    trellis: dict[int, TrellisRows] = field(default_factory=dict)
 
     @property
     def table_rows(self) -> Tensor:
         """Boolean [r]: rows that have a codebook."""
         return self.widths <= MAX_TABLE_WIDTH
+
+    @property
+    def affine_rows(self) -> Tensor:
+        """Boolean [r]: rows of 6..8 bits."""
+        return ~self.table_rows & (self.widths < TRELLIS)
 
     @property
     def sizes(self) -> Tensor:
@@ -49,16 +65,29 @@ class Fit:
         """De-quantized weight [r, c] float32, codebooks not yet rounded, scale included."""
         out = refine.dense(self.codes.clamp(max=TABLE - 1), self.codebook)
         if self.affine is not None:
-            out[~self.table_rows] = affine_values(self.affine)
+            out[self.affine_rows] = affine_values(self.affine)
+        for width, rows in self.trellis.items():
+            out[self.widths == width] = rows.values()
         return out if self.in_scale is None else out * self.in_scale
 
 
-def analyse(w: Tensor, f: Tensor, h: Tensor | None, edges: int = 0) -> tuple[list[Tensor], Tensor]:
-    """k-means centroids of widths 1..5 and the error of every row at widths 1..8, [r, 8] float64.
+@dataclass(frozen=True)
+class Curve:
+    """What the rows of a linear lose at every width, and where fits begin."""
 
-    Errors of 7 and 8 bits are extrapolated from 6. The codebooks minimise the diagonal weights
-    `f` (for `edges` see `kmeans_rows`); the error is measured under the full `h` when given (it may
-    then rise with the width), under `f` when not.
+    centroids: list[Tensor]  # of k-means, float32 [r, 2^b] for b = 1..5
+    tables: Tensor  # of trellises, float32 [widths, 128]
+    errors: Tensor  # float64 [r, widths]: of GRIDS, then of TRELLISES
+
+
+def analyse(
+    w: Tensor, f: Tensor, h: Tensor | None, edges: int = 0, trellises: bool = True
+) -> Curve:
+    """The curve of every row: k-means of 1..5 bits, grids of 6..8, trellises if they are asked for.
+
+    Errors of 7 and 8 bits are extrapolated from 6. Codebooks and trellises minimise the diagonal
+    weights `f` (for `edges` see `kmeans_rows`); the error is measured under the full `h` when given
+    (it may then rise with the width), under `f` when not.
     """
     centroids, costs = kmeans_rows(w, f, MAX_TABLE_WIDTH, edges)
     errors = torch.empty(len(w), MAX_WIDTH, dtype=torch.float64)
@@ -73,10 +102,12 @@ def analyse(w: Tensor, f: Tensor, h: Tensor | None, edges: int = 0) -> tuple[lis
             if fast is None:
                 errors[some, b - 1] = (f[some] * d * d).sum(1)
             else:
-                errors[some, b - 1] = quadratic(d, fast)
+                errors[some, b - 1] = refine.quadratic(d, fast)
     for b in range(MAX_TABLE_WIDTH + 1, MAX_WIDTH):  # a bit more, a quarter of the error
         errors[:, b] = errors[:, b - 1] / 4
-    return centroids, errors
+    found = [trellis_fit.curve(w, f, h, code_bits(t)) for t in (TRELLISES if trellises else ())]
+    tables = torch.stack([table for table, _ in found]) if found else torch.empty(0, WINDOWS)
+    return Curve(centroids, tables, torch.cat([errors, *(e[:, None] for _, e in found)], 1))
 
 
 def _rounded(w: Tensor, f: Tensor, b: int, centroids: list[Tensor], rows: slice) -> Tensor:
@@ -89,27 +120,16 @@ def _rounded(w: Tensor, f: Tensor, b: int, centroids: list[Tensor], rows: slice)
     return refine.dense(codes, table)
 
 
-def quadratic(d: Tensor, h: Tensor) -> Tensor:
-    """d H d^T of every row [r]; of H [c, c] bfloat16, symmetric, one of each pair of tiles."""
-    low, total = d.bfloat16(), torch.zeros(len(d))
-    for begin in range(0, d.shape[1], SPAN):
-        end = begin + SPAN
-        product = low[:, begin:end] @ h[begin:end, begin:]
-        total += (product[:, :SPAN] * d[:, begin:end]).sum(1)
-        total += 2 * (product[:, SPAN:] * d[:, end:]).sum(1)
-    return total
-
-
 def start(w: Tensor, f: Tensor, widths: Tensor, centroids: list[Tensor]) -> Fit:
-    """The k-means solution with row i at widths[i] bits."""
+    """The k-means solution with row i at widths[i] bits; trellis rows are left out."""
     codebook = torch.zeros(len(w), TABLE)
     for b in range(1, MAX_TABLE_WIDTH + 1):
         rows = widths == b
         codebook[rows, : 1 << b] = centroids[b - 1][rows]
         codebook[rows, 1 << b :] = centroids[b - 1][rows][:, -1:]
-    wide = widths > MAX_TABLE_WIDTH
-    affine = affine_rows(w[wide], f[wide], widths[wide]) if bool(wide.any()) else None
-    fit = Fit(widths, codebook, torch.empty(0), affine)
+    fit = Fit(widths, codebook, torch.empty(0), None)
+    wide = fit.affine_rows
+    fit.affine = affine_rows(w[wide], f[wide], widths[wide]) if bool(wide.any()) else None
     fit.codes = nearest(w, codebook, fit.sizes)
     return fit
 
@@ -138,6 +158,17 @@ def refine_fit(w: Tensor, h: Tensor, fit: Fit, rounds: int, sweeps: int) -> None
     fit.codes[rows] = codes
 
 
+def fit_trellises(
+    w: Tensor, f: Tensor, h: Tensor, row_weight: Tensor, tables: Tensor, fit: Fit
+) -> None:
+    """Fit the trellis rows of `fit` under `h`, from the tables of their curves."""
+    for width, table in zip(TRELLISES, tables, strict=False):
+        own = fit.widths == width
+        if bool(own.any()):
+            rows = w[own], f[own], h, row_weight[own]
+            fit.trellis[width] = trellis_fit.fit(*rows, table, code_bits(width))
+
+
 def finish(w: Tensor, h: Tensor | None, fit: Fit, sweeps: int = 1) -> QuantizedWeight:
     """Round the codebooks to stored levels, then (given `h`) let the codes settle on them."""
     levels, scale = round_codebook(fit.codebook, fit.sizes)
@@ -150,16 +181,23 @@ def finish(w: Tensor, h: Tensor | None, fit: Fit, sweeps: int = 1) -> QuantizedW
     zero = torch.zeros(len(fit.widths), dtype=torch.int16)
     codes = fit.codes.clone()
     levels[torch.arange(TABLE) >= fit.sizes[:, None]] = 0
+    levels[~fit.table_rows] = 0
     if fit.affine is not None:
-        wide = ~fit.table_rows
-        codes[wide], scale[wide], zero[wide] = (
-            fit.affine.codes,
-            fit.affine.row_scale,
-            fit.affine.row_zero,
-        )
-        levels[wide] = 0
-    in_scale = None if fit.in_scale is None else fit.in_scale.half()
-    return QuantizedWeight(codes, fit.widths, levels, scale, zero, in_scale)
+        wide, q = fit.affine_rows, fit.affine
+        codes[wide], scale[wide], zero[wide] = q.codes, q.row_scale, q.row_zero
+    for width, rows in fit.trellis.items():
+        own = fit.widths == width
+        codes[own], scale[own] = rows.codes, rows.scale
+    tables = [fit.trellis[width].table for width in sorted(fit.trellis)]
+    return QuantizedWeight(
+        codes,
+        fit.widths,
+        levels,
+        scale,
+        zero,
+        None if fit.in_scale is None else fit.in_scale.half(),
+        trellis=torch.stack(tables) if tables else torch.empty(0, WINDOWS, dtype=torch.int8),
+    )
 
 
 def round_codebook(codebook: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from skimlm import native
 from skimlm.format.pack import spread
 
 RIDGE = 1e-7
+SPAN = 2048  # columns of a tile of H
 PRUNED = 255  # the code of a weight that is 0
 DOUBLE = torch.float64
 
@@ -45,6 +46,17 @@ def row_errors(w: Tensor, w_hat: Tensor, h: Tensor) -> Tensor:
     """(w_hat - w) H (w_hat - w)^T of every row, [r]."""
     d = w_hat - w
     return ((d @ h) * d).sum(1)
+
+
+def quadratic(d: Tensor, h: Tensor) -> Tensor:
+    """d H d^T of every row [r]; of H [c, c] bfloat16, symmetric, one of each pair of tiles."""
+    low, total = d.bfloat16(), torch.zeros(len(d))
+    for begin in range(0, d.shape[1], SPAN):
+        end = begin + SPAN
+        product = low[:, begin:end] @ h[begin:end, begin:]
+        total += (product[:, :SPAN] * d[:, begin:end]).sum(1)
+        total += 2 * (product[:, SPAN:] * d[:, end:]).sum(1)
+    return total
 
 
 def coordinate_descent(

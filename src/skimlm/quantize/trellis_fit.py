@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from skimlm.quantize.fit import quadratic
+from skimlm.quantize.refine import quadratic
 from skimlm.quantize.trellis import (
     ROWS,
     STATES,
@@ -39,6 +39,11 @@ class TrellisRows:
     codes: Tensor  # uint8 [r, c]
     table: Tensor  # int8 [128]
     scale: Tensor  # bfloat16 [r]
+    bits: int
+
+    def values(self) -> Tensor:
+        """De-quantized rows float32 [r, c]."""
+        return values(self.codes, self.bits, self.table, self.scale.float())
 
 
 @functools.cache
@@ -139,11 +144,16 @@ def finish(
     w: Tensor, h: Tensor, table: Tensor, scale: Tensor, codes: Tensor, bits: int
 ) -> TrellisRows:
     """Table and scales rounded to what is stored, on which symbols then settle under `h`."""
+    levels, size = round_table(table, scale)
+    size = scale_step(w, h, levels.float(), size.float(), codes, bits).bfloat16()
+    codes = descend(w, h, levels.float(), size.float(), codes, bits, SETTLE)
+    return TrellisRows(codes, levels, size, bits)
+
+
+def round_table(table: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A table [128] as int8 levels, times bfloat16 scales of rows [r]."""
     unit = table.abs().max().clamp(min=torch.finfo(torch.float32).tiny) / LEVELS
-    table = (table / unit).round()
-    scale = scale_step(w, h, table, scale * unit, codes, bits).bfloat16()
-    codes = descend(w, h, table, scale.float(), codes, bits, SETTLE)
-    return TrellisRows(codes, table.to(torch.int8), scale)
+    return (table / unit).round().to(torch.int8), (scale * unit).bfloat16()
 
 
 def _rms(w: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from skimlm.format.pack import unpack_codes, unpack_positions
 from skimlm.format.row_codes import RowCode, code_bits, windows
 from skimlm.quantize.fit import round_codebook
 from skimlm.quantize.kmeans import lookup
-from skimlm.quantize.trellis import round_table
+from skimlm.quantize.trellis_fit import round_table
 from skimlm.runtime.ops import add_adapter, dequantize
 
 Tensors = Mapping[str, Tensor]
