@@ -41,6 +41,7 @@ from skimlm.pipeline import (
     sensitivity,
     specs_of,
     train_packed,
+    widths_of,
     windows,
 )
 from skimlm.progress import Clock, peak_rss_bytes
@@ -145,7 +146,7 @@ class Bench:
     def recipe(self, method, targets):
         """What `skimlm compress --recipe METHOD --bits TARGET` does, in memory."""
         plan, ids, known, note = self.analysed(method)
-        price = budget.prices(specs_of(self.linears, None, plan.scale))
+        price = budget.prices(specs_of(self.linears, None, plan.scale), widths_of(plan, None))
         errors = {n: known[n].errors for n in self.linears}
         for target in targets:
             widths = budget.for_bits(errors, price, target, plan.end_loss)

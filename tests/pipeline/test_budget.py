@@ -10,6 +10,7 @@ from skimlm.errors import SkimError
 from skimlm.pipeline import budget
 from skimlm.pipeline.budget import specs_of
 from skimlm.quantize import slim
+from skimlm.quantize.fit import GRIDS, TRELLISES, WIDTHS
 from skimlm.quantize.mask import Sparsity
 from skimlm.runtime.linear import CompressedLinear
 
@@ -33,21 +34,63 @@ def test_prices_are_the_bytes_that_are_stored(scale):
         q = random_quantized(m.out_features, m.in_features, seed=seed, in_scale=scale)
         stored += CompressedLinear.from_quantized(q).nbytes
         widths[name] = q.widths
-    assert budget.prices(specs_of(linears(), None, scale)).bits(widths) == 8 * stored
+    assert budget.prices(specs_of(linears(), None, scale), WIDTHS).bits(widths) == 8 * stored
 
 
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("bits", [4.0, 4.5, 5.01, 6.0])
 def test_bits_are_met_from_below_within_one_edge(bits, pooled):
-    price = budget.prices(specs_of(linears(), None, False))
+    price = budget.prices(specs_of(linears(), None, False), GRIDS)
     widths = budget.for_bits(curves(), price, bits, pooled)
     room = bits * price.total - price.bits(widths)
     edge = max(np.diff(rows).max() for rows in price.rows.values())
     assert 0 <= room <= edge * (1 if pooled else len(widths))
 
 
+def wide():
+    return {"a": nn.Linear(300, 80), "b": nn.Linear(17, 9), "c": nn.Linear(200, 130)}
+
+
+def mixed_curves(seed=0):
+    """Curves over all widths, in which a trellis loses now less, now more than a codebook."""
+    g = torch.Generator().manual_seed(seed)
+    bits = torch.tensor([w % 16 for w in WIDTHS]).double()
+    of_trellis = torch.tensor([w in TRELLISES for w in WIDTHS])
+    found = {}
+    for name, m in wide().items():
+        better = torch.rand(m.out_features, len(WIDTHS), generator=g).double() + 0.4
+        size = torch.rand(m.out_features, 1, generator=g).double()
+        found[name] = size * 4.0**-bits * torch.where(of_trellis, better, 1.0)
+    return found
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("bits", [2.5, 4.0])
+def test_codebooks_and_trellises_are_bought_from_one_budget(bits, pooled):
+    price, errors = budget.prices(specs_of(wide(), None, False), WIDTHS), mixed_curves()
+    widths = budget.for_bits(errors, price, bits, pooled)
+    assert bits * price.total * 0.97 < price.bits(widths) <= bits * price.total
+    both = torch.cat([widths["a"], widths["c"]])
+    assert (both > 16).any() and (both < 16).any()
+    assert (widths["b"] < 16).all()  # a table of 128 levels would cost more than all its rows
+    for name in ("a", "c"):
+        cost, allowed = price.per_row(name).tolist(), set(widths[name].tolist())
+        columns = [k for k, w in enumerate(WIDTHS) if w < 16 or w in allowed]
+        for w, e in zip(widths[name].tolist(), errors[name].tolist(), strict=True):
+            now = WIDTHS.index(w)  # no width costs less and loses less
+            assert not any(cost[k] < cost[now] and e[k] < e[now] for k in columns)
+
+
+def test_a_budget_for_codebooks_alone_is_met_without_trellises():
+    price, errors = budget.prices(specs_of(linears(), None, False), WIDTHS), curves()
+    errors = {n: torch.cat([e, e[:, :4] / 2], 1) for n, e in errors.items()}
+    least = price.bits(budget.uniform(linears(), 1)) / price.total
+    widths = budget.for_bits(errors, price, least, True)
+    assert price.bits(widths) <= least * price.total
+
+
 def test_a_pool_of_the_model_is_no_worse_than_one_per_linear():
-    price = budget.prices(specs_of(linears(), None, False))
+    price = budget.prices(specs_of(linears(), None, False), GRIDS)
 
     def error(widths):
         picked = (e.gather(1, widths[n].long()[:, None] - 1).sum() for n, e in curves().items())
@@ -58,7 +101,7 @@ def test_a_pool_of_the_model_is_no_worse_than_one_per_linear():
 
 
 def test_a_linear_that_needs_more_than_its_share_gets_it():
-    price = budget.prices(specs_of(linears(), None, False))
+    price = budget.prices(specs_of(linears(), None, False), GRIDS)
     least = price.bits(budget.uniform(linears(), 1)) / price.total
     widths = budget.for_bits(curves(), price, least + 0.2, False)
     assert price.bits(widths) <= (least + 0.2) * price.total
@@ -66,7 +109,7 @@ def test_a_linear_that_needs_more_than_its_share_gets_it():
 
 
 def test_impossible_targets_say_what_is_possible():
-    price = budget.prices(specs_of(linears(), None, False))
+    price = budget.prices(specs_of(linears(), None, False), GRIDS)
 
     def size(widths):
         return 1000 + round(price.bits(widths) / 8)
@@ -89,8 +132,7 @@ def test_impossible_targets_say_what_is_possible():
 def test_more_bits_than_rows_can_hold_are_refused():
     options = slim.Options(3, Sparsity(2, 4), 0.0)
     layers = {"a": nn.Linear(64, 24), "c": nn.Linear(64, 50)}
-    price = budget.prices(specs_of(layers, options, False))
-    assert price.widest == 5  # sparse rows have codebooks
+    price = budget.prices(specs_of(layers, options, False), GRIDS[:5])
     most = price.bits(budget.uniform(layers, 5)) / price.total
     with pytest.raises(SkimError, match=f"the widest here, take: at most {most:.2f}"):
         budget.check(budget.Target(bits=most + 0.01), layers, price, lambda _: 0)
@@ -99,7 +141,7 @@ def test_more_bits_than_rows_can_hold_are_refused():
 
 def test_a_size_is_met_also_where_the_rest_of_a_folder_grows_with_the_widths():
     """Headers that grow by jumps once sent the search round in circles: it answered 1 bit."""
-    price = budget.prices(specs_of(linears(), None, False))
+    price = budget.prices(specs_of(linears(), None, False), GRIDS)
     least = price.bits(budget.uniform(linears(), 1)) / 8
 
     def jumping(widths):
@@ -114,7 +156,7 @@ def test_a_size_is_met_also_where_the_rest_of_a_folder_grows_with_the_widths():
 
 
 def test_a_size_that_nothing_meets_is_an_error():
-    price = budget.prices(specs_of(linears(), None, False))
+    price = budget.prices(specs_of(linears(), None, False), GRIDS)
     target = budget.Target(size=1000)
     with pytest.raises(SkimError, match="takes 10,000 bytes at 1 bit and 10,000 at 8"):
         budget.choose(target, curves(), linears(), price, True, lambda _: 10_000)
@@ -122,7 +164,7 @@ def test_a_size_that_nothing_meets_is_an_error():
 
 def test_a_size_is_met_as_closely_in_a_model_of_many_rows():
     many = {"a": nn.Linear(16, 100_000, device="meta")}
-    price = budget.prices(specs_of(many, None, False))
+    price = budget.prices(specs_of(many, None, False), GRIDS)
     g = torch.Generator().manual_seed(0)
     falling = 4.0 ** -torch.arange(8, dtype=torch.float64)
     errors = {"a": torch.rand(100_000, 1, generator=g).double() * falling}
@@ -138,7 +180,7 @@ def test_a_size_is_met_as_closely_in_a_model_of_many_rows():
 
 
 def test_a_size_is_met_where_corrections_are_slow():
-    price = budget.prices(specs_of(linears(), None, False))
+    price = budget.prices(specs_of(linears(), None, False), GRIDS)
 
     def size(widths):
         return 1000 + round(price.bits(widths) / 8 / 50)

@@ -21,7 +21,7 @@ from skimlm.pipeline import budget, sensitivity, walk
 from skimlm.pipeline.budget import specs_of
 from skimlm.pipeline.compress import compress
 from skimlm.pipeline.config import RECIPES, CompressConfig
-from skimlm.pipeline.recipes import fit_linear, packed_linear, settled
+from skimlm.pipeline.recipes import fit_linear, packed_linear, settled, widths_of
 from skimlm.pipeline.steps import train_packed
 from skimlm.quantize.fit import finish
 from skimlm.quantize.kmeans import kmeans_rows
@@ -472,7 +472,7 @@ def analysed(recipe: str, path, bits: float = 4.0, **changes):
     known = sensitivity.stored(path, recipe, chosen)
     walk.analyse(steps, known, plan)
     errors = {n: a.errors for n, a in known.items()}
-    price = budget.prices(specs_of(chosen, None, plan.scale))
+    price = budget.prices(specs_of(chosen, None, plan.scale), widths_of(plan, None))
     return steps, plan, known, budget.for_bits(errors, price, bits, plan.end_loss)
 
 

@@ -15,25 +15,33 @@ ROWS, COLS = 23, 140
 DENSE = options()
 
 
-def weight(widths=(1, 2, 3, 4, 5, 6, 8), in_scale=False, seed=0) -> P.QuantizedWeight:
+def weight(widths, in_scale=False, seed=0) -> P.QuantizedWeight:
     g = torch.Generator().manual_seed(seed)
     widths = torch.tensor(widths)[torch.arange(ROWS) % len(widths)].to(torch.uint8)
+    entries = 1 << (widths % 16).int()[:, None]
     levels = torch.randint(-127, 128, (ROWS, 32), generator=g).to(torch.int8)
-    table = widths <= 5
-    used = torch.arange(32) < (1 << widths.int())[:, None]
+    table, affine = widths <= 5, (widths > 5) & (widths < 16)
+    used = torch.arange(32) < entries
     return P.QuantizedWeight(
-        (torch.rand(ROWS, COLS, generator=g) * (1 << widths.int())[:, None]).to(torch.uint8),
+        (torch.rand(ROWS, COLS, generator=g) * entries).to(torch.uint8),
         widths,
         torch.where(used & table[:, None], levels, 0),
         (torch.rand(ROWS, generator=g) / 500 + 1e-3).bfloat16(),
-        torch.where(table, 0, torch.randint(0, 60, (ROWS,), generator=g)).to(torch.int16),
+        torch.where(affine, torch.randint(0, 60, (ROWS,), generator=g), 0).to(torch.int16),
         torch.rand(COLS, generator=g).add(0.5).half() if in_scale else None,
+        trellis=torch.randint(
+            -127, 128, (sum(w > 16 for w in widths.unique()), 128), generator=g
+        ).to(torch.int8),
     )
 
 
+TABLES, TRELLISES = (1, 2, 3, 4, 5), (17, 18, 19, 20)
+
+
 def layer_of(chosen, in_scale=False) -> Layer:
-    widths = (1, 2, 3, 4, 5) if any(chosen.values()) else (1, 2, 3, 4, 5, 6, 8)
-    q = weight(widths, in_scale)
+    grids = () if any(chosen.values()) else (6, 8)
+    trellises = () if chosen["group"] else TRELLISES
+    q = weight((*TABLES, *grids, *trellises), in_scale)
     return pack(with_options(q, **chosen) if any(chosen.values()) else q)
 
 
@@ -43,7 +51,11 @@ def dense(layer: Layer, tensors) -> torch.Tensor:
     rows = []
     for i, b in enumerate(q.widths.tolist()):
         codes = q.codes[i].long()
-        if f"codebook.{b}" in tensors:
+        if b > 16:
+            stream = sum(u << (j * (b - 16)) for j, u in enumerate(codes.tolist()))
+            window = [stream >> (j * (b - 16)) & 127 for j in range(len(codes))]
+            row = tensors[f"trellis.{b}"][window] * tensors[f"row_scale.{b}"][place[b]]
+        elif f"codebook.{b}" in tensors:
             row = tensors[f"codebook.{b}"][place[b]][codes]
         else:
             row = (codes - int(q.row_zero[i])).float() * q.row_scale[i].float()
@@ -58,6 +70,13 @@ def dense(layer: Layer, tensors) -> torch.Tensor:
     return w + b.T @ a
 
 
+def changed(tensors, seed=3) -> dict[str, torch.Tensor]:
+    """The same, each moved by a tenth of its size."""
+    g = torch.Generator().manual_seed(seed)
+    size = {n: t.square().mean().sqrt() / 10 for n, t in tensors.items()}
+    return {n: t + torch.randn(t.shape, generator=g) * size[n] for n, t in tensors.items()}
+
+
 def inputs(seed=1):
     return torch.randn(2, 5, COLS, generator=torch.Generator().manual_seed(seed))
 
@@ -70,15 +89,16 @@ KINDS = [DENSE, *(chosen for chosen in OPTIONS if chosen["group"] is None)]
 def test_a_product_and_its_gradients_are_those_of_the_dense_weight(chosen, in_scale):
     layer = layer_of(chosen, in_scale)
     start = K.moving(layer)
-    assert set(start) == {f"codebook.{b}" for b in (1, 2, 3, 4, 5)}
-    g = torch.Generator().manual_seed(3)
-    moved = {n: t + torch.randn(t.shape, generator=g) / 9 for n, t in start.items()}
+    names = [f"codebook.{b}" for b in TABLES]
+    names += [f"{part}.{w}" for w in TRELLISES for part in ("trellis", "row_scale")]
+    assert set(start) == set(names)
+    moved = changed(start)
     ours = {n: t.clone().requires_grad_() for n, t in moved.items()}
     theirs = {n: t.clone().requires_grad_() for n, t in moved.items()}
     x, y = (inputs().requires_grad_() for _ in range(2))
     got, want = K.product(x, layer, ours), y @ dense(layer, theirs).T
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    probe = torch.randn(got.shape, generator=g)
+    probe = torch.randn(got.shape, generator=torch.Generator().manual_seed(4))
     got.backward(probe)
     want.backward(probe)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
@@ -109,14 +129,14 @@ def test_the_native_bfloat16_path_sums_what_the_codes_share(isa):
     books = {n: t.requires_grad_() for n, t in K.moving(layer).items()}
     x = inputs().bfloat16().requires_grad_()
     got = K.product(x, layer, books)
-    w = dense(layer, {n: t.detach().bfloat16().float() for n, t in books.items()}).bfloat16()
+    w = dense(layer, {n: t.detach() for n, t in books.items()}).bfloat16()
     assert torch.equal(got, x.detach() @ w.T)
     probe = torch.randn(got.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     got.backward(probe)
     assert torch.equal(x.grad, probe @ w)
     full = (probe.flatten(0, 1).T @ x.detach().flatten(0, 1)).double()
     q = unpack(layer)
-    for b in (1, 2, 3, 4, 5):
+    for b in TABLES:
         index = (q.widths == b).nonzero().flatten()
         want = torch.zeros(len(index), 2**b, dtype=torch.float64)
         want.scatter_add_(1, q.codes[index].long(), full[index])
@@ -126,17 +146,22 @@ def test_the_native_bfloat16_path_sums_what_the_codes_share(isa):
 @pytest.mark.parametrize("chosen", KINDS[::4], ids=options_id)
 def test_what_is_stored_has_the_codebooks_within_half_a_level_and_all_else_as_it_was(chosen):
     layer = layer_of(chosen)
-    g = torch.Generator().manual_seed(5)
-    moved = {n: t + torch.randn(t.shape, generator=g) / 9 for n, t in K.moving(layer).items()}
+    moved = changed(K.moving(layer))
     made = K.stored(layer, moved)
     assert made.spec == layer.spec
     before, after = unpack(layer), unpack(made)
     assert torch.equal(before.codes, after.codes) and torch.equal(before.widths, after.widths)
-    wide = before.widths > 5
+    wide = (before.widths > 5) & (before.widths < 16)
     assert torch.equal(dequantize(before)[wide], dequantize(after)[wide])
-    for name, book in K.moving(made).items():
-        scale = moved[name].abs().amax(1) / 127 * (1 + 2**-7)
-        assert ((book - moved[name]).abs() <= scale[:, None] / 2 + 1e-7).all()
+    got = K.moving(made)
+    for b in TABLES:
+        book, want = got[f"codebook.{b}"], moved[f"codebook.{b}"]
+        scale = want.abs().amax(1) / 127 * (1 + 2**-7)
+        assert ((book - want).abs() <= scale[:, None] / 2 + 1e-7).all()
+    for w in TRELLISES:
+        levels, want = (t[f"trellis.{w}"] * t[f"row_scale.{w}"][0] for t in (got, moved))
+        step = want.abs().max() / 127
+        torch.testing.assert_close(levels, want, rtol=2**-8, atol=float(step) / 2 * 1.01)
     same = K.stored(layer, {})
     assert all(torch.equal(t, same.tensors[n]) for n, t in layer.tensors.items())
     assert dataclasses.replace(layer.spec) == same.spec

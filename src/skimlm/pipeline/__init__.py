@@ -20,6 +20,7 @@ HOMES = {
     "parse_bytes": "config",
     "packed_linear": "recipes",
     "settled": "recipes",
+    "widths_of": "recipes",
     "StateStore": "states",
     "fit_to_inputs": "steps",
     "train_packed": "steps",

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from skimlm.errors import SkimError, naming
-from skimlm.format.layer import LayerSpec, row_bits, shared_bits
+from skimlm.format.layer import LayerSpec, histogram, row_bits, shared_bits
 from skimlm.format.row_codes import code_bits
 from skimlm.quantize import slim
 from skimlm.quantize.allocate import allocate
 
 EXACT = 12  # tries at a size that are corrected by what the last one was over
 LESS = 1e-3  # bits per weight between two later tries, at least: the search ends
+TABLE_SHARE = 1 / 16  # of what the rows of a width take, that what they share may take more
 NEAR = 0.005  # a folder is at most this much smaller than asked
 Widths = dict[str, Tensor]  # uint8 [r] per linear
 
@@ -40,15 +41,40 @@ class Prices:
 
     @property
     def ends(self) -> tuple[int, int]:
-        """The widths that cost least and most."""
-        sums = sum(self.rows[n] * spec.rows for n, spec in self.specs.items())
-        return self.widths[int(np.argmin(sums))], self.widths[int(np.argmax(sums))]
+        """The widths of the fewest and of the most bits whose rows share nothing."""
+        return self.alone[0], self.alone[-1]
 
     @property
-    def shared(self) -> int:
-        """Bits besides the rows, at most: with rows of every width."""
-        every = {width: 1 for width in self.widths}
-        return sum(shared_bits(replace(spec, counts=every)) for spec in self.specs.values())
+    def alone(self) -> tuple[int, ...]:
+        """The widths whose rows share nothing."""
+        spec = next(iter(self.specs.values()))
+        return tuple(w for w in self.widths if not _table_bits(spec, w))
+
+    @property
+    def base(self) -> int:
+        """Bits besides the rows, whatever their widths."""
+        return sum(shared_bits(spec) for spec in self.specs.values())
+
+    def shared(self, allowed: Mapping[str, Sequence[int]]) -> int:
+        """Bits besides the rows, if each linear has rows of these widths."""
+        pairs = ((self.specs[n], widths) for n, widths in allowed.items())
+        return sum(shared_bits(replace(s, counts=dict.fromkeys(w, 1))) for s, w in pairs)
+
+    def per_row(self, name: str) -> np.ndarray:
+        """Bits of a row of each width, with its part of what all rows of the linear would share."""
+        spec = self.specs[name]
+        parts = np.array([_table_bits(spec, width) / spec.rows for width in self.widths])
+        return self.rows[name] + parts
+
+    def paying(self, name: str, widths: Tensor) -> tuple[int, ...]:
+        """The widths a linear with rows of `widths` should have: what few share does not pay."""
+        spec, counts = self.specs[name], histogram(widths)
+
+        def pays(width: int) -> bool:
+            stored = counts.get(width, 0) * row_bits(spec, width)
+            return _table_bits(spec, width) <= TABLE_SHARE * stored
+
+        return tuple(width for width in self.widths if width in self.alone or pays(width))
 
     def bits(self, widths: Mapping[str, Tensor]) -> float:
         """Stored bits of the linears at these widths."""
@@ -58,6 +84,11 @@ class Prices:
         return float(rows) + sum(
             shared_bits(self.specs[n].with_widths(w)) for n, w in widths.items()
         )
+
+
+def _table_bits(spec: LayerSpec, width: int) -> int:
+    """Bits that rows of a width share in a linear."""
+    return shared_bits(replace(spec, counts={width: 1})) - shared_bits(replace(spec, counts={}))
 
 
 def prices(specs: Mapping[str, LayerSpec], widths: Sequence[int]) -> Prices:
@@ -166,22 +197,46 @@ def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: b
     """Widths with the least total error at no more than `bits` stored bits per weight.
 
     `errors`: [r, widths] per linear. `pooled`: one budget for the model, else one per linear (the
-    paper).
+    paper). What rows of a width share is first charged as if all rows of the linear had it; where
+    it turns out to pay it is then paid in full, and the linear does without it elsewhere.
     """
-    per_weight = bits - price.shared / price.total
-    # columns in the order of what they cost, which depends on the length of a row
-    orders = {n: price.rows[n].argsort(kind="stable") for n in errors}
-    costs = {n: np.broadcast_to(price.rows[n][orders[n]], e.shape) for n, e in errors.items()}
-    tables = {n: e.double().numpy()[:, orders[n]] for n, e in errors.items()}
-    widths = {n: np.array(price.widths, np.uint8)[order] for n, order in orders.items()}
+    every = {name: tuple(price.widths) for name in errors}
+    first = _spend(errors, price, every, price.base, bits * price.total, pooled)
+    allowed = {name: price.paying(name, widths) for name, widths in first.items()}
+    fixed = price.shared(allowed)
+    least = sum(price.rows[n][0] * spec.rows for n, spec in price.specs.items())
+    if least + fixed > bits * price.total:
+        allowed = {name: price.alone for name in errors}
+        fixed = price.base
+    return _spend(errors, price, allowed, fixed, bits * price.total, pooled)
+
+
+def _spend(
+    errors: Mapping[str, Tensor],
+    price: Prices,
+    allowed: Mapping[str, Sequence[int]],
+    fixed: float,
+    budget: float,
+    pooled: bool,
+) -> Widths:
+    """Widths out of those that are `allowed`, for `budget` bits less those that are `fixed`."""
+    tables, costs, widths = {}, {}, {}
+    for name, error in errors.items():
+        bits = price.per_row(name)
+        columns = sorted((price.widths.index(w) for w in allowed[name]), key=bits.__getitem__)
+        # as many columns for every linear: the first is repeated, which costs and gains nothing
+        columns = [columns[0]] * (len(bits) - len(columns)) + columns
+        tables[name] = error.double().numpy()[:, columns]
+        costs[name] = np.broadcast_to(bits[columns], tables[name].shape)
+        widths[name] = np.array(price.widths, np.uint8)[columns]
+    left = (budget - fixed) / price.total
     if not pooled:
         weights = {n: spec.rows * spec.cols for n, spec in price.specs.items()}
-        least = {n: float(costs[n][:, 0].sum()) for n in tables}
-        shares = _shares(least, weights, per_weight)
+        shares = _shares({n: float(costs[n][:, 0].sum()) for n in tables}, weights, left)
         choices = {n: allocate(e, costs[n], shares[n]) for n, e in tables.items()}
     else:
-        pool = [np.concatenate(list(each.values())) for each in (tables, costs)]
-        every = torch.from_numpy(allocate(*pool, per_weight * price.total))
+        pool, pool_costs = (np.concatenate(list(each.values())) for each in (tables, costs))
+        every = torch.from_numpy(allocate(pool, pool_costs, left * price.total))
         parts = every.split([len(e) for e in tables.values()])
         choices = {n: part.numpy() for n, part in zip(tables, parts, strict=True)}
     return {n: torch.from_numpy(widths[n][choice]) for n, choice in choices.items()}

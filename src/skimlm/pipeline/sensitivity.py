@@ -1,10 +1,10 @@
 """The analysis of a model: what every bit budget starts from, computed once and kept on disk.
 
 Per linear [r, c]: H~ (or H) float32 [c, c], F bfloat16 [r, c], the row weights, the k-means
-centroids of 1..5 bits, tables of trellises and the error curve E[i, width], in a file of its own; a folder of them is kept
-under a key of model, text, windows and version, so that another width of the same model skips
-calibration. It is read a linear at a time: no more than one needs to be in memory. The files are a
-cache: they can be deleted any time.
+centroids of 1..5 bits, tables of trellises and the error curve E[i, width], in a file of its own; a
+folder of them is kept under a key of model, text, windows and version, so that another width of the
+same model skips calibration. It is read a linear at a time: no more than one needs to be in memory.
+The files are a cache: they can be deleted any time.
 """
 
 import hashlib

@@ -4,9 +4,10 @@
     product(x, layer, tensors)            x W^T, differentiable in x and in them
     stored(layer, tensors)                the layer with their values, rounded as a file has them
 
-A weight is value[i, j] = book[i, code[i, j]], where the book of a row has all values that its codes,
-or the windows of a trellis, can stand for. Only while one layer computes is its W there, made from the packed codes and
-the books; the gradient of W is summed over the weights that share an entry of a book.
+A weight is value[i, j] = book[i, code[i, j]], where the book of a row has all values that its
+codes, or the windows of a trellis, can stand for. Only while one layer computes is its W there,
+made from the packed codes and the books; the gradient of W is summed over the weights that share an
+entry of a book.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def moving(layer: Layer) -> dict[str, Tensor]:
     """What can move of a layer, by width.
 
     The values [n, 2^b] of codebooks, scale included; the levels [128] of a trellis, and the scales
-    [n] of its rows. Grids stand still: their rows are few, and as good as the original's. Nothing of
-    a layer moves whose columns share scales in groups.
+    [n] of its rows. Grids stand still: their rows are few, and as good as the original's. Nothing
+    of a layer moves whose columns share scales in groups.
     """
     found = {}
     for rows in [] if layer.spec.group else rows_of(layer):
