@@ -233,23 +233,19 @@ def test_a_fit_ends_on_what_is_stored_and_below_its_start(isa_or_none, bits):
     assert (stored * weight.numpy()).sum() < 0.8 * before
 
 
-def test_every_row_starts_from_the_best_of_a_few_scales(bits, monkeypatch):
-    """By the error once its scale is refitted; some rows have a sensitive weight far out."""
+def test_no_row_starts_worse_than_from_any_of_a_few_scales(bits):
+    """Some rows have a sensitive weight far out."""
     g = torch.Generator().manual_seed(12)
     w, f = torch.randn(12, 200, generator=g), torch.ones(12, 200)
     w[::2, 50], f[::2, 50] = 9, 1e3
     table = start_table(bits)
-
-    def lost() -> np.ndarray:
-        codes, scale = start(w, f, table, bits)
-        return diagonal_errors(w, f, table, scale, codes, bits)
-
-    best, each = lost(), []
+    codes, scale = start(w, f, table, bits)
+    got = diagonal_errors(w, f, table, scale, codes, bits)
     for factor in trellis_fit.SCALES:
-        monkeypatch.setattr(trellis_fit, "SCALES", (factor,))
-        each.append(lost())
-    assert (best <= np.min(each, 0) * 1.1).all()  # a last refit comes after the choice
-    assert best.sum() < 0.9 * max(map(np.sum, each))
+        codes = viterbi(w, f, table, w.square().mean(1).sqrt() * factor, bits)
+        level = table[windows(codes, bits).int()]
+        scale = (f * level * w).sum(1) / (f * level * level).sum(1)
+        assert (got <= diagonal_errors(w, f, table, scale, codes, bits) * (1 + 1e-5)).all()
 
 
 def test_the_curve_is_the_error_of_the_start(bits):
