@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from skimlm.format.pack import check_values, dequantize
+from skimlm.format.pack import check_values, dequantize, pack, unpack
 from skimlm.quantize import fit as F
+from skimlm.quantize import refine, trellis_fit
 from skimlm.quantize.kmeans import kmeans_reference
 from skimlm.quantize.refine import damped
 
@@ -141,14 +142,16 @@ def test_start_is_the_kmeans_solution_of_each_row():
 
 @pytest.mark.parametrize(("span", "rows"), [(7, 4), (2048, 256)])
 def test_curves_are_the_errors_of_the_solutions(span, rows, monkeypatch):
-    monkeypatch.setattr(F, "SPAN", span)  # tiles of H, the last one narrower
+    monkeypatch.setattr(refine, "SPAN", span)  # tiles of H, the last one narrower
     monkeypatch.setattr(F, "ROWS", rows)  # ten rows in three parts, or in one
     w, f, h, _ = problem(5, r=10)
     assert h.shape[1] % 7
     for full in (None, h):
-        centroids, errors = F.analyse(w, f, full)
-        assert [t.shape[1] for t in centroids] == [2, 4, 8, 16, 32]
+        curve = F.analyse(w, f, full, trellises=False)
+        errors = curve.errors
+        assert [t.shape[1] for t in curve.centroids] == [2, 4, 8, 16, 32]
         assert errors.shape == (10, 8) and errors.dtype == torch.float64
+        assert curve.tables.shape == (0, 128)
         for b in range(1, 7):
             fit = started(w, f, torch.full((10,), b, dtype=torch.uint8))
             d = fit.dense() - w
@@ -159,6 +162,30 @@ def test_curves_are_the_errors_of_the_solutions(span, rows, monkeypatch):
             np.testing.assert_allclose(errors[:, b - 1], want, rtol=rtol)
         assert torch.equal(errors[:, 6], errors[:, 5] / 4)
         assert torch.equal(errors[:, 7], errors[:, 5] / 16)
+
+
+def test_rows_of_codebooks_grids_and_trellises_are_fitted_and_stored_together():
+    """Each row is what it would be alone: the others' widths do not matter."""
+    w, f, h, _ = problem(7, r=24)
+    widths = torch.tensor(F.WIDTHS, dtype=torch.uint8).repeat(2)
+    weight = torch.rand(24, generator=torch.Generator().manual_seed(1)) + 0.5
+    curve = F.analyse(w, f, h)
+    assert curve.errors.shape == (24, len(F.WIDTHS)) and (curve.errors > 0).all()
+    fit = F.start(w, f, widths, curve.centroids)
+    F.refine_fit(w, h, fit, 1, 2)
+    F.fit_trellises(w, f, h, weight, curve.tables, fit)
+    assert sorted(fit.trellis) == list(F.TRELLISES)
+    q = unpack(pack(F.finish(w, h, fit)))
+    got = dequantize(q)
+    for width, table in zip(F.TRELLISES, curve.tables, strict=True):
+        own = widths == width
+        alone = trellis_fit.fit(w[own], f[own], h, weight[own], table, width - 16)
+        torch.testing.assert_close(got[own], alone.values(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(fit.dense()[own], alone.values(), rtol=1e-6, atol=0)
+    plain = widths < 16
+    fit = F.start(w[plain], f[plain], widths[plain], [c[plain] for c in curve.centroids])
+    F.refine_fit(w[plain], h, fit, 1, 2)
+    assert torch.equal(got[plain], dequantize(F.finish(w[plain], h, fit)))
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, -2.5, 1e-30, 3e15])
@@ -172,7 +199,7 @@ def test_constant_rows_stay_finite_and_close(value):
         check_values(q)
         assert torch.isfinite(dequantize(q)).all()
         torch.testing.assert_close(dequantize(q), w, rtol=2**-6, atol=0)
-    errors = F.analyse(w, f, None)[1]
+    errors = F.analyse(w, f, None).errors
     assert torch.isfinite(errors).all() and (errors >= 0).all()
 
 

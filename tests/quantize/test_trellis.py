@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from skimlm.quantize import trellis
+from skimlm.quantize import trellis, trellis_fit
 from skimlm.quantize.refine import damped
 from skimlm.quantize.trellis import (
     STATES,
@@ -231,6 +231,21 @@ def test_a_fit_ends_on_what_is_stored_and_below_its_start(isa_or_none, bits):
     assert rows.scale.dtype == torch.bfloat16 and rows.codes.dtype == torch.uint8
     stored = errors(w, h, rows.table.float(), rows.scale.float(), rows.codes, bits)
     assert (stored * weight.numpy()).sum() < 0.8 * before
+
+
+def test_no_row_starts_worse_than_from_any_of_a_few_scales(bits):
+    """Some rows have a sensitive weight far out."""
+    g = torch.Generator().manual_seed(12)
+    w, f = torch.randn(12, 200, generator=g), torch.ones(12, 200)
+    w[::2, 50], f[::2, 50] = 9, 1e3
+    table = start_table(bits)
+    codes, scale = start(w, f, table, bits)
+    got = diagonal_errors(w, f, table, scale, codes, bits)
+    for factor in trellis_fit.SCALES:
+        codes = viterbi(w, f, table, w.square().mean(1).sqrt() * factor, bits)
+        level = table[windows(codes, bits).int()]
+        scale = (f * level * w).sum(1) / (f * level * level).sum(1)
+        assert (got <= diagonal_errors(w, f, table, scale, codes, bits) * (1 + 1e-5)).all()
 
 
 def test_the_curve_is_the_error_of_the_start(bits):

@@ -54,38 +54,29 @@ void viterbi(T, const float* w, const float* f, const float* table, const float*
   }
 }
 
-// Columns of a row in the order of their windows.
-struct ByWindow {
-  int begin[STATES + 1] = {};
-  std::vector<int32_t> column;
+constexpr int64_t TOGETHER = 16;  // rows that share a tile of H: their sums fit the second cache
 
-  ByWindow(const std::vector<uint8_t>& window) : column(window.size()) {
-    for (const uint8_t s : window) ++begin[s + 1];
-    for (int s = 0; s < STATES; ++s) begin[s + 1] += begin[s];
-    int next[STATES];
-    std::copy(begin, begin + STATES, next);
-    for (size_t j = 0; j < window.size(); ++j) column[next[window[j]]++] = int32_t(j);
-  }
-};
-
-// a [128, 128] += weight * P^T H P of one row, P [c, 128] being 1 where a weight has a window.
-void add_normal(const float* h, const std::vector<uint8_t>& window, float weight, float* a) {
-  const int64_t c = int64_t(window.size());
-  const ByWindow order(window);
+// a [128, 128] += weight * P^T H P of some rows, P [c, 128] being 1 where a weight has a window [rows, c].
+void add_normal(const float* h, const uint8_t* window, const float* weight, int64_t rows, int64_t c, float* a) {
+  const Lines<float> sums(rows * STATES * SIDE);  // of the rows of H that share a window
+  Tile tile;
   for (int64_t t = 0; t < c; t += SIDE) {
-    const int64_t width = std::min(SIDE, c - t);
-    for (int s = 0; s < STATES; ++s) {
-      if (order.begin[s] == order.begin[s + 1]) continue;
-      float sum[SIDE] = {};
-      for (int k = order.begin[s]; k < order.begin[s + 1]; ++k) {
-        const float* from = h + order.column[k] * c + t;
-        if (width == SIDE)
-          for (int64_t e = 0; e < SIDE; ++e) sum[e] += from[e];
-        else
-          for (int64_t e = 0; e < width; ++e) sum[e] += from[e];
-      }
-      for (int64_t e = 0; e < width; ++e) a[s * STATES + window[t + e]] += weight * sum[e];
+    std::fill(sums.data(), sums.data() + rows * STATES * SIDE, 0.f);
+    for (int64_t j = 0; j < c; j += SIDE) {
+      tile.copy(h, c, j, t);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = j; k < std::min(c, j + SIDE); ++k) {
+          const Floats* from = reinterpret_cast<const Floats*>(tile.row(k - j));
+          Floats* to = reinterpret_cast<Floats*>(&sums[(i * STATES + window[i * c + k]) * SIDE]);
+          for (int64_t e = 0; e < SIDE / 16; ++e) to[e] += from[e];
+        }
     }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int s = 0; s < STATES; ++s) {
+        const float* sum = &sums[(i * STATES + s) * SIDE];
+        for (int64_t e = 0; e < std::min(SIDE, c - t); ++e)
+          a[s * STATES + window[i * c + t + e]] += weight[i] * sum[e];
+      }
   }
 }
 
@@ -94,7 +85,7 @@ void add_normal(const float* h, const std::vector<uint8_t>& window, float weight
 int skimlm_trellis_viterbi(const float* w, const float* f, const float* table, const float* scale,
                            uint8_t* codes, int64_t r, int64_t c, int64_t bits, int64_t taps, int threads) {
   return guarded([&] {
-    with_trellis(bits, taps, [&](auto trellis) {
+    return with_trellis(bits, taps, [&](auto trellis) {
       parallel_rows(r, LANES, threads, [&](int64_t i, int64_t last) {
         viterbi(trellis, w + i * c, f + i * c, table, scale + i, codes + i * c, last - i, c);
       });
@@ -107,17 +98,22 @@ int skimlm_trellis_normal(const float* h, const uint8_t* codes, const float* wei
   return guarded([&] {
     const int64_t blocks = (r + SIDE - 1) / SIDE;  // whatever the threads: sums keep their order
     std::vector<float> part(blocks * STATES * STATES);
-    with_trellis(bits, taps, [&](auto trellis) {
+    const int status = with_trellis(bits, taps, [&](auto trellis) {
       parallel_rows(blocks, 1, threads, [&](int64_t block, int64_t) {
-        std::vector<uint8_t> window(c);
-        for (int64_t i = block * SIDE; i < std::min(r, (block + 1) * SIDE); ++i) {
-          for (int64_t j = 0; j < c; ++j) window[j] = uint8_t(trellis.window(codes + i * c, c, j));
-          add_normal(h, window, weight[i], &part[block * STATES * STATES]);
+        std::vector<uint8_t> window(TOGETHER * c);
+        const int64_t end = std::min(r, (block + 1) * SIDE);
+        for (int64_t i = block * SIDE; i < end; i += TOGETHER) {
+          const int64_t rows = std::min(TOGETHER, end - i);
+          for (int64_t e = 0; e < rows; ++e)
+            for (int64_t j = 0; j < c; ++j)
+              window[e * c + j] = uint8_t(trellis.window(codes + (i + e) * c, c, j));
+          add_normal(h, window.data(), weight + i, rows, c, &part[block * STATES * STATES]);
         }
       });
     });
     std::fill(a, a + STATES * STATES, 0.0);
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t e = 0; e < STATES * STATES; ++e) a[e] += part[block * STATES * STATES + e];
+    return status;
   });
 }

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "guard.h"
+
 namespace {
 
 constexpr int BITS = 7;  // of a window
@@ -43,18 +45,17 @@ struct Trellis {
   }
 };
 
-// Calls body(Trellis of rows of this width).
+// Calls body(Trellis of rows of this kind) if there is one.
 template <class Body>
-void with_trellis(int64_t bits, int64_t taps, const Body& body) {
-  if (bits == 1 && taps == 1) body(Trellis<1, 1>());
-  if (bits == 2 && taps == 1) body(Trellis<2, 1>());
-  if (bits == 2 && taps == 2) body(Trellis<2, 2>());
-  if (bits == 3 && taps == 1) body(Trellis<3, 1>());
-  if (bits == 3 && taps == 3) body(Trellis<3, 3>());
-  if (bits == 3 && taps == 2) body(Trellis<3, 2>());
-  if (bits == 4 && taps == 1) body(Trellis<4, 1>());
-  if (bits == 4 && taps == 4) body(Trellis<4, 4>());
-  if (bits == 5 && taps == 1) body(Trellis<5, 1>());
+int with_trellis(int64_t bits, int64_t taps, const Body& body) {
+  if (bits == 1 && taps == 1) return body(Trellis<1, 1>()), DONE;
+  if (bits == 2 && taps == 1) return body(Trellis<2, 1>()), DONE;
+  if (bits == 2 && taps == 2) return body(Trellis<2, 2>()), DONE;
+  if (bits == 3 && taps == 1) return body(Trellis<3, 1>()), DONE;
+  if (bits == 3 && taps == 3) return body(Trellis<3, 3>()), DONE;
+  if (bits == 4 && taps == 1) return body(Trellis<4, 1>()), DONE;
+  if (bits == 4 && taps == 4) return body(Trellis<4, 4>()), DONE;
+  return MISFIT;
 }
 
 }  // namespace

@@ -21,14 +21,14 @@ constexpr int64_t STRIPE = 48;  // columns of a tile where runs begin
 constexpr int64_t BEFORE = 8;   // columns of a tile before them: symbols reach back by 6
 constexpr float LEAST = 1e-6f;  // of x H x, that a change must gain: rounding must not make two take turns
 
-// What descent sees of a row: a tile of H, and the gradient, codes and levels there.
+// What descent sees of a row: a tile of H, and the gradient and codes there.
 struct Here {
   const Tile& h;
-  float* g;          // [64], follows
-  uint8_t* code;     // of the tile's first column; of the row c columns are left from there
+  float* g;            // [64] half the gradient; it follows what changes
+  uint8_t* code;       // from the tile's first column on; the row has c columns from there
   int64_t c;
-  const float* level;  // [128] at a window
-  float* step;       // [64] what has changed so far
+  const float* level;  // [128] by window
+  float* step;         // [64] how much each weight has changed
 };
 
 // Weight j takes another level: the gradient of the tile follows.
@@ -77,14 +77,19 @@ struct Classes {
         out[v] = FloatLanes(one);
       }
     }
+#elif defined(__AVX2__)
+    for (int v = 0; v < VECTORS; ++v) {
+      const __m256i where = __m256i(at[v]), vector = _mm256_srli_epi32(where, 3);
+      __m256 one = _mm256_permutevar8x32_ps(__m256(x[0]), where);
+      for (int u = 1; u < VECTORS; ++u)
+        one = _mm256_blendv_ps(one, _mm256_permutevar8x32_ps(__m256(x[u]), where),
+                               _mm256_castsi256_ps(_mm256_cmpeq_epi32(vector, _mm256_set1_epi32(u))));
+      out[v] = FloatLanes(one);
+    }
 #else
     const float* all = reinterpret_cast<const float*>(x);
     for (int v = 0; v < VECTORS; ++v)
-#if defined(__AVX2__)
-      out[v] = FloatLanes(_mm256_i32gather_ps(all, __m256i(at[v]), 4));
-#else
       for (int l = 0; l < LANES; ++l) out[v][l] = all[at[v][l]];
-#endif
 #endif
   }
 };
@@ -209,7 +214,7 @@ int skimlm_trellis_descend(const float* h, float* gradient, const float* table, 
                            uint8_t* codes, int64_t r, int64_t c, int64_t bits, int64_t taps, int64_t run,
                            int64_t stride, int64_t sweeps, int threads) {
   return guarded([&] {
-    with_trellis(bits, taps, [&](auto trellis) {
+    return with_trellis(bits, taps, [&](auto trellis) {
       parallel_rows(r, rows_at_once(r, MANY, threads), threads, [&](int64_t i, int64_t last) {
         descend_rows(trellis, h, gradient + i * c, table, scale + i, codes + i * c, last - i, c, run,
                      stride, sweeps);
