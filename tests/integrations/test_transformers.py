@@ -20,7 +20,8 @@ from skimlm.models.blocks import embeddings
 from skimlm.models.checkpoint import load
 from skimlm.models.write import plan_bytes, save
 from skimlm.runtime import decode
-from skimlm.runtime.linear import CompressedEmbedding, CompressedHead, CompressedLinear
+from skimlm.runtime.linear import CompressedLinear
+from skimlm.runtime.tables import CompressedEmbedding, CompressedHead
 from skimlm.storage.folder import folder_bytes
 
 IDS = torch.arange(40).view(2, 20)
@@ -361,7 +362,7 @@ def setter(*path):
 
 LINEAR = ("linears", UP)
 CONFIGS = {
-    "newer version": (setter("format_version"), 3, "format_version 3, this skimlm reads 1 to 2"),
+    "newer version": (setter("format_version"), 4, "format_version 4, this skimlm reads 1 to 3"),
     "parts in version 1": (setter(*LINEAR, "group"), 64, f"{UP}: format_version 1 has no group"),
     "odd embed bits": (setter("embed_bits"), 5, "embed_bits must be 4, 8 or 16, got 5"),
     "width 9": (setter(*LINEAR, "widths"), {"9": 72}, f"{UP}: has no valid width histogram"),

@@ -4,7 +4,7 @@
 #include "parallel.h"
 
 int64_t skimlm_abi(int64_t what) {
-  constexpr int64_t found[] = {2, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody)};
+  constexpr int64_t found[] = {3, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody)};
   return what >= 0 && what < 4 ? found[what] : -1;
 }
 
