@@ -269,6 +269,14 @@ def test_inspect_shows_tables_and_counts_them_apart_from_linears(tmp_path, tied)
     assert f"embeddings ({bits:.4f}" in text and re.search(rf"^{TABLE} +\d+x64", text, re.M)
 
 
+def test_tables_alone_may_be_compressed(tmp_path):
+    model = tiny_model("llama")
+    quantized = tables_of(model)
+    save(tmp_path / "out", model, None, quantized, embed_bits=16, bits=16.0)
+    assert inspect(tmp_path / "out")["linears"] == []
+    assert_same_logits(logits(open_folder(tmp_path / "out")), logits(made_dense(model, quantized)))
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """An untied folder whose embedding and head are layers."""

@@ -60,9 +60,12 @@ def test_a_row_that_is_not_there_is_an_index_error(isa_or_none, bad):
         ops.rows(pack(random_quantized(9, 5)), torch.tensor([0, bad]))
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["new", "order known"])
 @pytest.mark.parametrize("name", ["weight", "codebook", "row_scale", "widths"])
-def test_rows_of_malformed_layers_are_refused(isa_or_none, name):
+def test_rows_of_malformed_layers_are_refused(isa_or_none, name, known):
     layer = pack(random_quantized(9, 17))
+    if known:
+        ops.rows(layer, torch.tensor([1]))
     for wrong in (layer.tensors[name][:-1], layer.tensors[name].double(), None):
         stored = {n: wrong if n == name else t for n, t in layer.tensors.items()}
         broken = Layer(layer.spec, {n: t for n, t in stored.items() if t is not None})
@@ -220,5 +223,6 @@ def test_rows_can_be_registered_for_a_device(monkeypatch):
 
 def test_rows_of_a_code_that_native_code_does_not_know_are_made_in_torch(monkeypatch):
     monkeypatch.setattr("skimlm.runtime.cpu.KNOWN_ROW_CODES", set())
+    monkeypatch.setattr("skimlm.native.layer_rows", None)
     q = random_quantized(9, 5)
     assert torch.equal(ops.rows(pack(q), torch.tensor([8, 2])), dequantize(q)[[8, 2]])

@@ -49,7 +49,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         "path": str(path),
         "model_type": source.config.model_type,
         "format_version": config.format_version,
-        "bits_per_weight": 8 * stored / weights,
+        "bits_per_weight": 8 * stored / max(weights, 1),  # tables alone may be compressed
         "weights": weights,
         "embed_bits": config.embed_bits,
         "bytes": folder_bytes(source.path),

@@ -1,0 +1,187 @@
+"""What an embedding and a head lose by the width of each row, in the units of the linears' errors.
+
+    sums = TableSums.of(model)
+    with observed_tables(model, sums):      while the calibration windows pass, forward and backward
+        analyse(walk, stored, plan)
+    for part in parts(sums, "tied"):        rows that share a matrix, as a linear of their own
+        analysis(table[part.rows], part)    centroids, error curve: an `Analysis`
+
+Row v of a head, z_tv = w_v x_t the logit of token v at t, p_tv its probability. In place of the
+square of the gradient p_tv - y_tv stands what the model expects of it: a token that is never the
+target of the calibration text, as nearly all are, has that too (docs/log.md).
+    s_tv  = p_tv (1 - p_tv)
+    H     = sum_t mean_v(s_tv) x_t x_t^T         of all rows
+    a_v   = sum_t s_tv                           what row v counts; rho_v = a_v / mean a
+The logits of a row are off by some variance sigma^2 over the tokens, a_v sigma^2 = rho_v d H d^T.
+To second order that is its error. But the probability of an unlikely token grows by
+exp(sigma^2 / 2), and nearly all of the vocabulary is unlikely. With a normal error of the logit
+    E_v   = 2 a_v (exp(sigma^2 / 2) - 1)         = a_v sigma^2 + ...
+
+Row v of an embedding, g_t the gradient of the loss by what token t is looked up as:
+    G     = sum_t g_t g_t^T                      of all rows
+    k_v   ~ n_v^(1/2), sum_v k_v = 1             n_v = sum_t p_tv: how often v is expected
+    E_v   = k_v d G d^T
+n_v is a smoothed count: of tokens that do not occur in the text it is what Good and Turing give.
+The gradients of a token that is frequent are smaller, about as n_v^(-1/2) (docs/log.md).
+
+Rows of a table that is both lose the sum; those with about the same share of each go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skimlm.format.pack import QuantizedWeight
+from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH
+from skimlm.models.blocks import multiplier_of
+from skimlm.models.head import behind_head
+from skimlm.models.hooks import forward_replaced
+from skimlm.pipeline.sensitivity import EDGES, Analysis
+from skimlm.quantize.fit import errors_under
+from skimlm.quantize.kmeans import kmeans_rows
+from skimlm.quantize.refine import damped
+
+CHUNK = 2**24  # logits in float32 at a time: some copies of 64 MB
+CLASSES = 6  # of rows of a tied table, each with a matrix of its own
+ROWS = 2**14  # of a part, at most: what is worked on at a time
+MOST = 60.0  # sigma^2 / 2: nothing is worse
+
+
+@dataclass
+class TableSums:
+    """Sums over the calibration tokens of a model's embedding and head; see the module docstring.
+
+    V tokens, embeddings of d numbers.
+    """
+
+    head_hessian: Tensor  # H [d, d] float32
+    head_weight: Tensor  # a_v [V] float32
+    expected: Tensor  # n_v [V] float32
+    embedding_gram: Tensor  # G [d, d] float32
+    tokens: int = 0
+
+    @classmethod
+    def of(cls, model: Any) -> TableSums:
+        """No token yet."""
+        rows, d = model.get_input_embeddings().weight.shape
+        head = model.get_output_embeddings()
+        outputs, c = (rows, d) if head is None else head.weight.shape
+        return cls(torch.zeros(c, c), torch.zeros(outputs), torch.zeros(outputs), torch.zeros(d, d))
+
+    def see_states(self, x: Tensor, variance: Tensor, probability: Tensor) -> None:
+        """Add what the head is given [n, d], and s_tv and p_tv float32 [n, V]."""
+        weighted = (x * variance.mean(1, keepdim=True).sqrt()).to(x.dtype)
+        self.head_hessian += (weighted.T @ weighted).float().cpu()
+        self.head_weight += variance.sum(0).cpu()
+        self.expected += probability.sum(0).cpu()
+        self.tokens += len(x)
+
+    def see_gradients(self, g: Tensor) -> None:
+        """Add gradients [n, d] of the loss by what tokens are looked up as."""
+        self.embedding_gram += (g.float().T @ g.float()).cpu()
+
+
+@contextmanager
+def observed_tables(model: Any, sums: TableSums) -> Iterator[None]:
+    """Within the block passes with gradients add to `sums`: a window's forward and backward.
+
+    Every token must come to the head once.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    usual = head.forward
+    scale = multiplier_of(table) or 1.0  # by which its module multiplies a row
+
+    def looked_up(_module: Any, _ids: Any, out: Tensor) -> None:
+        if torch.is_grad_enabled():
+            out.requires_grad_()
+            out.register_hook(lambda g: sums.see_gradients(scale * g.reshape(-1, g.shape[-1])))
+
+    def projected(x: Tensor) -> Tensor:
+        z = usual(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            flat, logits = (t.detach().reshape(-1, t.shape[-1]) for t in (x, z))
+            for rows in torch.arange(len(flat)).split(max(1, CHUNK // logits.shape[1])):
+                sums.see_states(flat[rows], *_predicted(model, logits[rows]))
+        return z
+
+    hook = table.register_forward_hook(looked_up)
+    try:
+        with forward_replaced(head, projected):
+            yield
+    finally:
+        hook.remove()
+
+
+def _predicted(model: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    """s_tv by what the head puts out, and p_tv, [n, V]: soft caps and scales behind it count."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        logits = behind_head(model, leaf)
+        p = logits.detach().float().softmax(-1)
+        (root,) = torch.autograd.grad(logits, leaf, (p * (1 - p)).sqrt().to(logits.dtype))
+    return root.float().square_(), p
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a table that share a matrix, as if they were a linear of their own."""
+
+    rows: Tensor  # int64 [n], ascending
+    head: tuple[Tensor, Tensor] | None  # H / mean a [d, d], a_v [n]; None where it is no head
+    embedding: tuple[Tensor, Tensor] | None  # G [d, d], k_v [n]; None where it is no embedding
+
+
+def parts(sums: TableSums, use: str) -> list[Part]:
+    """The parts of a table that is used as "embedding", "head" or "tied" for both."""
+    h, a, g, k = sums.head_hessian, sums.head_weight, sums.embedding_gram, sums.expected.sqrt()
+    h, k = h / a.mean(), k / k.sum()
+    order, count = torch.arange(len(a)), -(-len(a) // ROWS)
+    if use == "tied":
+        by_head, by_embedding = a * h.diagonal().sum(), k * g.diagonal().sum()
+        order = (by_embedding / (by_head + by_embedding)).argsort(stable=True)
+        count = max(CLASSES, count)
+    return [
+        Part(
+            rows,
+            (h, a[rows]) if use != "embedding" else None,
+            (g, k[rows]) if use != "head" else None,
+        )
+        for rows in (some.sort().values for some in order.tensor_split(count))
+    ]
+
+
+def analysis(weight: Tensor, part: Part, tokens: int) -> Analysis:
+    """What is known of the rows of a part, `weight` float32 [n, d], before widths are chosen."""
+    known = [pair for pair in (part.head, part.embedding) if pair is not None]
+    mixed = torch.stack([m * rows.mean() for m, rows in known]).sum(0)
+    fisher = mixed.diagonal().bfloat16().expand(weight.shape)  # what k-means weighs columns by
+    weights = fisher.float()
+    centroids, _ = kmeans_rows(weight, weights, MAX_TABLE_WIDTH, EDGES)
+    errors = torch.zeros(len(weight), MAX_WIDTH, dtype=torch.float64)
+    for pair in known:
+        lost = errors_under(weight, weights, centroids, damped(pair[0]))
+        errors += pair[1].double()[:, None] * (grown(lost) if pair is part.head else lost)
+    share = torch.stack([rows * m.diagonal().sum() for m, rows in known]).sum(0)
+    return Analysis(mixed, fisher, share / share.mean(), centroids, errors, tokens)
+
+
+def merged(table: Sequence[Part], fitted: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The whole of a table from its parts, fitted one by one."""
+    order = torch.cat([part.rows for part in table]).argsort()
+
+    def whole(name: str) -> Tensor:
+        return torch.cat([getattr(q, name) for q in fitted])[order]
+
+    codes, widths, codebook = whole("codes"), whole("widths"), whole("codebook")
+    return QuantizedWeight(codes, widths, codebook, whole("row_scale"), whole("row_zero"))
+
+
+def grown(variance: Tensor) -> Tensor:
+    """What a logit that is off by a normal error of this variance costs: 2 (exp(s / 2) - 1)."""
+    return 2 * torch.expm1((variance / 2).clamp(max=MOST))

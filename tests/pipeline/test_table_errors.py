@@ -1,0 +1,204 @@
+"""What embedding and head lose, against the definitions, a token and a row at a time."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from conftest import random_quantized, statistics_of, tiny_model, walk_of
+from skimlm.format import dequantize
+from skimlm.models.head import behind_head, final_hidden, head_logits
+from skimlm.models.source import open_source
+from skimlm.pipeline import tables
+from skimlm.pipeline.tables import TableSums, analysis, grown, merged, observed_tables, parts
+from skimlm.quantize.fit import start
+from skimlm.quantize.refine import damped
+
+IDS = torch.randint(0, 250, (3, 12), generator=torch.Generator().manual_seed(0))
+CAPPED = {"final_logit_softcapping": 3.0}
+
+
+def sums_of(model, ids=IDS):
+    sums = TableSums.of(model)
+    with observed_tables(model, sums):
+        statistics_of(model, ids)
+    return sums
+
+
+def random_sums(rows=40, cols=24, tokens=100):
+    """Sums of made-up inputs and gradients."""
+    g = torch.Generator().manual_seed(1)
+    x, gradient = (torch.randn(tokens, cols, generator=g) / 4 for _ in range(2))
+    p = (3 * torch.randn(tokens, rows, generator=g)).softmax(-1)
+    sums = TableSums(*(torch.zeros(n) for n in ((cols, cols), rows, rows, (cols, cols))))
+    sums.see_states(x, p * (1 - p), p)
+    sums.see_gradients(gradient)
+    return sums, torch.randn(rows, cols, generator=g), (x, p * (1 - p), p, gradient)
+
+
+@pytest.mark.parametrize("family, changes", [("llama", {}), ("gemma3", CAPPED), ("opt", {})])
+def test_sums_of_a_head_are_those_of_its_expected_gradients(family, changes):
+    """The square of d loss / d z, its mean over targets drawn from the model's predictions."""
+    model = tiny_model(family, **changes)
+    sums = sums_of(model)
+    head, seen = model.get_output_embeddings(), []
+    handle = head.register_forward_hook(lambda _m, x, z: seen.append((x[0], z)))
+    hidden = final_hidden(model, IDS)
+    hessian, weight, expected = 0.0, 0.0, 0.0
+    for state in hidden.flatten(0, 1).detach():
+        seen.clear()
+        logits = head_logits(model, state[None])
+        (x, z), p = seen[0], logits.softmax(-1)[0].detach()
+        squares = torch.stack(
+            [
+                torch.autograd.grad(-logits.log_softmax(-1)[0, y], z, retain_graph=True)[0]
+                .flatten()
+                .square()
+                for y in range(len(p))
+            ]
+        )
+        s = (p[:, None] * squares).sum(0)
+        x = x.flatten().detach()
+        hessian, weight, expected = hessian + s.mean() * x[:, None] * x, weight + s, expected + p
+    handle.remove()
+    assert sums.tokens == IDS.numel()
+    torch.testing.assert_close(sums.head_weight, weight, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(sums.expected, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sums.head_hessian, hessian, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_sums_of_an_embedding_are_those_of_the_gradients_of_its_rows(family):
+    """Every token has a row of its own: gemma3 multiplies rows within the module."""
+    model = tiny_model(family)
+    sums = sums_of(model)
+    table = model.get_input_embeddings()
+    scale = float(getattr(table, "scalar_embed_scale", 1.0))
+    want = 0.0
+    for window in IDS:
+        rows = table.weight[window].detach().requires_grad_()
+        hidden = model.model(inputs_embeds=(rows * scale)[None]).last_hidden_state[0]
+        logits = head_logits(model, hidden[:-1])
+        F.cross_entropy(logits, window[1:], reduction="sum").backward()
+        want = want + rows.grad.T @ rows.grad
+    torch.testing.assert_close(sums.embedding_gram, want, rtol=1e-3, atol=1e-4 * float(want.max()))
+
+
+def test_sums_are_the_same_when_a_model_is_streamed(llama_folder, tokenizer):
+    from skimlm.models.checkpoint import open_checkpoint
+    from skimlm.pipeline import RECIPES, StateStore, sensitivity
+    from skimlm.pipeline.walk import Walk, analyse
+
+    found = []
+    for streamed in (False, True):
+        source = open_source(open_checkpoint(llama_folder), streamed, tokenizer)
+        walk = walk_of(source.model)
+        place = llama_folder.parent / f"analysis-{streamed}"
+        walk = Walk(source, walk.linears, IDS, StateStore(None))
+        sums = TableSums.of(source.model)
+        with observed_tables(source.model, sums):
+            analyse(walk, sensitivity.Stored(place, walk.linears), RECIPES["fast"])
+        found.append(sums)
+    assert found[0].tokens == found[1].tokens == IDS.numel()
+    for name in ("head_hessian", "head_weight", "expected", "embedding_gram"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
+        assert getattr(found[0], name).any()
+
+
+def test_nothing_is_left_behind_on_a_model():
+    model = tiny_model("llama")
+    before = model(IDS).logits
+    sums_of(model)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert not table._forward_hooks and "forward" not in head.__dict__
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_what_stands_behind_a_head_is_the_models_own():
+    model, z = tiny_model("gemma3", **CAPPED), torch.randn(5, 259)
+    torch.testing.assert_close(behind_head(model, z), 3 * torch.tanh(z / 3))
+    assert torch.equal(behind_head(tiny_model("llama"), z), z)
+
+
+def test_a_logit_that_is_off_costs_what_its_probability_grows_by():
+    """The mean over a normal error e of 2 (exp(e) - 1 - e), by quadrature."""
+    e = torch.linspace(-40, 40, 400_001, dtype=torch.float64)
+    for variance in (1e-4, 0.3, 2.0, 9.0):
+        density = torch.exp(-e.square() / (2 * variance))
+        mean = (density * 2 * (torch.expm1(e) - e)).sum() / density.sum()
+        got = grown(torch.tensor([variance], dtype=torch.float64))
+        torch.testing.assert_close(got[0], mean, rtol=1e-5, atol=0)
+    assert grown(torch.tensor([1e9], dtype=torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize("most", [7, 15, 1000])
+@pytest.mark.parametrize("use", ["head", "embedding", "tied"])
+def test_every_row_is_in_one_part_of_not_too_many(use, most, monkeypatch):
+    monkeypatch.setattr(tables, "ROWS", most)
+    sums, _, _ = random_sums()
+    found = parts(sums, use)
+    rows = torch.cat([part.rows for part in found])
+    assert rows.sort().values.tolist() == list(range(40))
+    assert max(len(part.rows) for part in found) <= most
+    assert len(found) == max(tables.CLASSES if use == "tied" else 1, {7: 6, 15: 3, 1000: 1}[most])
+
+
+@pytest.mark.parametrize("use", ["head", "embedding", "tied"])
+def test_errors_are_those_of_the_definitions(use, monkeypatch):
+    """Both tokens' sums written out, with matrices as they are: neither shrunk nor damped."""
+    monkeypatch.setattr(tables, "damped", lambda h: h)
+    sums, w, (x, s, p, g) = random_sums()
+    for part in parts(sums, use):
+        rows = part.rows
+        known = analysis(w[rows], part, 100)
+        for b in (2, 5):
+            widths = torch.full((len(rows),), b, dtype=torch.uint8)
+            fit = start(w[rows], known.fisher.float(), widths, known.centroids)
+            off = fit.dense() - w[rows]
+            weighted = s.mean(1)
+            variance = (weighted[:, None] * (x @ off.T).square()).sum(0) / s.sum(0).mean()
+            head = 2 * s.sum(0)[rows] * torch.expm1(variance / 2)
+            often = p.sum(0).sqrt()
+            share = (often / often.sum())[rows]
+            embedding = share * (g @ off.T).square().sum(0)
+            want = {"head": head, "embedding": embedding, "tied": head + embedding}[use]
+            torch.testing.assert_close(known.errors[:, b - 1].float(), want, rtol=0.03, atol=1e-6)
+
+
+def test_parts_of_a_tied_table_are_rows_of_a_like_share():
+    sums, w, _ = random_sums()
+    shares = []
+    for part in parts(sums, "tied"):
+        (h, a), (g, k) = part.head, part.embedding
+        by_head, by_embedding = a * h.trace(), k * g.trace()
+        shares.append(by_embedding / (by_head + by_embedding))
+        known = analysis(w[part.rows], part, 1)
+        torch.testing.assert_close(known.hessian, h * a.mean() + g * k.mean())
+        torch.testing.assert_close(known.row_weight.mean(), torch.tensor(1.0))
+    for low, high in zip(shares, shares[1:], strict=False):
+        assert low.max() <= high.min()
+
+
+def test_parts_fitted_one_by_one_are_the_table():
+    sums, _, _ = random_sums()
+    whole = random_quantized(40, 24)
+    table = parts(sums, "tied")
+    pieces = [
+        type(whole)(
+            *(getattr(whole, n)[part.rows] for n in ("codes", "widths", "codebook")),
+            whole.row_scale[part.rows],
+            whole.row_zero[part.rows],
+        )
+        for part in table
+    ]
+    assert torch.equal(dequantize(merged(table, pieces)), dequantize(whole))
+
+
+def test_the_matrix_of_the_errors_is_damped():
+    sums, w, _ = random_sums()
+    (part,) = parts(sums, "embedding")
+    h, k = part.embedding
+    known = analysis(w, part, 1)
+    widths = torch.full((40,), 3, dtype=torch.uint8)
+    off = start(w, known.fisher.float(), widths, known.centroids).dense() - w
+    want = k * ((off @ damped(h)) * off).sum(1)
+    torch.testing.assert_close(known.errors[:, 2].float(), want, rtol=0.02, atol=1e-9)
