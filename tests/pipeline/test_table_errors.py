@@ -4,16 +4,28 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import random_quantized, statistics_of, tiny_model, walk_of
-from skimlm.format import dequantize
+from conftest import statistics_of, tiny_model, walk_of
+from layer_sample import equal
+from skimlm.models.checkpoint import open_checkpoint
 from skimlm.models.head import behind_head, final_hidden, head_logits
 from skimlm.models.source import open_source
-from skimlm.pipeline import tables
-from skimlm.pipeline.tables import TableSums, analysis, grown, merged, observed_tables, parts
+from skimlm.pipeline import RECIPES, StateStore, sensitivity, tables
+from skimlm.pipeline.recipes import fit_linear, settled
+from skimlm.pipeline.tables import (
+    TableSums,
+    analysis,
+    grown,
+    joined,
+    observed_tables,
+    rows_of,
+    slices,
+)
+from skimlm.pipeline.walk import Walk, analyse
 from skimlm.quantize.fit import start
 from skimlm.quantize.refine import damped
 
 IDS = torch.randint(0, 250, (3, 12), generator=torch.Generator().manual_seed(0))
+PLAN = RECIPES["fast"]
 CAPPED = {"final_logit_softcapping": 3.0}
 
 
@@ -84,10 +96,6 @@ def test_sums_of_an_embedding_are_those_of_the_gradients_of_its_rows(family):
 
 
 def test_sums_are_the_same_when_a_model_is_streamed(llama_folder, tokenizer):
-    from skimlm.models.checkpoint import open_checkpoint
-    from skimlm.pipeline import RECIPES, StateStore, sensitivity
-    from skimlm.pipeline.walk import Walk, analyse
-
     found = []
     for streamed in (False, True):
         source = open_source(open_checkpoint(llama_folder), streamed, tokenizer)
@@ -96,7 +104,7 @@ def test_sums_are_the_same_when_a_model_is_streamed(llama_folder, tokenizer):
         walk = Walk(source, walk.linears, IDS, StateStore(None))
         sums = TableSums.of(source.model)
         with observed_tables(source.model, sums):
-            analyse(walk, sensitivity.Stored(place, walk.linears), RECIPES["fast"])
+            analyse(walk, sensitivity.Stored(place, walk.linears), PLAN)
         found.append(sums)
     assert found[0].tokens == found[1].tokens == IDS.numel()
     for name in ("head_hessian", "head_weight", "expected", "embedding_gram"):
@@ -130,75 +138,62 @@ def test_a_logit_that_is_off_costs_what_its_probability_grows_by():
     assert grown(torch.tensor([1e9], dtype=torch.float64)).isfinite().all()
 
 
-@pytest.mark.parametrize("most", [7, 15, 1000])
-@pytest.mark.parametrize("use", ["head", "embedding", "tied"])
-def test_every_row_is_in_one_part_of_not_too_many(use, most, monkeypatch):
-    monkeypatch.setattr(tables, "ROWS", most)
-    sums, _, _ = random_sums()
-    found = parts(sums, use)
-    rows = torch.cat([part.rows for part in found])
-    assert rows.sort().values.tolist() == list(range(40))
-    assert max(len(part.rows) for part in found) <= most
-    assert len(found) == max(tables.CLASSES if use == "tied" else 1, {7: 6, 15: 3, 1000: 1}[most])
-
-
 @pytest.mark.parametrize("use", ["head", "embedding", "tied"])
 def test_errors_are_those_of_the_definitions(use, monkeypatch):
-    """Both tokens' sums written out, with matrices as they are: neither shrunk nor damped."""
+    """The sums over tokens written out, with matrices as they are: neither shrunk nor damped."""
     monkeypatch.setattr(tables, "damped", lambda h: h)
+    monkeypatch.setattr(tables, "ROWS", 15)
     sums, w, (x, s, p, g) = random_sums()
-    for part in parts(sums, use):
-        rows = part.rows
-        known = analysis(w[rows], part, 100)
-        for b in (2, 5):
-            widths = torch.full((len(rows),), b, dtype=torch.uint8)
-            fit = start(w[rows], known.fisher.float(), widths, known.centroids)
-            off = fit.dense() - w[rows]
-            weighted = s.mean(1)
-            variance = (weighted[:, None] * (x @ off.T).square()).sum(0) / s.sum(0).mean()
-            head = 2 * s.sum(0)[rows] * torch.expm1(variance / 2)
-            often = p.sum(0).sqrt()
-            share = (often / often.sum())[rows]
-            embedding = share * (g @ off.T).square().sum(0)
-            want = {"head": head, "embedding": embedding, "tied": head + embedding}[use]
-            torch.testing.assert_close(known.errors[:, b - 1].float(), want, rtol=0.03, atol=1e-6)
+    known = analysis(w, sums, use)
+    for b in (2, 5):
+        off = start(w, known.fisher.float(), same(b), known.centroids).dense() - w
+        variance = (s.mean(1)[:, None] * (x @ off.T).square()).sum(0) / s.sum(0).mean()
+        head = 2 * s.sum(0) * torch.expm1(variance / 2)
+        often = p.sum(0).sqrt()
+        embedding = often / often.sum() * (g @ off.T).square().sum(0)
+        want = {"head": head, "embedding": embedding, "tied": head + embedding}[use]
+        torch.testing.assert_close(known.errors[:, b - 1].float(), want, rtol=0.03, atol=1e-6)
 
 
-def test_parts_of_a_tied_table_are_rows_of_a_like_share():
-    sums, w, _ = random_sums()
-    shares = []
-    for part in parts(sums, "tied"):
-        (h, a), (g, k) = part.head, part.embedding
-        by_head, by_embedding = a * h.trace(), k * g.trace()
-        shares.append(by_embedding / (by_head + by_embedding))
-        known = analysis(w[part.rows], part, 1)
-        torch.testing.assert_close(known.hessian, h * a.mean() + g * k.mean())
-        torch.testing.assert_close(known.row_weight.mean(), torch.tensor(1.0))
-    for low, high in zip(shares, shares[1:], strict=False):
-        assert low.max() <= high.min()
-
-
-def test_parts_fitted_one_by_one_are_the_table():
-    sums, _, _ = random_sums()
-    whole = random_quantized(40, 24)
-    table = parts(sums, "tied")
-    pieces = [
-        type(whole)(
-            *(getattr(whole, n)[part.rows] for n in ("codes", "widths", "codebook")),
-            whole.row_scale[part.rows],
-            whole.row_zero[part.rows],
-        )
-        for part in table
+def test_the_matrix_of_a_tied_table_is_the_mean_over_its_rows():
+    sums, w, (x, s, p, g) = random_sums()
+    known = analysis(w, sums, "tied")
+    often = p.sum(0).sqrt()
+    of_rows = [
+        a * (x.T @ (x * s.mean(1, keepdim=True))) / s.sum(0).mean() + k * g.T @ g
+        for a, k in zip(s.sum(0), often / often.sum(), strict=True)
     ]
-    assert torch.equal(dequantize(merged(table, pieces)), dequantize(whole))
+    torch.testing.assert_close(known.hessian, torch.stack(of_rows).mean(0))
+    weight = torch.stack([m.trace() for m in of_rows])
+    torch.testing.assert_close(known.row_weight, weight / weight.mean())
+    diagonal = known.hessian.diagonal().bfloat16()
+    assert torch.equal(known.fisher, diagonal.expand(40, 24)) and known.tokens == 100
 
 
 def test_the_matrix_of_the_errors_is_damped():
     sums, w, _ = random_sums()
-    (part,) = parts(sums, "embedding")
-    h, k = part.embedding
-    known = analysis(w, part, 1)
-    widths = torch.full((40,), 3, dtype=torch.uint8)
-    off = start(w, known.fisher.float(), widths, known.centroids).dense() - w
-    want = k * ((off @ damped(h)) * off).sum(1)
+    known, often = analysis(w, sums, "embedding"), sums.expected.sqrt()
+    off = start(w, known.fisher.float(), same(3), known.centroids).dense() - w
+    want = often / often.sum() * ((off @ damped(sums.embedding_gram)) * off).sum(1)
     torch.testing.assert_close(known.errors[:, 2].float(), want, rtol=0.02, atol=1e-9)
+
+
+def test_a_table_fitted_in_parts_is_the_table_fitted_at_once(monkeypatch):
+    sums, w, _ = random_sums()
+    known, widths = analysis(w, sums, "tied"), torch.arange(40).remainder(8).add(1).to(torch.uint8)
+
+    def fitted(some):
+        part = rows_of(known, some)
+        return settled(w[some], part, fit_linear(w[some], part, widths[some], PLAN), PLAN)
+
+    want = fitted(slice(0, 40))
+    monkeypatch.setattr(tables, "ROWS", 15)
+    again = analysis(w, sums, "tied")
+    assert torch.equal(again.errors, known.errors)
+    assert all(map(torch.equal, again.centroids, known.centroids))
+    assert [len(range(40)[some]) for some in slices(40)] == [15, 15, 10]
+    assert equal(joined([fitted(some) for some in slices(40)]), want)
+
+
+def same(width, rows=40):
+    return torch.full((rows,), width, dtype=torch.uint8)

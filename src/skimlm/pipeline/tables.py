@@ -3,8 +3,8 @@
     sums = TableSums.of(model)
     with observed_tables(model, sums):      while the calibration windows pass, forward and backward
         analyse(walk, stored, plan)
-    for part in parts(sums, "tied"):        rows that share a matrix, as a linear of their own
-        analysis(table[part.rows], part)    centroids, error curve: an `Analysis`
+    known = analysis(table, sums, "tied")   centroids, error curve: as of a linear
+    joined([settled(table[some], rows_of(known, some), ...) for some in slices(len(table))])
 
 Row v of a head, z_tv = w_v x_t the logit of token v at t, p_tv its probability. In place of the
 square of the gradient p_tv - y_tv stands what the model expects of it: a token that is never the
@@ -24,7 +24,7 @@ Row v of an embedding, g_t the gradient of the loss by what token t is looked up
 n_v is a smoothed count: of tokens that do not occur in the text it is what Good and Turing give.
 The gradients of a token that is frequent are smaller, about as n_v^(-1/2) (docs/log.md).
 
-Rows of a table that is both lose the sum; those with about the same share of each go together.
+Rows of a table that is both lose the sum; they are refined under the mean of a_v H and k_v G.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ from skimlm.quantize.kmeans import kmeans_rows
 from skimlm.quantize.refine import damped
 
 CHUNK = 2**24  # logits in float32 at a time: some copies of 64 MB
-CLASSES = 6  # of rows of a tied table, each with a matrix of its own
-ROWS = 2**14  # of a part, at most: what is worked on at a time
+ROWS = 2**14  # of a table that are worked on at a time
 MOST = 60.0  # sigma^2 / 2: nothing is worse
 
 
@@ -128,55 +127,48 @@ def _predicted(model: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     return root.float().square_(), p
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows of a table that share a matrix, as if they were a linear of their own."""
+def analysis(weight: Tensor, sums: TableSums, use: str) -> Analysis:
+    """What is known of a table [V, d] that is used as "embedding", "head", or "tied" for both.
 
-    rows: Tensor  # int64 [n], ascending
-    head: tuple[Tensor, Tensor] | None  # H / mean a [d, d], a_v [n]; None where it is no head
-    embedding: tuple[Tensor, Tensor] | None  # G [d, d], k_v [n]; None where it is no embedding
-
-
-def parts(sums: TableSums, use: str) -> list[Part]:
-    """The parts of a table that is used as "embedding", "head" or "tied" for both."""
+    Widths, codebooks and codes then follow as those of a linear; a table of many rows goes by
+    `rows_of` a part at a time.
+    """
     h, a, g, k = sums.head_hessian, sums.head_weight, sums.embedding_gram, sums.expected.sqrt()
-    h, k = h / a.mean(), k / k.sum()
-    order, count = torch.arange(len(a)), -(-len(a) // ROWS)
-    if use == "tied":
-        by_head, by_embedding = a * h.diagonal().sum(), k * g.diagonal().sum()
-        order = (by_embedding / (by_head + by_embedding)).argsort(stable=True)
-        count = max(CLASSES, count)
-    return [
-        Part(
-            rows,
-            (h, a[rows]) if use != "embedding" else None,
-            (g, k[rows]) if use != "head" else None,
-        )
-        for rows in (some.sort().values for some in order.tensor_split(count))
-    ]
-
-
-def analysis(weight: Tensor, part: Part, tokens: int) -> Analysis:
-    """What is known of the rows of a part, `weight` float32 [n, d], before widths are chosen."""
-    known = [pair for pair in (part.head, part.embedding) if pair is not None]
-    mixed = torch.stack([m * rows.mean() for m, rows in known]).sum(0)
-    fisher = mixed.diagonal().bfloat16().expand(weight.shape)  # what k-means weighs columns by
-    weights = fisher.float()
-    centroids, _ = kmeans_rows(weight, weights, MAX_TABLE_WIDTH, EDGES)
+    by_head, by_embedding = (h / a.mean(), a), (g, k / k.sum())
+    known = {"head": [by_head], "embedding": [by_embedding], "tied": [by_head, by_embedding]}[use]
+    mixed = torch.stack([matrix * rows.mean() for matrix, rows in known]).sum(0)
+    fisher = mixed.diagonal().bfloat16().expand(weight.shape)  # by which k-means weighs columns
+    centroids: list[list[Tensor]] = []
     errors = torch.zeros(len(weight), MAX_WIDTH, dtype=torch.float64)
-    for pair in known:
-        lost = errors_under(weight, weights, centroids, damped(pair[0]))
-        errors += pair[1].double()[:, None] * (grown(lost) if pair is part.head else lost)
-    share = torch.stack([rows * m.diagonal().sum() for m, rows in known]).sum(0)
-    return Analysis(mixed, fisher, share / share.mean(), centroids, errors, tokens)
+    for some in slices(len(weight)):
+        w, f = weight[some].float(), fisher[some].float()
+        centroids.append(kmeans_rows(w, f, MAX_TABLE_WIDTH, EDGES)[0])
+        for matrix, rows in known:
+            lost = errors_under(w, f, centroids[-1], damped(matrix))
+            lost = grown(lost) if rows is a else lost
+            errors[some] += rows[some].double()[:, None] * lost
+    share = torch.stack([rows * matrix.diagonal().sum() for matrix, rows in known]).sum(0)
+    whole = [torch.cat(tables) for tables in zip(*centroids, strict=True)]
+    return Analysis(mixed, fisher, share / share.mean(), whole, errors, sums.tokens)
 
 
-def merged(table: Sequence[Part], fitted: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """The whole of a table from its parts, fitted one by one."""
-    order = torch.cat([part.rows for part in table]).argsort()
+def slices(rows: int) -> list[slice]:
+    """The rows of a table in parts that are worked on at a time."""
+    return [slice(i, min(i + ROWS, rows)) for i in range(0, rows, ROWS)]
+
+
+def rows_of(known: Analysis, some: slice) -> Analysis:
+    """What is known of some rows."""
+    tables = [table[some] for table in known.centroids]
+    of_rows = known.fisher[some], known.row_weight[some], tables, known.errors[some]
+    return Analysis(known.hessian, *of_rows, known.tokens)
+
+
+def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The rows of all parts, one part after the other."""
 
     def whole(name: str) -> Tensor:
-        return torch.cat([getattr(q, name) for q in fitted])[order]
+        return torch.cat([getattr(q, name) for q in parts])
 
     codes, widths, codebook = whole("codes"), whole("widths"), whole("codebook")
     return QuantizedWeight(codes, widths, codebook, whole("row_scale"), whole("row_zero"))
