@@ -3,22 +3,24 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from conftest import statistics_of, tiny_model, walk_of
-from layer_sample import equal
+from skimlm.format import LayerSpec
 from skimlm.models.checkpoint import open_checkpoint
 from skimlm.models.head import behind_head, final_hidden, head_logits
 from skimlm.models.source import open_source
-from skimlm.pipeline import RECIPES, StateStore, sensitivity, tables
-from skimlm.pipeline.recipes import fit_linear, settled
+from skimlm.models.write import write_packed
+from skimlm.pipeline import RECIPES, StateStore, budget, sensitivity, tables
+from skimlm.pipeline.recipes import packed_linear
 from skimlm.pipeline.tables import (
     TableSums,
     analysis,
     grown,
-    joined,
     observed_tables,
-    rows_of,
+    packed_table,
     slices,
+    uses,
 )
 from skimlm.pipeline.walk import Walk, analyse
 from skimlm.quantize.fit import start
@@ -181,18 +183,51 @@ def test_the_matrix_of_the_errors_is_damped():
 def test_a_table_fitted_in_parts_is_the_table_fitted_at_once(monkeypatch):
     sums, w, _ = random_sums()
     known, widths = analysis(w, sums, "tied"), torch.arange(40).remainder(8).add(1).to(torch.uint8)
-
-    def fitted(some):
-        part = rows_of(known, some)
-        return settled(w[some], part, fit_linear(w[some], part, widths[some], PLAN), PLAN)
-
-    want = fitted(slice(0, 40))
+    want = packed_linear(w, known, widths, PLAN)
     monkeypatch.setattr(tables, "ROWS", 15)
     again = analysis(w, sums, "tied")
     assert torch.equal(again.errors, known.errors)
     assert all(map(torch.equal, again.centroids, known.centroids))
     assert [len(range(40)[some]) for some in slices(40)] == [15, 15, 10]
-    assert equal(joined([fitted(some) for some in slices(40)]), want)
+    got = packed_table(w, known, widths, PLAN)
+    assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
+
+
+def test_the_tables_of_a_model_are_named_with_what_they_are_used_as():
+    assert uses(tiny_model("llama")) == {"model.embed_tokens": "tied"}
+    apart = {"model.embed_tokens": "embedding", "lm_head": "head"}
+    assert uses(tiny_model("llama", tie_word_embeddings=False)) == apart
+    assert uses(tiny_model("llama").model) == {"embed_tokens": "embedding"}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_linears_and_tables_share_one_budget_and_make_a_folder(tmp_path, tied):
+    """From the windows to a model that loads: what is spent is what was allowed."""
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    walk, sums = walk_of(model, IDS), TableSums.of(model)
+    stored = sensitivity.Stored(tmp_path / "analysis", walk.linears)
+    with observed_tables(model, sums):
+        analyse(walk, stored, PLAN)
+    known = {name: stored[name] for name in walk.linears}
+    weights = {name: model.get_submodule(name).weight.detach() for name in (*known, *uses(model))}
+    known |= {name: analysis(weights[name], sums, use) for name, use in uses(model).items()}
+    specs = {name: LayerSpec(*weight.shape) for name, weight in weights.items()}
+    price = budget.prices(specs)
+    widths = budget.for_bits({n: k.errors for n, k in known.items()}, price, 5.0, True)
+    assert 4.9 < price.bits(widths) / price.total <= 5.0
+    parts = {
+        f"{name}.{part}": tensor
+        for name, weight in weights.items()
+        for part, tensor in packed_table(weight, known[name], widths[name], PLAN).items()
+    }
+    assert 8 * sum(tensor.nbytes for tensor in parts.values()) == price.bits(widths)
+    (tmp_path / "out").mkdir()
+    specs = {name: spec.with_widths(widths[name]) for name, spec in specs.items()}
+    write_packed(tmp_path / "out", model, None, specs, parts.get, embed_bits=16, bits=5.0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        off, got = (m(IDS).logits.log_softmax(-1) for m in (loaded, model))
+    assert F.kl_div(off, got, reduction="batchmean", log_target=True) / IDS.shape[1] < 0.5
 
 
 def same(width, rows=40):

@@ -3,8 +3,9 @@
     sums = TableSums.of(model)
     with observed_tables(model, sums):      while the calibration windows pass, forward and backward
         analyse(walk, stored, plan)
-    known = analysis(table, sums, "tied")   centroids, error curve: as of a linear
-    joined([settled(table[some], rows_of(known, some), ...) for some in slices(len(table))])
+    for name, use in uses(model).items():   one table that is "tied", or two
+        known = analysis(weight, sums, use)               centroids, error curve: as of a linear
+        packed_table(weight, known, widths, plan)         what is stored of it
 
 Row v of a head, z_tv = w_v x_t the logit of token v at t, p_tv its probability. In place of the
 square of the gradient p_tv - y_tv stands what the model expects of it: a token that is never the
@@ -37,11 +38,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skimlm.format.pack import QuantizedWeight
+from skimlm.format.pack import QuantizedWeight, pack
 from skimlm.format.row_codes import MAX_TABLE_WIDTH, MAX_WIDTH
-from skimlm.models.blocks import multiplier_of
+from skimlm.models.blocks import embeddings, multiplier_of
 from skimlm.models.head import behind_head
 from skimlm.models.hooks import forward_replaced
+from skimlm.pipeline.config import Recipe
+from skimlm.pipeline.recipes import fit_linear, settled
 from skimlm.pipeline.sensitivity import EDGES, Analysis
 from skimlm.quantize.fit import errors_under
 from skimlm.quantize.kmeans import kmeans_rows
@@ -150,6 +153,26 @@ def analysis(weight: Tensor, sums: TableSums, use: str) -> Analysis:
     share = torch.stack([rows * matrix.diagonal().sum() for matrix, rows in known]).sum(0)
     whole = [torch.cat(tables) for tables in zip(*centroids, strict=True)]
     return Analysis(mixed, fisher, share / share.mean(), whole, errors, sums.tokens)
+
+
+def uses(model: Any) -> dict[str, str]:
+    """The tables of a model by name, and what each is used as: what `analysis` asks for."""
+    (table, _), head, tied = embeddings(model)
+    if head is None or tied:
+        return {table: "embedding" if head is None else "tied"}
+    return {table: "embedding", head[0]: "head"}
+
+
+def packed_table(
+    weight: Tensor, known: Analysis, widths: Tensor, plan: Recipe
+) -> dict[str, Tensor]:
+    """The tensors that are stored for a table at its widths, made of some rows at a time."""
+
+    def part(some: slice) -> QuantizedWeight:
+        w, of_rows = weight[some].float(), rows_of(known, some)
+        return settled(w, of_rows, fit_linear(w, of_rows, widths[some], plan), plan)
+
+    return dict(pack(joined([part(some) for some in slices(len(weight))])).tensors)
 
 
 def slices(rows: int) -> list[slice]:
