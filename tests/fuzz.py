@@ -85,6 +85,9 @@ def layer_call(choose):
     layer = Layer(spec, {n: t for n, t in stored.items() if t is not None})
     if choose.random() < 0.2:
         return ops.dequantize(layer, x.dtype).shape == (rows, cols)
+    if choose.random() < 0.2:
+        ids = torch.randint(0, rows + choose.choice([0, 0, 0, 1]), (choose.randrange(40),))
+        return ops.rows(layer, ids, choose.choice(DTYPES[-2:])).shape == (len(ids), cols)
     if x is not None and x.dim() == 2 and choose.random() < 0.2:
         layers = [
             choose.choice([layer, layer, pack(q)]) for _ in range(choose.choice([1, 2, len(x)]))

@@ -20,7 +20,8 @@ from skimlm.models.blocks import embeddings
 from skimlm.models.checkpoint import load
 from skimlm.models.write import plan_bytes, save
 from skimlm.runtime import decode
-from skimlm.runtime.linear import CompressedEmbedding, CompressedHead, CompressedLinear
+from skimlm.runtime.linear import CompressedLinear
+from skimlm.runtime.tables import CompressedEmbedding, CompressedHead
 from skimlm.storage.folder import folder_bytes
 
 IDS = torch.arange(40).view(2, 20)

@@ -23,7 +23,8 @@ from skimlm.errors import FormatError
 from skimlm.format import Layer, dequantize, effective, pack, table_values
 from skimlm.quantize.table import quantize_table
 from skimlm.runtime import cpu, ops
-from skimlm.runtime.linear import CompressedHead, CompressedLinear
+from skimlm.runtime.linear import CompressedLinear
+from skimlm.runtime.tables import CompressedHead
 
 SHAPES = [(1, 1), (3, 7), (5, 64), (9, 65), (37, 100), (66, 131), (12, 576)]
 MIXED = [[b] for b in range(1, 9)] + [None, *TRELLIS_WIDTHS]

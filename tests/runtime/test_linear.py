@@ -18,8 +18,9 @@ from skimlm.format import (
     table_values,
 )
 from skimlm.quantize.table import quantize_table
-from skimlm.runtime.linear import CompressedEmbedding, CompressedHead, CompressedLinear
+from skimlm.runtime.linear import CompressedLinear
 from skimlm.runtime.ops import matmul_reference
+from skimlm.runtime.tables import CompressedEmbedding, CompressedHead
 
 
 def table_layers(rows=50, cols=9, bits=8, dtype=torch.float32, **options):

@@ -25,7 +25,7 @@ from skimlm.integrations.transformers import SkimlmConfig
 from skimlm.models.architecture import skeleton
 from skimlm.models.blocks import embeddings
 from skimlm.models.checkpoint import open_compressed
-from skimlm.runtime.linear import CompressedLinear
+from skimlm.runtime.linear import CompressedLinear, Packed
 from skimlm.storage.folder import folder_bytes
 from skimlm.storage.safetensors import tensor_files
 
@@ -40,6 +40,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     check_files(model, config, sorted(set(source.files.values())))
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
     described = [_describe(n, m) for n, m in layers.items()]
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, Packed) and m.owns_layer}
     weights = sum(m.in_features * m.out_features for m in layers.values())
     stored = sum(entry["nbytes"] for entry in described)
     rows: Counter[int] = Counter()
@@ -49,13 +50,14 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         "path": str(path),
         "model_type": source.config.model_type,
         "format_version": config.format_version,
-        "bits_per_weight": 8 * stored / weights,
+        "bits_per_weight": 8 * stored / max(weights, 1),  # tables alone may be compressed
         "weights": weights,
         "embed_bits": config.embed_bits,
         "bytes": folder_bytes(source.path),
         "bytes_by_part": _parts(source.path, model, stored, entries),
         "widths": {str(b): rows[b] for b in sorted(rows)},
         "linears": described,
+        "tables": [_describe(n, m) for n, m in packed.items() if n not in layers],
         "provenance": config.provenance,
     }
 
@@ -64,8 +66,8 @@ def _as_dict(config: Any) -> dict[str, Any]:
     return config if isinstance(config, dict) else config.to_dict()
 
 
-def _describe(name: str, layer: CompressedLinear) -> dict[str, Any]:
-    """Return the facts of one compressed linear."""
+def _describe(name: str, layer: Packed) -> dict[str, Any]:
+    """Return the facts of one compressed linear, or of an embedding or a head that is stored so."""
     spec = layer.spec
     return {
         "name": name,
@@ -101,13 +103,14 @@ def inspect_text(facts: Mapping[str, Any]) -> str:
     """Lay out what `inspect` returns."""
     parts = facts["bytes_by_part"]
     total = sum(facts["widths"].values())
+    tables = ", ".join(f"{t['bits_per_weight']:.4f}" for t in facts["tables"])
     shares = (f"{_width(w, ' bit')}: {n:,} ({n / total:.1%})" for w, n in facts["widths"].items())
     lines = [
         f"{facts['path']}: {facts['model_type']}, format {facts['format_version']}",
         f"bits per weight  {facts['bits_per_weight']:.4f}, everything counted,"
         f" over {len(facts['linears'])} linears of {facts['weights']:,} weights",
         f"bytes            {facts['bytes']:,} in all: linears {parts['linears']:,}, embeddings"
-        f" ({facts['embed_bits']} bit) {parts['embeddings']:,}, other tensors"
+        f" ({tables or facts['embed_bits']} bit) {parts['embeddings']:,}, other tensors"
         f" {parts['other_tensors']:,}, headers, config and tokenizer {parts['other_files']:,}",
         f"rows by width    {', '.join(shares)}",
         *(f"{key:<16} {_short(value)}" for key, value in facts["provenance"].items()),
@@ -124,7 +127,7 @@ def inspect_text(facts: Mapping[str, Any]) -> str:
             + (" scaled" if layer["in_scale"] else "")
             + _parts_text(layer),
         ]
-        for layer in facts["linears"]
+        for layer in [*facts["tables"], *facts["linears"]]
     ]
     return "\n".join(lines) + "\n" + table([header, *rows])
 

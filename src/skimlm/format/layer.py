@@ -27,6 +27,7 @@ from skimlm.format.row_codes import ROW_CODES, WINDOWS, RowCode, code_bits
 
 METHOD = "skimlm"  # quant_method in config.json
 FORMAT_VERSION = 3  # the newest; a folder says the least that its layers need
+TABLES_VERSION = 3  # the first in which an embedding or a head can be a layer
 ADAPTER_GROUP = 128  # columns that share a scale of a 4-bit adapter
 MAX_RANK = 2**16  # keeps the sizes that a hostile config.json implies within int64
 ONES = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)

@@ -21,17 +21,24 @@ from transformers.pytorch_utils import Conv1D
 
 from skimlm.errors import FormatError
 from skimlm.format.check import check_stored
-from skimlm.format.layer import Layer
+from skimlm.format.layer import NAMES, Layer, LayerSpec
 from skimlm.models.blocks import embeddings, multiplier_of
 from skimlm.models.structure import join, separate
 from skimlm.runtime.decode import fuse, unfuse
-from skimlm.runtime.linear import CompressedEmbedding, CompressedHead, CompressedLinear
+from skimlm.runtime.linear import CompressedLinear, Packed
+from skimlm.runtime.tables import (
+    CompressedEmbedding,
+    CompressedHead,
+    PackedEmbedding,
+    PackedHead,
+)
 from skimlm.storage.safetensors import DTYPES, read_header
 
 if TYPE_CHECKING:
     from skimlm.integrations.transformers import SkimlmConfig
 
 CONFIG = "config.json"
+EMBEDDINGS, HEADS = (CompressedEmbedding, PackedEmbedding), (CompressedHead, PackedHead)
 
 
 def swap_in(model: Any, config: SkimlmConfig, dtype: torch.dtype) -> None:
@@ -45,39 +52,49 @@ def swap_in(model: Any, config: SkimlmConfig, dtype: torch.dtype) -> None:
         spec = config.spec(name, old.out_features, old.in_features)
         new = CompressedLinear(spec, bias=old.bias is not None, dtype=dtype, device="meta")
         model.set_submodule(own, new)
-    if config.embed_bits == 16:
-        return
+    _swap_in_tables(model, config, dtype)
+
+
+def _swap_in_tables(model: Any, config: SkimlmConfig, dtype: torch.dtype) -> None:
+    """Replace embedding and head, each by a layer where config.json names it, else by a table."""
     (name, table), head, tied = embeddings(model)
-    model.set_submodule(
-        name,
-        CompressedEmbedding(
-            table.weight.shape[0],
-            table.weight.shape[1],
-            config.embed_bits,
-            multiplier=multiplier_of(table),
-            padding_idx=table.padding_idx,
-            dense_type=type(table),
-            dtype=dtype,
-            device="meta",
-        ),
-    )
-    if head:
-        new_head = CompressedHead(
-            head[1].out_features,
-            head[1].in_features,
-            config.embed_bits,
-            tied=tied,
-            bias=head[1].bias is not None,
-            dtype=dtype,
-            device="meta",
+    own = [name] if head is None or tied else [name, head[0]]
+    named = {n: stored for stored in config.tables for n in aliases(model, stored) if n in own}
+    unknown = [stored for stored in config.tables if stored not in named.values()]
+    if unknown and (head is not None or len(unknown) > 1):  # a body alone has no head
+        reason = f"is no embedding or head of this model, which has {' and '.join(own)}"
+        raise FormatError(reason, file=CONFIG, tensor=unknown[0])
+
+    def form(own: str, rows: int, cols: int) -> LayerSpec | None:
+        return config.spec(named[own], rows, cols) if own in named else None
+
+    rows, cols = table.weight.shape
+    spec, at = form(name, rows, cols), dict[str, Any](dtype=dtype, device="meta")
+    if spec or config.embed_bits < 16:
+        like = {"multiplier": multiplier_of(table), "padding_idx": table.padding_idx}
+        like |= {"dense_type": type(table)} | at
+        model.set_submodule(
+            name,
+            PackedEmbedding(spec, **like)
+            if spec
+            else CompressedEmbedding(rows, cols, config.embed_bits, **like),
         )
-        model.set_submodule(head[0], new_head)
+    if head is None:
+        return
+    rows, cols = head[1].out_features, head[1].in_features
+    spec = form(name if tied else head[0], rows, cols)
+    if spec or config.embed_bits < 16:
+        at |= {"tied": tied, "bias": head[1].bias is not None}
+        model.set_submodule(
+            head[0],
+            PackedHead(spec, **at) if spec else CompressedHead(rows, cols, config.embed_bits, **at),
+        )
 
 
 def complete(model: Any) -> None:
     """After loading: a tied head gets the table, single tokens take the native way."""
     table, head, tied = embeddings(model)
-    if head and tied and isinstance(head[1], CompressedHead):
+    if head and tied and isinstance(head[1], HEADS):
         head[1].tie(table[1])
     fuse(model)
 
@@ -87,7 +104,7 @@ def swap_out(model: Any, dtype: torch.dtype, config: SkimlmConfig) -> Any:
     unfuse(model)
     table, head, tied = embeddings(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, (CompressedLinear, CompressedHead, CompressedEmbedding)):
+        if isinstance(module, (CompressedLinear, *EMBEDDINGS, *HEADS)):
             model.set_submodule(name, module.dense(dtype))
     if head and tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
@@ -132,12 +149,11 @@ def check_files(model: Any, config: SkimlmConfig, files: Sequence[Path]) -> None
         }
 
     try:
-        for name in config.linears:
-            layer = model.get_submodule(_own_name(model, name))
-            name = next((n for n in aliases(model, name) if f"{n}.widths" in where), name)
-            tensors = stored(f"{name}.", CompressedLinear.stored)
-            check_stored(Layer(layer.spec, tensors), name=name)
         for layer_name, module in model.named_modules():
+            if isinstance(module, Packed) and module.owns_layer:
+                names = aliases(model, layer_name)
+                name = next((n for n in names if f"{n}.widths" in where), layer_name)
+                check_stored(Layer(module.spec, stored(f"{name}.", NAMES)), name=name)
             if isinstance(module, (CompressedEmbedding, CompressedHead)) and module.owns_scale:
                 names = aliases(model, layer_name)
                 name = next((n for n in names if f"{n}.scale" in where), layer_name)

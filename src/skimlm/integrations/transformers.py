@@ -12,8 +12,9 @@ it only `transformers.quantizers` is sure to be there: the rest waits in swap.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from skimlm.errors import FormatError
-from skimlm.format.layer import FORMAT_VERSION, METHOD, LayerSpec
+from skimlm.format.layer import FORMAT_VERSION, METHOD, TABLES_VERSION, LayerSpec
 
 CONFIG = "config.json"
 
@@ -29,6 +30,8 @@ CONFIG = "config.json"
 @register_quantization_config(METHOD)
 class SkimlmConfig(QuantizationConfigMixin):
     """What config.json says about a compressed model; written by `skimlm.models.write.save`."""
+
+    tables: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # in no file that has none
 
     def __init__(
         self,
@@ -38,15 +41,19 @@ class SkimlmConfig(QuantizationConfigMixin):
         linears: dict[str, dict[str, Any]] | None = None,
         provenance: dict[str, Any] | None = None,
         layout: dict[str, bool] | None = None,
+        tables: dict[str, dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = METHOD
         if layout:  # how the family keeps matrices that are linears here (models/structure.py)
             self.layout = layout
+        if tables:  # embedding and head, where they are layers
+            self.tables = tables
         self.format_version, self.bits, self.embed_bits = format_version, bits, embed_bits
         self.linears, self.provenance = linears or {}, provenance or {}
-        if not isinstance(self.linears, dict):
-            raise FormatError("linears must be a map of names", file=CONFIG)
+        for name in ("linears", "tables"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise FormatError(f"{name} must be a map of names", file=CONFIG)
         if format_version not in range(1, FORMAT_VERSION + 1):
             raise FormatError(
                 f"format_version {format_version!r}, this skimlm reads 1 to {FORMAT_VERSION}",
@@ -54,11 +61,16 @@ class SkimlmConfig(QuantizationConfigMixin):
             )
         if embed_bits not in (4, 8, 16):
             raise FormatError(f"embed_bits must be 4, 8 or 16, got {embed_bits!r}", file=CONFIG)
+        if self.tables and format_version < TABLES_VERSION:
+            raise FormatError(f"format_version {format_version} has no tables", file=CONFIG)
 
     def spec(self, name: str, rows: int, cols: int) -> LayerSpec:
-        """How a linear of this shape is stored."""
+        """How a linear or a table of this shape is stored."""
+        table = name in self.tables
         try:
-            spec = LayerSpec.read(self.linears[name], rows, cols)
+            spec = LayerSpec.read((self.tables if table else self.linears)[name], rows, cols)
+            if table and spec.rank:
+                raise FormatError("embedding and head have no adapter")
             if newer := spec.beyond(self.format_version):
                 raise FormatError(f"format_version {self.format_version} has no {', '.join(newer)}")
         except FormatError as error:

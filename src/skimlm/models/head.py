@@ -50,6 +50,16 @@ def head_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits.view(*hidden.shape[:-1], logits.shape[-1])
 
 
+def behind_head(model: Any, outputs: Tensor) -> Tensor:
+    """Logits [n, vocab] that the model makes of what its head puts out [n, vocab], differentiable.
+
+    They are the same but for soft caps, scales and biases of a family.
+    """
+    head = model.get_output_embeddings()
+    with forward_replaced(head, lambda _x: outputs[None]):
+        return head_logits(model, outputs.new_zeros(len(outputs), head.weight.shape[1]))
+
+
 @contextmanager
 def _of_its_own(model: Any) -> Iterator[None]:
     """Turn what transformers' code of a family raises into one line (xlstm, in bfloat16)."""

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from skimlm.errors import SkimError, naming
-from skimlm.format.layer import METHOD, LayerSpec, layout
+from skimlm.format.layer import METHOD, TABLES_VERSION, LayerSpec, layout
 from skimlm.format.pack import QuantizedWeight, pack
 from skimlm.format.table import table_layout
 from skimlm.models.blocks import embeddings, multiplier_of
@@ -49,8 +49,9 @@ def save(
 ) -> Path:
     """Write a compressed folder: `quantized` replaces those linears, the rest is the model's.
 
-    The small files of the folder `source`, if given, come along; else the tokenizer's are made.
-    `layout` is what was separated (structure.py).
+    It may have the embedding, and a head that is not tied to it; `embed_bits` is of those that it
+    leaves out. The small files of the folder `source`, if given, come along; else the tokenizer's
+    are made. `layout` is what was separated (structure.py).
     """
     out = Path(out)
     check_out(out, force)
@@ -106,8 +107,8 @@ def write_packed(
 ) -> None:
     """The same files where what the blocks hold is had by `read(name)`, a tensor at a time.
 
-    `specs` has every compressed linear, `layout` where the family keeps its matrices otherwise
-    (structure.py).
+    `specs` has every compressed linear, and embedding and head where they are layers too; `layout`
+    is where the family keeps its matrices otherwise (structure.py).
     """
     tensors = _other_tensors(model, specs, embed_bits, quantize_table) | _packed_plan(specs)
     _write_texts(folder, model, tokenizer, specs, embed_bits, bits, provenance, source, layout)
@@ -115,7 +116,7 @@ def write_packed(
 
 
 def _packed_plan(specs: Mapping[str, LayerSpec]) -> dict[str, Tensor]:
-    """The tensors that linears are stored in, on the meta device."""
+    """The tensors that layers are stored in, on the meta device."""
     return {
         f"{name}.{part}": torch.empty(shape, dtype=dtype, device="meta")
         for name, spec in specs.items()
@@ -159,9 +160,9 @@ def plan_bytes(
     layout: Mapping[str, bool] | None = None,
     max_shard_size: int | str = MAX_SHARD,
 ) -> int:
-    """Bytes that `write_model` will write besides the tensors of the compressed linears, exactly.
+    """Bytes that `write_model` will write besides the tensors of the layers `specs`, exactly.
 
-    `specs` are those of the linears, the rest is what it will get.
+    The rest is what it will get.
     """
     packed = _packed_plan(specs)
     tensors = _other_tensors(model, specs, embed_bits, _table_plan) | packed
@@ -200,20 +201,27 @@ def _other_tensors(
 ) -> dict[str, Tensor]:
     """The state dict without `replaced` weights and tied copies, tables through `quantize`."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    for name in replaced:
-        del tensors[f"{name}.weight"]
-    (table_name, table), head, tied = embeddings(model)
     for name, source in model.all_tied_weights_keys.items():
         if not torch.equal(tensors[name], tensors[source]):
             raise SkimError(f"{name} differs from {source}, but the config ties them")
         del tensors[name]
-    if embed_bits == 16:
-        return tensors
-    multiplier_of(table)  # refuses the kinds it does not know
-    for name in (table_name, *([head[0]] if head and not tied else [])):
+    for name in replaced:
+        if other := model.all_tied_weights_keys.get(f"{name}.weight"):
+            raise SkimError(f"{name}: is tied to {other.removesuffix('.weight')}: give that alone")
+        del tensors[f"{name}.weight"]
+    left = [name for name in _tables(model) if f"{name}.weight" in tensors]
+    if embed_bits < 16 or len(left) < len(_tables(model)):
+        multiplier_of(model.get_input_embeddings())  # refuses the kinds it does not know
+    for name in left if embed_bits < 16 else ():
         weight, scale = quantize(tensors[f"{name}.weight"], embed_bits)
         tensors |= {f"{name}.weight": weight, f"{name}.scale": scale}
     return tensors
+
+
+def _tables(model: Any) -> list[str]:
+    """Names of the embedding and of a head with a table of its own."""
+    (table, _), head, tied = embeddings(model)
+    return [table] if head is None or tied else [table, head[0]]
 
 
 def _table_plan(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -242,14 +250,18 @@ def _write_texts(
     config = copy.deepcopy(model.config)
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
+    entries = {name: spec.entry() for name, spec in specs.items()}
+    tables = {name: entries.pop(name) for name in _tables(model) if name in entries}
+    versions = [spec.version for spec in specs.values()] + ([TABLES_VERSION] if tables else [])
     config.quantization_config = {
         "quant_method": METHOD,
-        "format_version": max((spec.version for spec in specs.values()), default=1),
+        "format_version": max(versions, default=1),
         "bits": bits,
         "embed_bits": embed_bits,
-        "linears": {name: spec.entry() for name, spec in specs.items()},
+        "linears": entries,
         "provenance": dict(provenance or {}),
         **({"layout": dict(layout)} if layout else {}),
+        **({"tables": tables} if tables else {}),
     }
     config.save_pretrained(folder)
     known = source is not None and (source / "generation_config.json").is_file()

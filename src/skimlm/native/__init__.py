@@ -21,7 +21,7 @@ import torch
 
 from skimlm.errors import SkimError
 from skimlm.format.layer import Layer
-from skimlm.native.structs import POINTER, SIZE, STRUCTS, BodyStruct, layer_struct
+from skimlm.native.structs import POINTER, SIZE, STRUCTS, BodyStruct, layer_struct, with_order
 
 ISAS = ("portable", "avx2", "avx512")
 ABI = 3  # of kernels.h; raised whenever a function or a struct there changes
@@ -178,6 +178,7 @@ def _function(loaded: ctypes.CDLL, name: str, arguments: tuple[Any, ...]) -> Cal
 _MATMUL = (ctypes.c_char_p, POINTER, SIZE, POINTER, SIZE, SIZE)
 _EACH = (ctypes.c_char_p, SIZE, POINTER, SIZE, SIZE, POINTER)
 _UNPACK = (ctypes.c_char_p, POINTER, SIZE, SIZE, SIZE, SIZE)
+_ROWS = (ctypes.c_char_p, POINTER, SIZE, POINTER, SIZE)
 _DECODE = (POINTER, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE, SIZE, POINTER)
 
 
@@ -240,6 +241,33 @@ def layer_unpack(out: torch.Tensor, layer: Layer, begin: int = 0, end: int | Non
         fields, out.data_ptr(), bf16, begin, last, end is not None, torch.get_num_threads()
     )
     return _done("layer_unpack", status)
+
+
+def layer_rows(
+    out: torch.Tensor,
+    layer: Layer,
+    places: torch.Tensor,
+    order: torch.Tensor,
+    counts: torch.Tensor,
+) -> bool:
+    """`skimlm_layer_rows`: False if tensors do not fit.
+
+    The stored rows `places` int32 [n], one after the other, into `out` [n, cols]; `order` int32
+    [rows] and `counts` int64 are those of a `SkimlmLayer`. All are contiguous and on the CPU, `out`
+    is float32 or bfloat16.
+    """
+    fields = layer_struct(layer, None)
+    if fields is None or out.numel() < len(places) * layer.spec.cols:
+        return False
+    status = _function(library(), "skimlm_layer_rows", _ROWS)(
+        with_order(fields, order, counts),
+        places.data_ptr(),
+        len(places),
+        out.data_ptr(),
+        out.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    return _done("layer_rows", status)
 
 
 def decode(

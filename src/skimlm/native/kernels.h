@@ -113,6 +113,10 @@ SKIMLM_API int skimlm_layers_matmul(const SkimlmLayer* layers, int64_t count, co
 SKIMLM_API int skimlm_layer_unpack(const SkimlmLayer* layer, void* out, int64_t out_bf16, int64_t begin,
                                    int64_t end, int64_t stored, int threads);
 
+// The same for the stored rows places[0 .. count - 1], in this order from the start of out: [count, cols].
+SKIMLM_API int skimlm_layer_rows(const SkimlmLayer* layer, const int32_t* places, int64_t count, void* out,
+                                 int64_t out_bf16, int threads);
+
 // out [n, r] = x [n, c] times a table of 8 or 4 bits transposed (runtime/linear.py, FORMAT.md).
 SKIMLM_API int skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int64_t bits,
                                     const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,

@@ -63,3 +63,14 @@ int skimlm_layer_unpack(const SkimlmLayer* layer, void* out, int64_t out_bf16, i
     return DONE;
   });
 }
+
+int skimlm_layer_rows(const SkimlmLayer* layer, const int32_t* places, int64_t count, void* out, int64_t out_bf16,
+                      int threads) {
+  return guarded([&] {
+    Matrix m{}, a{};
+    if (!lay_out(*layer, m) || !lay_out_adapter(*layer, a) || count < 0) return MISFIT;
+    if (std::any_of(places, places + count, [&](int32_t place) { return place < 0 || place >= m.r; })) return MISFIT;
+    unpack_each(*layer, m, places, count, out, out_bf16, threads);
+    return DONE;
+  });
+}

@@ -116,6 +116,10 @@ void matmul_any(const SkimlmLayer& w, const Matrix& m, const Matrix& a, const vo
 void unpack(const SkimlmLayer& w, const Matrix& m, void* out, bool bf16, int64_t begin, int64_t end,
             bool stored, int threads);
 
+// The same for one stored row after the other, wherever each stands: `places` are below m.r.
+void unpack_each(const SkimlmLayer& w, const Matrix& m, const int32_t* places, int64_t count, void* out, bool bf16,
+                 int threads);
+
 // Many tokens, with VBMI: a few rows at a time become bfloat16 in cache. x [n, c] float or bfloat16.
 void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n,
                    const Output& out, int threads);

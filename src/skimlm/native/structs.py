@@ -47,7 +47,7 @@ class BodyStruct(ctypes.Structure):
 STRUCTS = {"SkimlmLayer": LayerStruct, "SkimlmBlock": BlockStruct, "SkimlmBody": BodyStruct}
 # every member of a LayerStruct has eight bytes: to fill it field by field takes microseconds more
 _MEMBERS = struct.Struct(f"={len(LayerStruct._fields_)}q")
-_BIAS = LayerStruct.bias.offset
+_BIAS, _ORDER = LayerStruct.bias.offset, LayerStruct.order.offset
 _NEEDED = ("weight", "widths", "row_scale")
 
 
@@ -82,6 +82,16 @@ def layer_struct(layer: Layer, bias: Tensor | None) -> bytes | None:
     if not bias.is_contiguous():
         return None
     return fields[:_BIAS] + bias.data_ptr().to_bytes(8, sys.byteorder) + fields[_BIAS + 8 :]
+
+
+def with_order(fields: bytes, order: Tensor, counts: Tensor) -> bytes:
+    """A `LayerStruct` as bytes that also points to what follows from `widths`.
+
+    `order` int32 [rows] says which row stands at a stored place, `counts` int64 how many rows have
+    each width, 0 first.
+    """
+    pointers = (tensor.data_ptr().to_bytes(8, sys.byteorder) for tensor in (order, counts))
+    return fields[:_ORDER] + b"".join(pointers)
 
 
 def _fields(layer: Layer) -> bytes | None:

@@ -114,12 +114,18 @@ void unpack_rows(const SkimlmLayer& w, const Matrix& m, const Group& g, int64_t 
   }
 }
 
+// Factors of columns; empty if there are none.
+std::vector<float> columns_of(const SkimlmLayer& w) {
+  std::vector<float> column(w.in_scale ? w.cols : 0);
+  for (size_t j = 0; j < column.size(); ++j) column[j] = from_fp16(w.in_scale[j]);
+  return column;
+}
+
 }  // namespace
 
 void unpack(const SkimlmLayer& w, const Matrix& m, void* out, bool bf16, int64_t begin, int64_t end,
             bool stored, int threads) {
-  std::vector<float> column(w.in_scale ? w.cols : 0);
-  for (size_t j = 0; j < column.size(); ++j) column[j] = from_fp16(w.in_scale[j]);
+  const std::vector<float> column = columns_of(w);
   const auto place = [&](int64_t at) -> void* {
     const int64_t row = stored ? at - begin : m.row(at);
     return static_cast<char*>(out) + row * m.c * (bf16 ? 2 : 4);
@@ -131,6 +137,22 @@ void unpack(const SkimlmLayer& w, const Matrix& m, void* out, bool bf16, int64_t
       const int64_t first = std::max<int64_t>(begin + from - g.first, 0);
       const int64_t last = std::min(begin + to - g.first, g.rows);
       if (first < last) unpack_rows(w, m, g, first, last, column, levels, value, bf16, place);
+    }
+  });
+}
+
+void unpack_each(const SkimlmLayer& w, const Matrix& m, const int32_t* places, int64_t count, void* out, bool bf16,
+                 int threads) {
+  const std::vector<float> column = columns_of(w);
+  parallel_rows(count, 16, threads, [&](int64_t from, int64_t to) {
+    std::optional<Levels> levels;
+    std::vector<float> value;
+    for (int64_t k = from; k < to; ++k) {
+      const auto place = [&](int64_t) -> void* { return static_cast<char*>(out) + k * m.c * (bf16 ? 2 : 4); };
+      auto g = m.groups.begin();
+      while (places[k] >= g->first + g->rows) ++g;
+      const int64_t i = places[k] - g->first;
+      unpack_rows(w, m, *g, i, i + 1, column, levels, value, bf16, place);
     }
   });
 }

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import SkimError
+from skimlm.format.layer import TABLES_VERSION
 from skimlm.integrations.swap import aliases
 from skimlm.models.checkpoint import Checkpoint, load, open_compressed
 from skimlm.models.side_files import copy_side_files
@@ -117,7 +118,8 @@ def _write_without_adapters(folder: Path, opened: Checkpoint, model: Any) -> Non
         entry.pop("rank", None), entry.pop("adapter_bits", None)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
     specs = [layer.spec.without_adapter() for layer in layers.values()]
-    quantization["format_version"] = max(spec.version for spec in specs)
+    tables = [TABLES_VERSION] if quantization.get("tables") else []
+    quantization["format_version"] = max([spec.version for spec in specs] + tables)
     stored = sum(m.nbytes - _adapter_bytes(m) for m in layers.values())
     quantization["bits"] = 8 * stored / sum(m.in_features * m.out_features for m in layers.values())
     left_out: dict[str, Tensor | None] = {

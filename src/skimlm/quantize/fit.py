@@ -90,12 +90,22 @@ def analyse(
     (it may then rise with the width), under `f` when not.
     """
     centroids, costs = kmeans_rows(w, f, MAX_TABLE_WIDTH, edges)
+    errors = errors_under(w, f, centroids, h, costs)
+    found = [trellis_fit.curve(w, f, h, code_bits(t)) for t in (TRELLISES if trellises else ())]
+    tables = torch.stack([table for table, _ in found]) if found else torch.empty(0, WINDOWS)
+    return Curve(centroids, tables, torch.cat([errors, *(e[:, None] for _, e in found)], 1))
+
+
+def errors_under(
+    w: Tensor, f: Tensor, centroids: list[Tensor], h: Tensor | None, costs: Tensor | None = None
+) -> Tensor:
+    """The error of every row at GRIDS under `h`, or under `f` where k-means gave `costs`."""
     errors = torch.empty(len(w), MAX_WIDTH, dtype=torch.float64)
     fast = None if h is None else h.bfloat16()  # 0.4 % per product, finer than the curves need
     for begin in range(0, len(w), ROWS):
         some = slice(begin, begin + ROWS)
         for b in range(1, MAX_TABLE_WIDTH + 2):
-            if fast is None and b <= MAX_TABLE_WIDTH:
+            if fast is None and costs is not None and b <= MAX_TABLE_WIDTH:
                 errors[some, b - 1] = costs[some, b - 1]
                 continue
             d = _rounded(w[some], f[some], b, centroids, some).sub_(w[some])
@@ -105,9 +115,7 @@ def analyse(
                 errors[some, b - 1] = refine.quadratic(d, fast)
     for b in range(MAX_TABLE_WIDTH + 1, MAX_WIDTH):  # a bit more, a quarter of the error
         errors[:, b] = errors[:, b - 1] / 4
-    found = [trellis_fit.curve(w, f, h, code_bits(t)) for t in (TRELLISES if trellises else ())]
-    tables = torch.stack([table for table, _ in found]) if found else torch.empty(0, WINDOWS)
-    return Curve(centroids, tables, torch.cat([errors, *(e[:, None] for _, e in found)], 1))
+    return errors
 
 
 def _rounded(w: Tensor, f: Tensor, b: int, centroids: list[Tensor], rows: slice) -> Tensor:

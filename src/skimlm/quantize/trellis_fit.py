@@ -118,10 +118,15 @@ def curve(w: Tensor, f: Tensor, h: Tensor | None, bits: int) -> tuple[Tensor, Te
     fast = None if h is None else h.bfloat16()
     for begin in range(0, len(w), ROWS):
         some = slice(begin, begin + ROWS)
-        codes, scale = start(w[some], f[some], table, bits)
-        d = values(codes, bits, table, scale) - w[some]
+        d = rounded(w[some], f[some], table, bits) - w[some]
         errors[some] = (f[some] * d * d).sum(1) if fast is None else quadratic(d, fast)
     return table, errors
+
+
+def rounded(w: Tensor, f: Tensor, table: Tensor, bits: int) -> Tensor:
+    """Rows float32 [r, c] as they are before a full H is looked at, nothing rounded but symbols."""
+    codes, scale = start(w, f, table, bits)
+    return values(codes, bits, table, scale)
 
 
 def fit(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from skimlm import native
 from skimlm.format.check import check_sizes
 from skimlm.format.layer import Layer
-from skimlm.runtime.ops import add_adapter, check_devices, register
+from skimlm.runtime.ops import add_adapter, check_devices, register, stored_order
 
 FEW_TOKENS = 32  # from here on torch's product, unless `native.many`
 FEW_SPARSE = 256  # the same of layers that are not plain, with VBMI (4096x4096: torch takes 240 ms)
@@ -74,6 +74,19 @@ def dequantize(layer: Layer, dtype: torch.dtype) -> Any:
     return out
 
 
+def rows(layer: Layer, ids: Tensor, dtype: torch.dtype) -> Any:
+    """`ops.rows`."""
+    known = layer.spec.row_codes <= KNOWN_ROW_CODES
+    if dtype not in DTYPES or not known or native.missing():
+        return NotImplemented
+    stored = stored_order(layer)
+    out = torch.empty(*ids.shape, layer.spec.cols, dtype=dtype)
+    places = stored.places_of(ids)
+    if not native.layer_rows(out, layer, places, stored.order, stored.counts):
+        _refuse(layer)
+    return out
+
+
 def table_matmul(x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tensor | None) -> Any:
     """`ops.table_matmul`, for few tokens."""
     cols, rows = x.shape[-1], len(scale)
@@ -88,7 +101,7 @@ def table_matmul(x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tenso
     return out if bias is None else out + bias
 
 
-for _implementation in (matmul, matmul_each, dequantize, table_matmul):
+for _implementation in (matmul, matmul_each, dequantize, rows, table_matmul):
     register(_implementation.__name__, "cpu", _implementation)
 
 

@@ -1,16 +1,12 @@
-"""The compressed layers: the buffers of a file, and a forward pass over them.
+"""A compressed linear: the buffers of a file, and a forward pass over them.
 
-`CompressedLinear` holds a linear as FORMAT.md stores it, `CompressedEmbedding` and `CompressedHead`
-a table (format/table.py); `runtime/ops.py` multiplies by them.
-
-Two things are not obvious. The table is a `Parameter`, because transformers ties parameters by
-name: a tied head then gets the embedding's very tensor, and nothing is stored twice. And stored
-numbers keep their dtype when the model is cast: `model.to(torch.bfloat16)` must not round scales.
+`runtime/ops.py` multiplies by them; embedding and head are in tables.py. Stored numbers keep their
+dtype when the model is cast: `model.to(torch.bfloat16)` must not round scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from operator import is_
 from typing import Any
 
@@ -20,12 +16,11 @@ from torch.nn import functional as F
 
 from skimlm.format.layer import NAMES, Layer, LayerSpec, layout
 from skimlm.format.pack import QuantizedWeight, pack, unpack_adapter
-from skimlm.format.table import table_layout, table_values
 from skimlm.runtime import ops
 from skimlm.runtime.watched import Watched
 
 
-class _Stored(nn.Module):
+class Stored(nn.Module):
     """A module whose registered buffers keep their dtype: `.to()` and friends only move them."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -38,6 +33,12 @@ class _Stored(nn.Module):
         return self
 
     stored: tuple[str, ...] = ()
+    rows: int
+    cols: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What is stored as an ordinary matrix `[rows, cols]`, rounded once."""
+        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
@@ -46,14 +47,70 @@ class _Stored(nn.Module):
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-class CompressedLinear(Watched, _Stored):
+class Packed(Stored):
+    """A matrix `[rows, cols]` kept in the packed form of a layer."""
+
+    stored = NAMES
+    owns_layer = True  # False for a head that uses the embedding's
+    spec: LayerSpec
+    bias: Tensor | None
+
+    def __init__(self, spec: LayerSpec, device: torch.device | str | None = None) -> None:
+        """Make room for a layer."""
+        super().__init__()
+        self.spec, self.rows, self.cols = spec, spec.rows, spec.cols
+        self._seen: tuple[tuple[Tensor | None, ...], Layer] | None = None
+        shapes = layout(spec)
+        for name in NAMES:
+            kind, shape = shapes.get(name, (None, None))
+            room = None if shape is None else torch.empty(shape, dtype=kind, device=device)
+            self.register_buffer(name, room)
+
+    def held(self) -> Mapping[str, Tensor | None]:
+        """The stored tensors by name."""
+        return self._buffers
+
+    @property
+    def layer(self) -> Layer:
+        """The stored tensors as the one value that operations take, the same until one changes."""
+        held = self.held()
+        if self._seen is None or not all(map(is_, held.values(), self._seen[0])):
+            tensors = {name: t for name, t in held.items() if t is not None}
+            self._seen = tuple(held.values()), Layer(self.spec, tensors)
+        return self._seen[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self._seen = None  # or it would keep what is moved away
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_seen": None}
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What is stored as an ordinary matrix `[rows, cols]`, rounded once."""
+        return self.base_weight(dtype)
+
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        """W, the weight without its adapter."""
+        return ops.dequantize(self.layer, dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`[..., cols]` times everything that is stored, in the dtype of `x`."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Product.apply(x, self.bias, self)
+        # the operator costs some microseconds more than the function, and only a compiler needs it
+        if torch.compiler.is_compiling():
+            return ops.compiled_matmul(x, self.held(), self.spec, self.bias)
+        return ops.matmul(x, self.layer, self.bias)
+
+
+class CompressedLinear(Watched, Packed):
     """A linear layer `[out_features, in_features]` kept in its packed form.
 
     y = x W^T + bias + (x A^T) B, the last term only with an adapter. To train it, set `adapter` to
     float A [rank, in_features] and B [rank, out_features]: they replace the stored ones.
     """
 
-    stored = NAMES
     weight: Tensor
     widths: Tensor
     in_scale: Tensor | None
@@ -67,15 +124,9 @@ class CompressedLinear(Watched, _Stored):
         device: torch.device | str | None = None,
     ) -> None:
         """Make room for a layer; `dtype` is the bias's."""
-        super().__init__()
-        self.in_features, self.out_features, self.spec = spec.cols, spec.rows, spec
+        super().__init__(spec, device)
+        self.in_features, self.out_features = spec.cols, spec.rows
         self.adapter: tuple[Tensor, Tensor] | None = None
-        self._seen: tuple[tuple[Tensor | None, ...], Layer] | None = None
-        shapes = layout(spec)
-        for name in NAMES:
-            kind, shape = shapes.get(name, (None, None))
-            room = None if shape is None else torch.empty(shape, dtype=kind, device=device)
-            self.register_buffer(name, room)
         room = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if room is None else nn.Parameter(room, requires_grad=False)
 
@@ -90,32 +141,12 @@ class CompressedLinear(Watched, _Stored):
             module.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         return module
 
-    @property
-    def layer(self) -> Layer:
-        """The buffers as the one value that operations take, the same until one is replaced."""
-        buffers = self._buffers.values()
-        if self._seen is None or not all(map(is_, buffers, self._seen[0])):
-            tensors = {name: t for name, t in self._buffers.items() if t is not None}
-            self._seen = tuple(buffers), Layer(self.spec, tensors)
-        return self._seen[1]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        self._seen = None  # or it would keep what is moved away
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_seen": None}
-
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W + B^T A as an ordinary matrix `[out_features, in_features]`, rounded once."""
         if not self.spec.rank:
             return self.base_weight(dtype)
         a, b = self.adapter_values()
         return torch.addmm(self.base_weight(torch.float32), b.float().T, a.float()).to(dtype)
-
-    def base_weight(self, dtype: torch.dtype) -> Tensor:
-        """W, the weight without its adapter."""
-        return ops.dequantize(self.layer, dtype)
 
     def adapter_values(self) -> tuple[Tensor, Tensor]:
         """A `[rank, in_features]` and B `[rank, out_features]` as floats: `adapter`, or stored."""
@@ -135,12 +166,8 @@ class CompressedLinear(Watched, _Stored):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, in the dtype of `x`."""
-        # the operator costs some microseconds more than the function, and only a compiler needs it
-        compiling = torch.compiler.is_compiling()
         if self.adapter is None and not (torch.is_grad_enabled() and x.requires_grad):
-            if compiling:
-                return ops.compiled_matmul(x, self._buffers, self.spec, self.bias)
-            return ops.matmul(x, self.layer, self.bias)
+            return self.product(x)
         out = self.base_product(x)
         return out + self.adapter_product(x) if self.spec.rank else out
 
@@ -157,7 +184,7 @@ class CompressedLinear(Watched, _Stored):
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The ordinary layer this stands for."""
-        return _dense_linear(self.dequantize(dtype), self.bias)
+        return dense_linear(self.dequantize(dtype), self.bias)
 
     def extra_repr(self) -> str:
         text = f"{self.in_features}, {self.out_features}, rows by width {self.spec.counts}"
@@ -179,112 +206,8 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.base_weight(gradient.dtype), bias, None
 
 
-class _Table(_Stored):
-    """A `[rows, cols]` table of 8 or 4 bits with a scale per row."""
-
-    stored = ("weight", "scale")
-    owns_scale = True  # False for a head that uses the embedding's
-    scale: Tensor
-
-    def __init__(
-        self, rows: int, cols: int, bits: int, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__()
-        self.rows, self.cols, self.bits = rows, cols, bits
-        shape, dtype = table_layout(rows, cols, bits)
-        room = torch.empty(shape, dtype=dtype, device=device)
-        self.weight = nn.Parameter(room, requires_grad=False)
-        self.register_buffer("scale", torch.empty(rows, dtype=torch.bfloat16, device=device))
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The table as an ordinary matrix."""
-        return table_values(self.weight, self.scale, self.cols, dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.rows}, {self.cols}, bits={self.bits}"
-
-
-class CompressedEmbedding(_Table):
-    """A compressed embedding; `multiplier` is the constant by which some models scale theirs."""
-
-    like: Tensor
-
-    def __init__(
-        self,
-        rows: int,
-        cols: int,
-        bits: int,
-        *,
-        multiplier: float | None = None,
-        padding_idx: int | None = None,
-        dense_type: type[nn.Embedding] = nn.Embedding,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(rows, cols, bits, device)
-        self.num_embeddings, self.embedding_dim = rows, cols
-        self.multiplier, self.padding_idx, self.dense_type = multiplier, padding_idx, dense_type
-        # empty, never saved: integers cannot say which dtype the rest of the model runs in
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids `[...]` to embeddings `[..., cols]`."""
-        dtype = self.like.dtype
-        rows = table_values(self.weight[ids], self.scale[ids], self.cols, dtype)
-        if self.multiplier is None:
-            return rows
-        return rows * torch.tensor(self.multiplier, dtype=dtype, device=rows.device)
-
-    def dense(self, dtype: torch.dtype) -> nn.Embedding:
-        """The ordinary embedding this stands for, of the class the model had."""
-        scaled: dict[str, Any] = {} if self.multiplier is None else {"embed_scale": self.multiplier}
-        new = self.dense_type(self.rows, self.cols, self.padding_idx, **scaled)
-        new.weight = nn.Parameter(self.dequantize(dtype))
-        return new.to(self.weight.device)
-
-
-class CompressedHead(_Table):
-    """An output projection whose table is compressed, its own or the embedding's."""
-
-    def __init__(
-        self,
-        rows: int,
-        cols: int,
-        bits: int,
-        *,
-        tied: bool = False,
-        bias: bool = False,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(rows, cols, bits, device)
-        self.in_features, self.out_features = cols, rows
-        self.owns_scale = not tied
-        if tied:  # transformers ties `weight`; `tie` brings the scale along
-            self.register_buffer("scale", self.scale, persistent=False)
-        room = torch.empty(rows, dtype=dtype, device=device) if bias else None
-        self.bias = None if room is None else nn.Parameter(room, requires_grad=False)
-
-    def tie(self, embedding: CompressedEmbedding) -> None:
-        """Share the embedding's table."""
-        self.weight = embedding.weight
-        self.register_buffer("scale", embedding.scale, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Hidden states `[..., cols]` to logits `[..., rows]`."""
-        product = ops.table_matmul
-        if torch.is_grad_enabled() and x.requires_grad:
-            product = ops.table_matmul_reference
-        elif torch.compiler.is_compiling():
-            product = torch.ops.skimlm.table_matmul
-        return product(x, self.weight, self.scale, self.bits, self.bias)
-
-    def dense(self, dtype: torch.dtype) -> nn.Linear:
-        """The ordinary layer this stands for."""
-        return _dense_linear(self.dequantize(dtype), self.bias)
-
-
-def _dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """An ordinary linear of this weight."""
     rows, cols = weight.shape
     layer = nn.Linear(cols, rows, bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight)

@@ -3,6 +3,7 @@
     matmul        x W^T + bias + (x A^T) B straight from the stored tensors
     matmul_each   the same for a token and several layers, such as the experts it is sent to
     dequantize    W as a matrix
+    rows          some rows of W, as an embedding looks them up
     table_matmul  the same product for an embedding's or a head's table
 
 Each has a reference in torch that runs on any device, and may have an implementation per device:
@@ -17,17 +18,18 @@ arguments follow from the declaration of a layer, and their shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from skimlm.format.check import check_sizes
 from skimlm.format.layer import NAMES, Layer, LayerSpec, stored_groups
 from skimlm.format.pack import row_values, unpack_adapter, unpack_codes, unpack_positions
-from skimlm.format.row_codes import code_bits
+from skimlm.format.row_codes import WIDTHS_END, code_bits
 from skimlm.format.table import table_values
 
 CHUNK = 2**22  # codes turned into float32 at a time: bounds the temporaries to about 60 MB
@@ -39,20 +41,39 @@ def dequantize_reference(layer: Layer, dtype: torch.dtype = torch.float32) -> Te
     """`dequantize` in torch: for every width in use rows to codes to levels to values."""
     check_devices(layer.tensors.values())
     check_sizes(layer)
-    spec, tensors = layer.spec, layer.tensors
-    out = torch.empty(spec.rows, spec.cols, dtype=dtype, device=tensors["widths"].device)
+    spec = layer.spec
+    out = torch.empty(spec.rows, spec.cols, dtype=dtype, device=layer.tensors["widths"].device)
     step = max(1, CHUNK // spec.cols)
     for width, index, views in stored_groups(layer):
         for at in (slice(i, i + step) for i in range(0, len(index), step)):
-            rows = {name: view[at] for name, view in views.items()}
-            codes = unpack_codes(rows["weight"], code_bits(width), spec.codes)
-            mask = None
-            if spec.sparsity is not None:
-                mask = unpack_positions(rows["positions"], spec.sparsity, spec.cols)
-            scale, in_scale = rows["row_scale"], tensors.get("in_scale")
-            value = row_values(spec, width, codes, rows, mask, scale, in_scale)
-            out[index[at]] = value.to(dtype)
+            some = {name: view[at] for name, view in views.items()}
+            out[index[at]] = _values(layer, width, some).to(dtype)
     return out
+
+
+def _values(layer: Layer, width: int, stored: Mapping[str, Tensor]) -> Tensor:
+    """The values float32 [n, c] of rows of one width, whose stored tensors are given [n, k]."""
+    spec = layer.spec
+    codes, mask = unpack_codes(stored["weight"], code_bits(width), spec.codes), None
+    if spec.sparsity is not None:
+        mask = unpack_positions(stored["positions"], spec.sparsity, spec.cols)
+    in_scale = layer.tensors.get("in_scale")
+    return row_values(spec, width, codes, stored, mask, stored["row_scale"], in_scale)
+
+
+def rows_reference(layer: Layer, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`rows` in torch: for every width in use those of the rows asked for that have it."""
+    check_devices([ids, *layer.tensors.values()])
+    check_sizes(layer)
+    places = stored_order(layer).places_of(ids)
+    out = torch.empty(len(places), layer.spec.cols, dtype=dtype, device=places.device)
+    first = 0
+    for width, index, views in stored_groups(layer):
+        here = ((places >= first) & (places < first + len(index))).nonzero().flatten()
+        some = {name: view[places[here] - first] for name, view in views.items()}
+        out[here] = _values(layer, width, some).to(dtype)
+        first += len(index)
+    return out.view(*ids.shape, layer.spec.cols)
 
 
 def matmul_reference(x: Tensor, layer: Layer, bias: Tensor | None = None) -> Tensor:
@@ -91,6 +112,49 @@ def check_devices(tensors: Iterable[Tensor | None]) -> None:
         raise ValueError(f"all tensors must be on one device, got {found}")
 
 
+# ---- where a row is stored
+
+
+@dataclass(frozen=True)
+class StoredOrder:
+    """What follows from the widths of a layer's rows."""
+
+    order: Tensor  # int32 [r]: which row stands at a stored place
+    places: Tensor  # int32 [r]: where a row stands
+    counts: Tensor  # int64: how many rows have each width, from 0 on
+
+    def places_of(self, ids: Tensor) -> Tensor:
+        """Where the rows `ids` stand, int32 [n]; IndexError where there is none."""
+        return self.places.index_select(0, ids.flatten())
+
+
+# beside the tensors of widths, not on modules: nothing to be moved, copied or pickled
+_orders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def stored_order(layer: Layer) -> StoredOrder:
+    """The order in which the rows of a layer are stored, found once for its `widths`."""
+    widths = layer.tensors.get("widths")
+    if widths is not None:
+        known = _orders.get(widths)
+        if known is not None and known[0] == _state(widths):
+            return known[1]
+    check_devices(layer.tensors.values())
+    check_sizes(layer)
+    widths = layer.tensors["widths"]
+    order = widths.argsort(stable=True).int()
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    found = StoredOrder(order, places, widths.long().bincount(minlength=WIDTHS_END))
+    _orders[widths] = _state(widths), found
+    return found
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    """What changes when a tensor does; an inference tensor does not count its changes."""
+    return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
+
+
 # ---- operations
 
 # operation -> device type -> implementation, with the arguments of the function of that name below
@@ -98,6 +162,7 @@ OPERATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "matmul": {},
     "matmul_each": {},
     "dequantize": {},
+    "rows": {},
     "table_matmul": {},
 }
 
@@ -146,6 +211,17 @@ def dequantize(layer: Layer, dtype: torch.dtype = torch.float32) -> Tensor:
     return dequantize_reference(layer, dtype) if out is NotImplemented else out
 
 
+def rows(layer: Layer, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows `ids` int64 [...] of the weight of a layer without its adapter, [..., c].
+
+    The same numbers as in `dequantize(layer, dtype)`, for what these rows take. Raises FormatError,
+    IndexError where there is no such row.
+    """
+    run = OPERATIONS["rows"].get(ids.device.type)
+    out = NotImplemented if run is None else run(layer, ids, dtype)
+    return rows_reference(layer, ids, dtype) if out is NotImplemented else out
+
+
 def table_matmul(
     x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None
 ) -> Tensor:
@@ -174,6 +250,7 @@ _layer = ", ".join([*_tensors, *_numbers])
 _library = torch.library.Library("skimlm", "DEF")
 _library.define(f"matmul(Tensor x, Tensor? bias, bool exact, {_layer}) -> Tensor")
 _library.define(f"dequantize(ScalarType dtype, {_layer}) -> Tensor")
+_library.define(f"rows(Tensor ids, ScalarType dtype, {_layer}) -> Tensor")
 _library.define(
     "table_matmul(Tensor x, Tensor codes, Tensor scale, int bits, Tensor? bias) -> Tensor"
 )
@@ -191,6 +268,13 @@ def compiled_matmul(
 ) -> Tensor:
     """`matmul` as the operator that `torch.compile` sees."""
     return torch.ops.skimlm.matmul(x, bias, True, *arguments(tensors, spec))
+
+
+def compiled_rows(
+    tensors: Mapping[str, Tensor | None], spec: LayerSpec, ids: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """`rows` as the operator that `torch.compile` sees."""
+    return torch.ops.skimlm.rows(ids, dtype, *arguments(tensors, spec))
 
 
 def _layer_of(args: Sequence[Any]) -> Layer:
@@ -216,6 +300,11 @@ def _(dtype, *layer):
     return dequantize(_layer_of(layer), dtype)
 
 
+@torch.library.impl(_library, "rows", "CompositeExplicitAutograd")
+def _(ids, dtype, *layer):
+    return rows(_layer_of(layer), ids, dtype)
+
+
 @torch.library.impl(_library, "table_matmul", "CompositeExplicitAutograd")
 def _(x, codes, scale, bits, bias):
     return table_matmul(x, codes, scale, bits, bias)
@@ -231,6 +320,11 @@ def _(dtype, *args):
     layer = _layer_of(args)
     shape = layer.spec.rows, layer.spec.cols
     return layer.tensors["widths"].new_empty(shape, dtype=dtype)
+
+
+@torch.library.impl(_library, "rows", "Meta")
+def _(ids, dtype, *layer):
+    return ids.new_empty(*ids.shape, _layer_of(layer).spec.cols, dtype=dtype)
 
 
 @torch.library.impl(_library, "table_matmul", "Meta")

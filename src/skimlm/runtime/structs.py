@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from skimlm.format.abi import LayerStruct
-from skimlm.format.row_codes import WIDTHS_END
 from skimlm.native.structs import LAYER, BlockStruct, BodyStruct, layer_struct
 from skimlm.runtime.linear import CompressedLinear
+from skimlm.runtime.ops import stored_order
 
 
 @dataclass
@@ -60,15 +60,15 @@ class _Filler:
 
     def linear(self, linear: CompressedLinear) -> Any:
         """A pointer to its struct; None if its tensors do not fit each other."""
-        bias, widths = self.bias(linear), linear.widths
+        bias = self.bias(linear)
         for tensor in (*linear.layer.tensors.values(), bias):
             self.at(tensor)
         fields = layer_struct(linear.layer, bias)
         if fields is None:
             return None
         struct = LayerStruct.from_buffer_copy(fields)
-        struct.order = self.at(torch.argsort(widths, stable=True).int())
-        struct.counts = self.at(torch.bincount(widths.long(), minlength=WIDTHS_END))
+        stored = stored_order(linear.layer)
+        struct.order, struct.counts = self.at(stored.order), self.at(stored.counts)
         return ctypes.pointer(struct)
 
     def pointers(self, linears: list[Any]) -> Any:
