@@ -33,8 +33,12 @@ def widths_of(plan: Recipe, options: slim.Options | None) -> Sequence[int]:
 SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of as many tokens
 
 
-def fit_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> Fit:
+def fit_linear(
+    w: Tensor, known: Analysis, widths: Tensor, plan: Recipe, fixed: bool = False
+) -> Fit:
     """Codebooks and codes of W float32 [r, c] at its widths, scaled or refined as the plan says.
+
+    `fixed`: trellises have the tables that are known.
 
     The published method uses H as it is: nothing there needs it to be positive definite.
     """
@@ -44,7 +48,8 @@ def fit_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> Fit:
         fit = _published_scale(w, h, known, widths, fit)
     if plan.rounds:
         fitting.refine_fit(w, h, fit, plan.rounds, plan.sweeps)
-    fitting.fit_trellises(w, known.fisher.float(), h, known.row_weight, known.tables, fit)
+    fisher = known.fisher.float()
+    fitting.fit_trellises(w, fisher, h, known.row_weight, known.tables, fit, fixed)
     return fit
 
 

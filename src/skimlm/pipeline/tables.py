@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,13 +149,12 @@ def analysis(weight: Tensor, sums: TableSums, use: str) -> Analysis:
     for some in slices(len(weight)):
         w, f = weight[some].float(), fisher[some].float()
         centroids.append(kmeans_rows(w, f, MAX_TABLE_WIDTH, EDGES)[0])
-        rounded = [
-            trellis_fit.rounded(w, f, table, b) for table, b in zip(tables, BITS, strict=True)
-        ]
+        pairs = zip(tables, BITS, strict=True)
+        rounded = [trellis_fit.rounded(w, f, table, bits) for table, bits in pairs]
         for matrix, rows in known:
             h = damped(matrix)
-            lost = [quadratic(w_hat - w, h.bfloat16()).double()[:, None] for w_hat in rounded]
-            lost = torch.cat([errors_under(w, f, centroids[-1], h), *lost], 1)
+            more = [quadratic(w_hat - w, h.bfloat16()).double()[:, None] for w_hat in rounded]
+            lost = torch.cat([errors_under(w, f, centroids[-1], h), *more], 1)
             lost = grown(lost) if rows is a else lost
             errors[some] += rows[some].double()[:, None] * lost
     share = torch.stack([rows * matrix.diagonal().sum() for matrix, rows in known]).sum(0)
@@ -181,11 +180,23 @@ def uses(model: Any) -> dict[str, str]:
 def packed_table(
     weight: Tensor, known: Analysis, widths: Tensor, plan: Recipe
 ) -> dict[str, Tensor]:
-    """The tensors that are stored for a table at its widths, made of some rows at a time."""
+    """The tensors that are stored for a table at its widths: `packed_linear`, in parts.
+
+    A trellis is learnt on some of its rows, and then fixed for all.
+    """
+    tables = known.tables.clone()
+    for k, width in enumerate(TRELLISES):
+        own = (widths == width).nonzero().flatten()
+        if len(own):
+            some = own[:: -(-len(own) // ROWS)]
+            w, of_rows = weight[some].float(), rows_of(known, some)
+            levels = fit_linear(w, of_rows, widths[some], plan).trellis[width].table
+            tables[k] = levels * (tables[k].abs().max() / levels.abs().max())
+    fixed = replace(known, tables=tables)
 
     def part(some: slice) -> QuantizedWeight:
-        w, of_rows = weight[some].float(), rows_of(known, some)
-        return settled(w, of_rows, fit_linear(w, of_rows, widths[some], plan), plan)
+        w, of_rows = weight[some].float(), rows_of(fixed, some)
+        return settled(w, of_rows, fit_linear(w, of_rows, widths[some], plan, True), plan)
 
     return dict(pack(joined([part(some) for some in slices(len(weight))])).tensors)
 
@@ -195,7 +206,7 @@ def slices(rows: int) -> list[slice]:
     return [slice(i, min(i + ROWS, rows)) for i in range(0, rows, ROWS)]
 
 
-def rows_of(known: Analysis, some: slice) -> Analysis:
+def rows_of(known: Analysis, some: slice | Tensor) -> Analysis:
     """What is known of some rows."""
     tables = [table[some] for table in known.centroids]
     of_rows = known.fisher[some], known.row_weight[some], tables, known.tables, known.errors[some]
@@ -203,13 +214,19 @@ def rows_of(known: Analysis, some: slice) -> Analysis:
 
 
 def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """The rows of all parts, one part after the other."""
+    """The rows of all parts, one part after the other; a trellis is the same in all."""
 
     def whole(name: str) -> Tensor:
         return torch.cat([getattr(q, name) for q in parts])
 
     codes, widths, codebook = whole("codes"), whole("widths"), whole("codebook")
-    return QuantizedWeight(codes, widths, codebook, whole("row_scale"), whole("row_zero"))
+    tables: dict[int, Tensor] = {}
+    for q in parts:
+        used = [width for width in TRELLISES if (q.widths == width).any()]
+        tables |= dict(zip(used, q.trellis, strict=True))
+    trellis = torch.stack([tables[w] for w in sorted(tables)]) if tables else parts[0].trellis
+    scales = whole("row_scale"), whole("row_zero")
+    return QuantizedWeight(codes, widths, codebook, *scales, trellis=trellis)
 
 
 def grown(variance: Tensor) -> Tensor:

@@ -167,14 +167,20 @@ def refine_fit(w: Tensor, h: Tensor, fit: Fit, rounds: int, sweeps: int) -> None
 
 
 def fit_trellises(
-    w: Tensor, f: Tensor, h: Tensor, row_weight: Tensor, tables: Tensor, fit: Fit
+    w: Tensor,
+    f: Tensor,
+    h: Tensor,
+    row_weight: Tensor,
+    tables: Tensor,
+    fit: Fit,
+    fixed: bool = False,
 ) -> None:
-    """Fit the trellis rows of `fit` under `h`, from the tables of their curves."""
+    """Fit the trellis rows of `fit` under `h`, from the tables of their curves, or with them."""
     for width, table in zip(TRELLISES, tables, strict=False):
         own = fit.widths == width
         if bool(own.any()):
             rows = w[own], f[own], h, row_weight[own]
-            fit.trellis[width] = trellis_fit.fit(*rows, table, code_bits(width))
+            fit.trellis[width] = trellis_fit.fit(*rows, table, code_bits(width), fixed)
 
 
 def finish(w: Tensor, h: Tensor | None, fit: Fit, sweeps: int = 1) -> QuantizedWeight:

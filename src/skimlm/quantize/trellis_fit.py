@@ -130,18 +130,25 @@ def rounded(w: Tensor, f: Tensor, table: Tensor, bits: int) -> Tensor:
 
 
 def fit(
-    w: Tensor, f: Tensor, h: Tensor, row_weight: Tensor, table: Tensor, bits: int
+    w: Tensor,
+    f: Tensor,
+    h: Tensor,
+    row_weight: Tensor,
+    table: Tensor,
+    bits: int,
+    fixed: bool = False,
 ) -> TrellisRows:
     """Rows of one width under `h`, `table` float32 [128] being the one to start from.
 
-    `w`, `f` float32 [r, c], `h` [c, c] symmetric and positive definite, `row_weight` [r].
+    `w`, `f` float32 [r, c], `h` [c, c] symmetric and positive definite, `row_weight` [r]. `fixed`:
+    the table stays.
     """
     codes, scale = start(w, f, table, bits)
     scale = scale_step(w, h, table, scale, codes, bits)
     for _ in range(ROUNDS):
         codes = descend(w, h, table, scale, codes, bits, 1)
         scale = scale_step(w, h, table, scale, codes, bits)
-        table = table_step(w, h, row_weight, table, scale, codes, bits)
+        table = table if fixed else table_step(w, h, row_weight, table, scale, codes, bits)
     return finish(w, h, table, scale, codes, bits)
 
 
