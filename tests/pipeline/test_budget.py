@@ -84,7 +84,7 @@ def test_codebooks_and_trellises_are_bought_from_one_budget(bits, pooled):
 def test_a_budget_for_codebooks_alone_is_met_without_trellises():
     price, errors = budget.prices(specs_of(linears(), None, False), WIDTHS), curves()
     errors = {n: torch.cat([e, e[:, :4] / 2], 1) for n, e in errors.items()}
-    least = price.bits(budget.uniform(linears(), 1)) / price.total
+    least = price.bits(budget.uniform(price.specs, 1)) / price.total
     widths = budget.for_bits(errors, price, least, True)
     assert price.bits(widths) <= least * price.total
 
@@ -102,7 +102,7 @@ def test_a_pool_of_the_model_is_no_worse_than_one_per_linear():
 
 def test_a_linear_that_needs_more_than_its_share_gets_it():
     price = budget.prices(specs_of(linears(), None, False), GRIDS)
-    least = price.bits(budget.uniform(linears(), 1)) / price.total
+    least = price.bits(budget.uniform(price.specs, 1)) / price.total
     widths = budget.for_bits(curves(), price, least + 0.2, False)
     assert price.bits(widths) <= (least + 0.2) * price.total
     assert (widths["b"] == 1).all()  # 17 columns: bookkeeping alone is over the share
@@ -114,18 +114,18 @@ def test_impossible_targets_say_what_is_possible():
     def size(widths):
         return 1000 + round(price.bits(widths) / 8)
 
-    low, high = (size(budget.uniform(linears(), b)) for b in (1, 8))
+    low, high = (size(budget.uniform(price.specs, b)) for b in (1, 8))
     for target, word in (
         (budget.Target(size=low - 1), f"{low:,}"),
         (budget.Target(size=high * 2), f"{high:,}"),
         (budget.Target(bits=1.5), "at least"),
     ):
         with pytest.raises(SkimError, match=word):
-            budget.check(target, linears(), price, size)
+            budget.check(target, price, size)
     for size_ in (low, high, (low + high) // 2):
         target = budget.Target(size=size_)
-        budget.check(target, linears(), price, size)
-        widths = budget.choose(target, curves(), linears(), price, True, size)
+        budget.check(target, price, size)
+        widths = budget.choose(target, curves(), price, True, size)
         assert 0 <= size_ - size(widths) <= 64
 
 
@@ -133,16 +133,16 @@ def test_more_bits_than_rows_can_hold_are_refused():
     options = slim.Options(3, Sparsity(2, 4), 0.0)
     layers = {"a": nn.Linear(64, 24), "c": nn.Linear(64, 50)}
     price = budget.prices(specs_of(layers, options, False), GRIDS[:5])
-    most = price.bits(budget.uniform(layers, 5)) / price.total
+    most = price.bits(budget.uniform(price.specs, 5)) / price.total
     with pytest.raises(SkimError, match=f"the widest here, take: at most {most:.2f}"):
-        budget.check(budget.Target(bits=most + 0.01), layers, price, lambda _: 0)
-    budget.check(budget.Target(bits=most - 0.01), layers, price, lambda _: 0)
+        budget.check(budget.Target(bits=most + 0.01), price, lambda _: 0)
+    budget.check(budget.Target(bits=most - 0.01), price, lambda _: 0)
 
 
 def test_a_size_is_met_also_where_the_rest_of_a_folder_grows_with_the_widths():
     """Headers that grow by jumps once sent the search round in circles: it answered 1 bit."""
     price = budget.prices(specs_of(linears(), None, False), GRIDS)
-    least = price.bits(budget.uniform(linears(), 1)) / 8
+    least = price.bits(budget.uniform(price.specs, 1)) / 8
 
     def jumping(widths):
         stored = price.bits(widths) / 8
@@ -150,7 +150,7 @@ def test_a_size_is_met_also_where_the_rest_of_a_folder_grows_with_the_widths():
 
     for size in range(int(least) + 150, int(least) + 900, 50):
         target = budget.Target(size=size)
-        widths = budget.choose(target, curves(), linears(), price, True, jumping)
+        widths = budget.choose(target, curves(), price, True, jumping)
         assert jumping(widths) <= size
         assert price.bits(widths) / 8 > size - 250
 
@@ -159,7 +159,7 @@ def test_a_size_that_nothing_meets_is_an_error():
     price = budget.prices(specs_of(linears(), None, False), GRIDS)
     target = budget.Target(size=1000)
     with pytest.raises(SkimError, match="takes 10,000 bytes at 1 bit and 10,000 at 8"):
-        budget.choose(target, curves(), linears(), price, True, lambda _: 10_000)
+        budget.choose(target, curves(), price, True, lambda _: 10_000)
 
 
 def test_a_size_is_met_as_closely_in_a_model_of_many_rows():
@@ -172,10 +172,10 @@ def test_a_size_is_met_as_closely_in_a_model_of_many_rows():
     def size(widths):  # a byte less of codes takes less than one off the folder
         return 1000 + round(0.9 * price.bits(widths) / 8)
 
-    ends = [size(budget.uniform(many, b)) for b in (1, 8)]
+    ends = [size(budget.uniform(price.specs, b)) for b in (1, 8)]
     for share in (0.3, 0.5, 0.7):
         asked = round(ends[0] + share * (ends[1] - ends[0]))
-        widths = budget.choose(budget.Target(size=asked), errors, many, price, True, size)
+        widths = budget.choose(budget.Target(size=asked), errors, price, True, size)
         assert 0 <= asked - size(widths) <= 8
 
 
@@ -185,7 +185,7 @@ def test_a_size_is_met_where_corrections_are_slow():
     def size(widths):
         return 1000 + round(price.bits(widths) / 8 / 50)
 
-    low, high = (size(budget.uniform(linears(), b)) for b in (1, 8))
+    low, high = (size(budget.uniform(price.specs, b)) for b in (1, 8))
     asked = (low + high) // 2 - 1
-    widths = budget.choose(budget.Target(size=asked), curves(), linears(), price, True, size)
+    widths = budget.choose(budget.Target(size=asked), curves(), price, True, size)
     assert 0 <= asked - size(widths) <= 2

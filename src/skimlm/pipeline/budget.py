@@ -110,9 +110,9 @@ def specs_of(
     return specs
 
 
-def uniform(linears: Mapping[str, nn.Linear], width: int) -> Widths:
+def uniform(specs: Mapping[str, LayerSpec], width: int) -> Widths:
     """The same width for every row."""
-    return {n: torch.full((m.out_features,), width, dtype=torch.uint8) for n, m in linears.items()}
+    return {n: torch.full((s.rows,), width, dtype=torch.uint8) for n, s in specs.items()}
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,13 @@ class Target:
 
 def check(
     target: Target,
-    linears: Mapping[str, nn.Linear],
     price: Prices,
     planned_bytes: Callable[[Widths], int],
 ) -> None:
     """Refuse a target that no widths meet, before any work is done."""
     if target.index_bits:
         return
-    least, most = (uniform(linears, width) for width in price.ends)
+    least, most = (uniform(price.specs, width) for width in price.ends)
     top = code_bits(price.ends[1])
     if target.size is not None and target.size < planned_bytes(least):
         raise SkimError(
@@ -163,18 +162,17 @@ def check(
 def choose(
     target: Target,
     errors: Mapping[str, Tensor],
-    linears: Mapping[str, nn.Linear],
     price: Prices,
     pooled: bool,
     planned_bytes: Callable[[Widths], int],
 ) -> Widths:
     """Widths of all rows for a target that passed `check`."""
     if target.index_bits:
-        return uniform(linears, target.index_bits)
+        return uniform(price.specs, target.index_bits)
     if target.size is None:
         return for_bits(errors, price, target.bits, pooled)
     # Headers and config grow with the histograms: begin a little high, then correct downwards.
-    ends = [uniform(linears, width) for width in price.ends]
+    ends = [uniform(price.specs, width) for width in price.ends]
     low, high = (price.bits(widths) / price.total for widths in ends)
     narrow, wide = (planned_bytes(widths) for widths in ends)
     bits = low + (high - low) * (target.size - narrow) / max(wide - narrow, 1) + 0.05
