@@ -17,7 +17,7 @@ from conftest import FAMILIES, byte_tokenizer, tiny_model
 from skimlm.errors import SkimError
 from skimlm.models import source as sources
 from skimlm.models.checkpoint import load
-from skimlm.pipeline import compress, sensitivity, steps, walk
+from skimlm.pipeline import compress, sensitivity, steps, walk, widths
 from skimlm.pipeline import plan as resources
 from skimlm.pipeline.calibrate import BATCH
 from skimlm.pipeline.config import RECIPES, CompressConfig
@@ -499,7 +499,7 @@ def test_shared_work_is_streamed(folders, text, tmp_path):
 )
 def test_a_dry_run_tells_size_and_plan_without_work(run, tmp_path, monkeypatch, options):
     done = run("o", **options)
-    monkeypatch.setattr(compress, "analyse", lambda *_: pytest.fail("calibrated"))
+    monkeypatch.setattr(widths, "analyse", lambda *_: pytest.fail("calibrated"))
     planned = run("p", dry_run=True, **options)
     # what config.json says of widths is a good part of so small a folder
     assert abs(planned.bytes - done.bytes) < 0.03 * done.bytes

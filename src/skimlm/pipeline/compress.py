@@ -24,41 +24,30 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import skimlm
-from skimlm.errors import SkimError, naming
-from skimlm.format.layer import LayerSpec, histogram
-from skimlm.format.row_codes import code_bits
-from skimlm.models.architecture import check_positions, skeleton
-from skimlm.models.blocks import decoder_linears
-from skimlm.models.checkpoint import load_tokenizer, open_checkpoint
-from skimlm.models.coverage import Coverage, coverage
-from skimlm.models.source import BlockSource, open_source
-from skimlm.models.structure import Structure, routed, separate
-from skimlm.models.tokenizer import check_ids
-from skimlm.models.write import plan_bytes, write_packed
-from skimlm.pipeline import budget, sensitivity, steps
+from skimlm.errors import SkimError
+from skimlm.format.layer import histogram
+from skimlm.models.write import write_packed
 from skimlm.pipeline import plan as planning
-from skimlm.pipeline.budget import specs_of
+from skimlm.pipeline import sensitivity, steps
 from skimlm.pipeline.calibrate import FEW
 from skimlm.pipeline.config import CompressConfig
-from skimlm.pipeline.recipes import packed_linear, widths_of
-from skimlm.pipeline.states import StateStore
-from skimlm.pipeline.text import default_text, read_documents, read_text, windows
-from skimlm.pipeline.walk import Walk, analyse, each, packed
+from skimlm.pipeline.given import Given, Progress, Tools, check_disk, load, provenance
+from skimlm.pipeline.recipes import packed_linear
+from skimlm.pipeline.walk import Walk, each, packed
+from skimlm.pipeline.widths import Plan, allocate, as_if_alike
 from skimlm.pipeline.workers import Submit, here, pool
 from skimlm.progress import Clock, peak_rss_bytes
 from skimlm.storage import journal
 from skimlm.storage.folder import check_apart, check_out, folder_bytes
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -133,7 +122,7 @@ def compress(
 
             with pool(config.workers, config.ray) as submit:
                 kept = dataclasses.replace(tools, progress=tell)
-                given = _load(model, config, kept)
+                given = load(model, config, kept)
                 report = _run(given, config, kept, out, work, submit)
         shutil.rmtree(work)
     report.peak_rss_bytes = peak_rss_bytes(config.workers or 1)
@@ -141,117 +130,20 @@ def compress(
 
 
 def _planned(
-    model: str | os.PathLike[str], out: Path, config: CompressConfig, tools: "Tools"
+    model: str | os.PathLike[str], out: Path, config: CompressConfig, tools: Tools
 ) -> Report:
     """What a run would do: nothing is written but the analysis."""
     check_out(out, config.force)
-    given = _load(model, config, tools)
-    _check_disk(given, config, tools, out)
+    given = load(model, config, tools)
+    check_disk(given, config, tools, out)
     if given.source.streamed:  # an analysis would take as long as the run itself
-        return _report(given, config, tools, out, _as_if_alike(given, config))
+        return _report(given, config, tools, out, as_if_alike(given, config))
     walk = given.walk(None, tools.progress, here)
-    return _report(given, config, tools, out, _allocate(given, config, tools, walk))
-
-
-@dataclass(frozen=True)
-class Tools:
-    """Where a run tells what it does, and keeps what the next one may use."""
-
-    clock: Clock
-    progress: Progress
-    notice: Callable[[str], None]
-    cache_dir: str | os.PathLike[str] | None
-
-    @property
-    def cache(self) -> Path:
-        """The folder of analyses."""
-        return sensitivity.folder(self.cache_dir)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The widths of all rows, and what they cost."""
-
-    widths: budget.Widths
-    specs: Mapping[str, LayerSpec]  # how every linear is stored at these widths
-    bits: float  # per weight
-    bytes: int  # of OUT
-    key: str  # of the analysis, empty for slim
-    kept: bool  # the analysis was there
-    stored: Mapping[str, sensitivity.Analysis]
-    sharing: int = 0  # experts that calibration hardly visited
-
-
-def _prices(
-    given: "Given", config: CompressConfig
-) -> tuple[budget.Prices, Callable[[budget.Widths], int]]:
-    """What widths cost, and the bytes of OUT with them, every file counted."""
-    possible = widths_of(config.settings, config.options)
-    price = budget.prices(specs_of(given.linears, config.options, config.settings.scale), possible)
-    provenance = _provenance(config, given)
-
-    def planned_bytes(widths: budget.Widths) -> int:
-        others = plan_bytes(
-            given.model,
-            given.tokenizer,
-            _specs(given, config, widths),
-            embed_bits=given.embed_bits,
-            bits=price.bits(widths) / price.total,
-            provenance=provenance,
-            source=given.path,
-            layout=given.structure.layout,
-        )
-        return others + round(price.bits(widths) / 8)
-
-    return price, planned_bytes
-
-
-def _specs(given: "Given", config: CompressConfig, widths: budget.Widths) -> dict[str, LayerSpec]:
-    """How every linear is stored with rows of these widths."""
-    specs = specs_of(given.linears, config.options, config.settings.scale)
-    return {name: specs[name].with_widths(width) for name, width in widths.items()}
-
-
-def _allocate(given: "Given", config: CompressConfig, tools: Tools, walk: Walk) -> Plan:
-    """Analyse the model and choose the widths; slim has one width for all."""
-    linears, plan, target = given.linears, config.settings, config.target
-    price, planned_bytes = _prices(given, config)
-
-    def made(widths: budget.Widths, *known: Any) -> Plan:
-        bits, specs = price.bits(widths) / price.total, _specs(given, config, widths)
-        return Plan(widths, specs, bits, planned_bytes(widths), *known)
-
-    if config.method == "slim":
-        return made(budget.uniform(linears, round(target.bits)), "", False, {})
-    budget.check(target, linears, price, planned_bytes)
-    with tools.clock("analyse"):
-        key = sensitivity.key(given.path, given.ids, plan, sorted(linears))
-        stored = sensitivity.stored(tools.cache, key, linears)
-        kept = analyse(walk, stored, plan)
-        errors = {n: stored.errors(n) for n in linears}
-        sharing = sum(stored.tokens(n) < FEW for n in routed(given.model, linears))
-        if config.options is not None:
-            errors = steps.decompose(walk, stored, config.options)
-    with tools.clock("allocate"):
-        widths = budget.choose(target, errors, linears, price, plan.end_loss, planned_bytes)
-    return made(widths, key, kept, stored, sharing)
-
-
-def _as_if_alike(given: "Given", config: CompressConfig) -> Plan:
-    """A plan without an analysis, of the right size: all rows lose alike."""
-    linears = given.linears
-    price, planned_bytes = _prices(given, config)
-    curve = torch.tensor([0.25 ** code_bits(width) for width in price.widths]).double()
-    errors = {n: curve.expand(m.out_features, -1) for n, m in linears.items()}
-    budget.check(config.target, linears, price, planned_bytes)
-    widths = budget.choose(config.target, errors, linears, price, True, planned_bytes)
-    bits = price.bits(widths) / price.total
-    specs = _specs(given, config, widths)
-    return Plan(widths, specs, bits, planned_bytes(widths), "", False, {})
+    return _report(given, config, tools, out, allocate(given, config, tools, walk))
 
 
 def _report(
-    given: "Given", config: CompressConfig, tools: Tools, out: Path, chosen: Plan
+    given: Given, config: CompressConfig, tools: Tools, out: Path, chosen: Plan
 ) -> "Report":
     """What is known of a run before OUT is written."""
     return Report(
@@ -276,7 +168,7 @@ def _report(
 
 
 def _run(
-    given: "Given", config: CompressConfig, tools: Tools, out: Path, work: Path, submit: Submit
+    given: Given, config: CompressConfig, tools: Tools, out: Path, work: Path, submit: Submit
 ) -> "Report":
     """Allocate, fit and write OUT by way of `work`."""
     journal.begin(work, _facts(config, given))
@@ -284,9 +176,9 @@ def _run(
     tools.notice(given.coverage.text())
     if given.left_out:
         tools.notice(f"left out, as transformers does: {', '.join(given.left_out)}")
-    _check_disk(given, config, tools, out)
+    check_disk(given, config, tools, out)
     walk = given.walk(work, tools.progress, submit)
-    chosen = _allocate(given, config, tools, walk)
+    chosen = allocate(given, config, tools, walk)
     _say_sharing(chosen.sharing, tools)
     report = _report(given, config, tools, out, chosen)
     # A run that was interrupted during the training finds its state here and goes on.
@@ -304,7 +196,7 @@ def _run(
             packed(walk),
             embed_bits=given.embed_bits,
             bits=chosen.bits,
-            provenance=_provenance(config, given),
+            provenance=provenance(config, given),
             source=given.path,
             layout=given.structure.layout,
         )
@@ -341,115 +233,6 @@ def _fit(
         return []
     with tools.clock("train"):
         return steps.train_packed(walk, chosen.specs, plan.steps, state)
-
-
-@dataclass(frozen=True)
-class Given:
-    """What there is to work on: the model, its linears, the calibration windows."""
-
-    path: Path
-    source: BlockSource
-    tokenizer: Any
-    linears: dict[str, nn.Linear]
-    ids: Tensor  # [windows, tokens]
-    calibration: dict[str, Any]  # how the windows came about, for the provenance
-    needs: planning.Needs
-    structure: Structure
-    embed_bits: int
-    coverage: Coverage
-    left_out: Sequence[str] = ()  # tensors of the checkpoint that the model has no place for
-
-    @property
-    def model(self) -> Any:
-        """The model; its blocks may be on the meta device."""
-        return self.source.model
-
-    def walk(self, work: Path | None, progress: Progress, submit: Submit) -> Walk:
-        """The walk over the blocks; what a streamed one keeps lies in `work`."""
-        store = StateStore(work if self.source.streamed else None)
-        return Walk(self.source, self.linears, self.ids, store, submit, progress)
-
-
-def _load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -> Given:
-    """Read text and model, or what stands outside its blocks where the whole does not fit."""
-    with tools.clock("load"):
-        plan, text = config.settings, config.text
-        if text is not None:
-            read_text(text)  # what cannot be read is said before the model is opened
-        opened = open_checkpoint(model, revision=config.revision)
-        if opened.compressed:
-            raise SkimError(f"{model}: is compressed already; give the original model")
-        check_positions(opened.config, plan.seq_len)
-        structure, shape = opened.structure, skeleton(opened.path, opened.config)
-        separate(shape, structure.layout)
-        chosen = config.include, config.exclude, structure.dense
-        linears = decoder_linears(shape, *chosen)
-        every = decoder_linears(shape, dense=structure.dense)
-        bits = 16 if structure.tables else config.embed_bits
-        covered = coverage(shape, linears, every, structure, bits)
-        with naming(opened.path):
-            covered.check(config.allow_partial)
-        tokenizer = load_tokenizer(opened)
-        origin = "the built-in text" if text is None else text
-        key = config.text_key
-        documents = default_text() if text is None else read_documents(text, key, tokenizer)
-        ids = windows(documents, tokenizer, plan.samples, plan.seq_len, config.seed, origin)
-        check_ids(shape, ids, tokenizer)
-        analysis = sensitivity.key(opened.path, ids, plan, sorted(linears))
-        left = sensitivity.missing(tools.cache, analysis, linears)
-        needs, streamed = _way(shape, linears, config, config.method == "skim" and not left)
-        source = open_source(opened, streamed, tokenizer)
-        if plan.steps and len(ids) < 2:
-            raise SkimError(f"{origin}: one window is too little to train on; give more text")
-        calibration = {
-            "text": Path(origin).name,
-            "windows": len(ids),
-            "seq_len": ids.shape[1],
-            "seed": config.seed,
-        }
-        linears = decoder_linears(source.model, *chosen)
-        return Given(
-            opened.path,
-            source,
-            tokenizer,
-            linears,
-            ids,
-            calibration,
-            needs,
-            structure,
-            bits,
-            covered,
-            opened.left_out,
-        )
-
-
-def _way(
-    shape: nn.Module, linears: Mapping[str, nn.Linear], config: CompressConfig, known: bool
-) -> tuple[planning.Needs, bool]:
-    """What the run takes, and whether the model is streamed: shared work always is."""
-    sizes = planning.sizes(shape, linears)
-    whole, part = planning.needs(sizes, config, known)
-    shared = config.workers is not None or config.ray is not None
-    samples = config.settings.samples
-    streamed = planning.streams(whole, part, config.max_memory, samples, shared)
-    return (part if streamed else whole), streamed
-
-
-def _check_disk(given: Given, config: CompressConfig, tools: Tools, out: Path) -> None:
-    """Refuse a streamed run whose scratch does not fit; what an earlier run left counts."""
-    if not given.source.streamed:
-        return
-    key = sensitivity.key(given.path, given.ids, config.settings, sorted(given.linears))
-    left = sum(f.stat().st_size for f in journal.place(out).rglob("*") if f.is_file())
-    have = left + sensitivity.nbytes(tools.cache, key)
-    place = next(folder for folder in out.resolve().parents if folder.exists())
-    planning.check_disk(place, given.needs.scratch - have)
-
-
-def _provenance(config: CompressConfig, given: Given) -> dict[str, Any]:
-    """How the folder was made, for its config.json; `CompressConfig.from_folder` reads it."""
-    facts = {"skimlm": skimlm.__version__, "config": config.provenance()}
-    return facts | {"calibration": given.calibration, "coverage": given.coverage.facts()}
 
 
 def _facts(config: CompressConfig, given: Given) -> dict[str, Any]:
