@@ -75,11 +75,15 @@ class Coverage:
 
 
 def coverage(
-    model: Any, linears: Collection[str], every: Collection[str], structure: Structure, bits: int
+    model: Any,
+    linears: Collection[str],
+    every: Collection[str],
+    structure: Structure,
+    compressed_tables: bool,
 ) -> Coverage:
     """What becomes of the parameters of a separated model.
 
-    `linears` are compressed, of `every` one that could be; tables are stored in `bits`.
+    `linears` are compressed, of `every` one that could be.
     """
     (table, _), head, _ = embeddings(model)
     tables = {f"{table}.weight"} | ({f"{head[0]}.weight"} if head else set())
@@ -92,7 +96,7 @@ def coverage(
             continue
         owner, count = name.rpartition(".")[0], parameter.numel()
         kind = "small" if parameter.ndim < 2 or _of_positions(model, owner) else ""
-        if name in tables and bits < 16:
+        if name in tables and compressed_tables:
             kind = "tables"
         elif name.endswith(".weight") and owner in linears:
             kind = "linears"

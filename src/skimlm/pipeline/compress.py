@@ -43,7 +43,7 @@ from skimlm.pipeline.config import CompressConfig
 from skimlm.pipeline.given import Given, Progress, Tools, check_disk, load, provenance
 from skimlm.pipeline.recipes import packed_linear
 from skimlm.pipeline.walk import Walk, each, packed
-from skimlm.pipeline.widths import Plan, allocate, as_if_alike
+from skimlm.pipeline.widths import Plan, allocate, as_if_alike, table_analyses
 from skimlm.pipeline.workers import Submit, here, pool
 from skimlm.progress import Clock, peak_rss_bytes
 from skimlm.storage import journal
@@ -62,6 +62,7 @@ class Report:
     linears: int
     weights: int
     rows_by_width: dict[int, int]
+    bits_per_table: float | None  # per weight of embedding and head, if they are in the pool
     calibration: dict[str, Any]
     analysis_kept: bool  # no calibration was needed: the analysis was there from another run
     analysis_bytes: int  # what it takes in the cache; `skimlm cache --prune` frees it
@@ -154,7 +155,8 @@ def _report(
         bytes=chosen.bytes,
         linears=len(given.linears),
         weights=sum(m.weight.numel() for m in given.linears.values()),
-        rows_by_width=histogram(torch.cat(list(chosen.widths.values()))),
+        rows_by_width=histogram(torch.cat([chosen.widths[n] for n in given.linears])),
+        bits_per_table=chosen.table_bits,
         calibration=given.calibration,
         analysis_kept=chosen.kept,
         analysis_bytes=sensitivity.nbytes(tools.cache, chosen.key) if chosen.key else 0,
@@ -183,7 +185,7 @@ def _run(
     report = _report(given, config, tools, out, chosen)
     # A run that was interrupted during the training finds its state here and goes on.
     state = tools.cache / f"{chosen.key}-{_digest(chosen.widths)}.state"
-    report.held_out_kl = _fit(walk, config, tools, chosen, state)
+    report.held_out_kl = _fit(given, walk, config, tools, chosen, state)
     if config.method == "slim":  # which knows only now
         report.experts_sharing = steps.sharing(walk)
         _say_sharing(report.experts_sharing, tools)
@@ -215,20 +217,21 @@ def _say_sharing(count: int, tools: Tools) -> None:
 
 
 def _fit(
-    walk: Walk, config: CompressConfig, tools: Tools, chosen: Plan, state: Path
+    given: Given, walk: Walk, config: CompressConfig, tools: Tools, chosen: Plan, state: Path
 ) -> list[float]:
     """Keep what OUT holds of every block; the held-out losses of a training."""
     known, widths, plan, options = chosen.stored, chosen.widths, config.settings, config.options
     with tools.clock("fit"):
-        if config.method == "slim":
+        if known is None:
             assert options is not None
             steps.fit_slim(walk, plan, options, published=config.recipe == "paper")
         elif options is not None:
             steps.compose(walk, known, widths, options)
         else:
-            each(
-                walk, "fit", "packed", packed_linear, lambda name: (known[name], widths[name], plan)
-            )
+            each(walk, "fit", "packed", packed_linear, lambda n: (known[n], widths[n], plan))
+            if given.tables:
+                weights = {n: table.weight.detach() for n, table in given.tables.items()}
+                steps.pack_tables(walk, weights, table_analyses(given, known), widths, plan)
     if not plan.steps:
         return []
     with tools.clock("train"):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from skimlm.pipeline.budget import Target
     from skimlm.quantize.slim import Options
 
+TABLE_BITS = 8  # of an embedding and a head, unless they are in the pool
 WIDEST, WIDEST_TABLE = 8, 5  # index bits of a row, of a row with a codebook (format/)
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -205,8 +206,11 @@ class CompressConfig:
         high=1,
     )
     adapter_bits: int | None = _option(None, "Bits of the adapters.", kind=int, choices=(16, 4))
-    embed_bits: int = _option(
-        8, "Bits of the embedding and the head.", kind=int, choices=(16, 8, 4)
+    embed_bits: int | None = _option(
+        None,
+        "Bits of the embedding and the head.  [default: 8; with --size out of the same bytes]",
+        kind=int,
+        choices=(16, 8, 4),
     )
     text: str | None = _option(
         None, "Calibration text or .jsonl; default: built in.", metavar="FILE"
@@ -342,6 +346,13 @@ class CompressConfig:
         return dataclasses.replace(made, bits=round(now.bits), group=group)
 
     @property
+    def pools_tables(self) -> bool:
+        """Whether embedding and head share one budget with the linears."""
+        plain = self.method == "skim" and self.sparsity in (None, "none") and not self.rank
+        asked = self.size is not None and self.embed_bits is None
+        return plain and asked and self.settings.end_loss
+
+    @property
     def target(self) -> Target:
         """The bits per weight, bytes or width to reach."""
         from skimlm.pipeline.budget import Target
@@ -359,6 +370,7 @@ class CompressConfig:
             "sparsity": usual.sparsity,
             "rank": usual.rank,
             "adapter_bits": usual.adapter_bits if rank else None,
+            "embed_bits": None if self.pools_tables else TABLE_BITS,
             "samples": settings.samples,
             "seq_len": settings.seq_len,
         }

@@ -21,6 +21,7 @@ from skimlm.pipeline import plan as planning
 from skimlm.pipeline import sensitivity
 from skimlm.pipeline.config import CompressConfig
 from skimlm.pipeline.states import StateStore
+from skimlm.pipeline.tables import uses
 from skimlm.pipeline.text import default_text, read_documents, read_text, windows
 from skimlm.pipeline.walk import Walk
 from skimlm.pipeline.workers import Submit
@@ -53,6 +54,7 @@ class Given:
     source: BlockSource
     tokenizer: Any
     linears: dict[str, nn.Linear]
+    tables: dict[str, Any]  # embedding and head where they share the linears' budget
     ids: Tensor  # [windows, tokens]
     calibration: dict[str, Any]  # how the windows came about, for the provenance
     needs: planning.Needs
@@ -66,10 +68,16 @@ class Given:
         """The model; its blocks may be on the meta device."""
         return self.source.model
 
+    def key(self, config: CompressConfig) -> str:
+        """The name of its analysis."""
+        names = [*sorted(self.linears), *self.tables]
+        return sensitivity.key(self.path, self.ids, config.settings, names)
+
     def walk(self, work: Path | None, progress: Progress, submit: Submit) -> Walk:
         """The walk over the blocks; what a streamed one keeps lies in `work`."""
         store = StateStore(work if self.source.streamed else None)
-        return Walk(self.source, self.linears, self.ids, store, submit, progress)
+        tables = bool(self.tables)
+        return Walk(self.source, self.linears, self.ids, store, submit, progress, tables)
 
 
 def load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) -> Given:
@@ -87,8 +95,9 @@ def load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) ->
         chosen = config.include, config.exclude, structure.dense
         linears = decoder_linears(shape, *chosen)
         every = decoder_linears(shape, dense=structure.dense)
-        bits = 16 if structure.tables else config.embed_bits
-        covered = coverage(shape, linears, every, structure, bits)
+        pooled = config.pools_tables and not structure.tables
+        bits = 16 if structure.tables else config.resolved().embed_bits or 16
+        covered = coverage(shape, linears, every, structure, pooled or bits < 16)
         with naming(opened.path):
             covered.check(config.allow_partial)
         tokenizer = load_tokenizer(opened)
@@ -97,7 +106,8 @@ def load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) ->
         documents = default_text() if text is None else read_documents(text, key, tokenizer)
         ids = windows(documents, tokenizer, plan.samples, plan.seq_len, config.seed, origin)
         check_ids(shape, ids, tokenizer)
-        analysis = sensitivity.key(opened.path, ids, plan, sorted(linears))
+        tables = list(uses(shape)) if pooled else []
+        analysis = sensitivity.key(opened.path, ids, plan, [*sorted(linears), *tables])
         left = sensitivity.missing(tools.cache, analysis, linears)
         needs, streamed = _way(shape, linears, config, config.method == "skim" and not left)
         source = open_source(opened, streamed, tokenizer)
@@ -115,6 +125,7 @@ def load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) ->
             source,
             tokenizer,
             linears,
+            {name: source.model.get_submodule(name) for name in tables},
             ids,
             calibration,
             needs,
@@ -141,9 +152,8 @@ def check_disk(given: Given, config: CompressConfig, tools: Tools, out: Path) ->
     """Refuse a streamed run whose scratch does not fit; what an earlier run left counts."""
     if not given.source.streamed:
         return
-    key = sensitivity.key(given.path, given.ids, config.settings, sorted(given.linears))
     left = sum(f.stat().st_size for f in journal.place(out).rglob("*") if f.is_file())
-    have = left + sensitivity.nbytes(tools.cache, key)
+    have = left + sensitivity.nbytes(tools.cache, given.key(config))
     place = next(folder for folder in out.resolve().parents if folder.exists())
     planning.check_disk(place, given.needs.scratch - have)
 

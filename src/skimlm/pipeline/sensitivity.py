@@ -33,6 +33,7 @@ from skimlm.storage.safetensors import write_file
 
 VERSION = 6
 PARTS = ("hessian", "fisher", "row_weight", "centroids", "tables", "errors")
+SUMS = "tables"  # the file beside those of the linears
 EDGES = 1024  # of k-means on rows of over 2048: within 5e-4 of the optimum, 5 times as fast
 
 
@@ -118,6 +119,20 @@ class Stored(Mapping[str, Analysis]):
         """Linears that have no file."""
         return [name for name in self if not self._file(name).exists()]
 
+    @property
+    def has_sums(self) -> bool:
+        """Whether what embedding and head need is there."""
+        return self._file(SUMS).exists()
+
+    def sums(self) -> dict[str, Tensor]:
+        """What was summed for embedding and head."""
+        with self._open(SUMS) as file:
+            return {part: file.get_tensor(part) for part in file.keys()}
+
+    def keep_sums(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write what was summed for embedding and head (tables.py)."""
+        self._write(SUMS, tensors, {})
+
     def keep(self, name: str, analysis: Analysis) -> None:
         """Write the file of a linear, whole or not at all."""
         tensors = {
@@ -128,8 +143,11 @@ class Stored(Mapping[str, Analysis]):
             "tables": analysis.tables,
             "errors": analysis.errors,
         }
+        self._write(name, tensors, {"tokens": str(analysis.tokens)})
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], facts: dict[str, str]) -> None:
         try:
-            write_file(self._file(name), tensors, {"tokens": str(analysis.tokens)})
+            write_file(self._file(name), dict(tensors), facts)
         except SkimError as error:
             raise SkimError(f"{error}; choose another --cache-dir") from None
 

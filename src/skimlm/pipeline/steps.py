@@ -22,9 +22,11 @@ from skimlm.pipeline.calibrate import FEW
 from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.gram import Gram
 from skimlm.pipeline.recipes import composed_linear, first_fit
-from skimlm.pipeline.walk import Walk, apart, each, follow
+from skimlm.pipeline.tables import packed_table
+from skimlm.pipeline.walk import TABLES, Walk, apart, each, follow
 from skimlm.quantize import slim
-from skimlm.train.codebooks import Student, train
+from skimlm.train.codebooks import train
+from skimlm.train.student import Student
 
 SHARED = "experts-sharing"  # how many of a block
 WINDOWS = 4  # that go through together where blocks are fitted to their inputs
@@ -128,6 +130,24 @@ def compose(
     each(walk, "fit", "packed", composed_linear, values)
 
 
+# ---- embedding and head
+
+
+def pack_tables(
+    walk: Walk,
+    weights: Mapping[str, Tensor],
+    known: Mapping[str, sensitivity.Analysis],
+    widths: Mapping[str, Tensor],
+    plan: Recipe,
+) -> None:
+    """Keep embedding and head as layers, at their widths."""
+    if walk.store.has(TABLES, 0):
+        return
+    packed = {n: packed_table(w, known[n], widths[n], plan) for n, w in weights.items()}
+    tensors = {f"{n}.{part}": t for n, parts in packed.items() for part, t in parts.items()}
+    walk.store.keep(TABLES, 0, tensors)
+
+
 # ---- training
 
 
@@ -142,10 +162,14 @@ def train_packed(
     known = final_states(walk)
     source, store, blocks = walk.source, walk.store, range(len(walk.source.blocks))
     layers = {n: kept for i in blocks for n, kept in _packed_layers(walk, specs, i).items()}
+    tables = {}
+    if store.has(TABLES, 0):
+        stored = store.read(TABLES, 0)
+        tables = {n: _layer(spec, n, stored) for n, spec in specs.items() if n not in walk.linears}
     with source.loaded(blocks, but={f"{name}.weight" for name in walk.linears}):
         # made again they are the same numbers, for a third more time
         recomputed = source.blocks if source.streamed else ()
-        student = Student(source.model, walk.linears, layers, recomputed)
+        student = Student(source.model, walk.linears, layers, tables, recomputed)
         trained = train(
             student,
             walk.ids,
@@ -173,11 +197,13 @@ def train_packed(
 
 def _packed_layers(walk: Walk, specs: Mapping[str, LayerSpec], i: int) -> dict[str, Layer]:
     """The linears of block `i` as they are packed."""
-    packed, found = walk.store.read("packed", i), {}
-    for name in walk.inside(range(i, i + 1)):
-        own = {part: packed[f"{name}.{part}"] for part in layout(specs[name])}
-        found[name] = Layer(specs[name], own)
-    return found
+    packed = walk.store.read("packed", i)
+    return {name: _layer(specs[name], name, packed) for name in walk.inside(range(i, i + 1))}
+
+
+def _layer(spec: LayerSpec, name: str, tensors: Mapping[str, Tensor]) -> Layer:
+    """A layer out of tensors by their full names."""
+    return Layer(spec, {part: tensors[f"{name}.{part}"] for part in layout(spec)})
 
 
 def final_states(walk: Walk) -> Tensor:

@@ -30,7 +30,7 @@ Rows of a table that is both lose the sum; they are refined under the mean of a_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,6 +77,17 @@ class TableSums:
         head = model.get_output_embeddings()
         outputs, c = (rows, d) if head is None else head.weight.shape
         return cls(torch.zeros(c, c), torch.zeros(outputs), torch.zeros(outputs), torch.zeros(d, d))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TableSums:
+        """Invert `tensors`."""
+        return cls(
+            **{n: t for n, t in tensors.items() if n != "tokens"}, tokens=int(tensors["tokens"])
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name."""
+        return vars(self) | {"tokens": torch.tensor(self.tokens)}
 
     def see_states(self, x: Tensor, variance: Tensor, probability: Tensor) -> None:
         """Add what the head is given [n, d], and s_tv and p_tv float32 [n, V]."""

@@ -14,9 +14,11 @@ windows go through in the same batches. In the store lie, each whole:
     inputs-K                  hidden states before span K [n, t, d], with what else blocks hand on
                               (models/carried.py); gone once it is analysed
     gradient-K                d loss / d inputs-K: the analysis of span K and all after it is kept
+    head-0                    sums for the head, until those for the embedding are there too
     first-I                   adapters and errors of block I to begin with (sparsity, adapters)
     original-I, compressed-I  hidden states before block I, in the model and in what becomes of it
     packed-I                  what OUT holds of block I
+    tables-0                  what OUT holds of embedding and head, if they are layers too
     final-0                   what the model's head was given: what a training aims at
     trained-I                 what OUT holds of block I after a training
 Before the first block hidden states are the embeddings, which are not kept.
@@ -39,9 +41,11 @@ from skimlm.pipeline import sensitivity
 from skimlm.pipeline.calibrate import BATCH, Statistics, Sums, observed
 from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.states import StateStore
+from skimlm.pipeline.tables import TableSums, observed_tables
 from skimlm.pipeline.workers import Submit, here
 from skimlm.train.losses import backward, cross_entropy, next_tokens
 
+HEAD, TABLES = "head", "tables"
 Progress = Callable[[str, int, int], None]
 FitBlock = Callable[[int, State | None, State | None], dict[str, Tensor]]
 Result = Callable[[], dict[str, Tensor]]
@@ -57,6 +61,7 @@ class Walk:
     store: StateStore
     submit: Submit = here
     progress: Progress = lambda *_: None
+    tables: bool = False  # embedding and head are analysed too
 
     @cached_property
     def batch(self) -> int:
@@ -122,17 +127,29 @@ def batches(count: int, batch: int) -> list[slice]:
 def analyse(walk: Walk, stored: sensitivity.Stored, plan: Recipe) -> bool:
     """Fill `stored`; whether it was all there already."""
     missing = set(stored.missing())
-    if not missing:
+    if not missing and (stored.has_sums or not walk.tables):
         return True
     store, spans = walk.store, walk.source.spans
     done = next((k for k in range(len(spans)) if store.has("gradient", k)), len(spans))
-    if any(name in missing for span in spans[done:] for name in walk.inside(span)):
+    gone = any(name in missing for span in spans[done:] for name in walk.inside(span))
+    if walk.tables and not stored.has_sums:  # the embedding's are complete behind the first block
+        gone |= done == 0 or (done < len(spans) and not store.has(HEAD, 0))
+    if gone:
         for k in range(len(spans)):  # the cache was deleted since: begin anew
             store.drop("gradient", k)
         done = len(spans)
     with torch.no_grad(), frozen(walk.source.model):
         _forward(walk, done - 1)
-        _backward(walk, stored, plan, done)
+        if not walk.tables:
+            _backward(walk, stored, plan, done)
+            return False
+        sums = TableSums.of(walk.source.model)
+        if done < len(spans):
+            sums = TableSums.from_tensors(store.read(HEAD, 0))
+        with observed_tables(walk.source.model, sums):
+            _backward(walk, stored, plan, done, lambda: store.keep(HEAD, 0, sums.tensors()))
+        stored.keep_sums(sums.tensors())
+        store.drop(HEAD, 0)
     return False
 
 
@@ -147,8 +164,17 @@ def _forward(walk: Walk, last: int) -> None:
         walk.progress("forward", k, last)
 
 
-def _backward(walk: Walk, stored: sensitivity.Stored, plan: Recipe, done: int) -> None:
-    """Spans `done` - 1 to 0: statistics, then the analysis of each linear while the next is run."""
+def _backward(
+    walk: Walk,
+    stored: sensitivity.Stored,
+    plan: Recipe,
+    done: int,
+    behind: Callable[[], None] = lambda: None,
+) -> None:
+    """Spans `done` - 1 to 0: statistics, then the analysis of each linear while the next is run.
+
+    `behind()` is called once the loss and the last span are behind.
+    """
     store, spans = walk.store, walk.source.spans
     gradient: State | None = None if done == len(spans) else store.read("gradient", done)
     left, total = len(stored.missing()), len(stored)
@@ -178,6 +204,8 @@ def _backward(walk: Walk, stored: sensitivity.Stored, plan: Recipe, done: int) -
                 layerwise=not plan.end_loss,
                 fisher_windows=plan.fisher_windows,
             )
+            if k == len(spans) - 1:
+                behind()
             if pending:
                 finish(k + 1, gradient)
             gradient = passed
@@ -326,5 +354,6 @@ def packed(walk: Walk) -> Callable[[str], Tensor]:
     """A function that reads what OUT holds of the blocks, by the tensor's name."""
     store, count = walk.store, len(walk.source.blocks)
     kind = "trained" if store.has("trained", 0) else "packed"
-    where = {name: i for i in range(count) for name in store.names(kind, i)}
-    return lambda name: store.read_one(kind, where[name], name)
+    places = [*((kind, i) for i in range(count)), *([(TABLES, 0)] if store.has(TABLES, 0) else [])]
+    where = {name: place for place in places for name in store.names(*place)}
+    return lambda name: store.read_one(*where[name], name)

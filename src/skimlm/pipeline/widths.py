@@ -1,6 +1,7 @@
 """Which width every row of a model gets: analyse, then spend the bits or bytes asked for."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from skimlm.pipeline.config import CompressConfig
 from skimlm.pipeline.given import Given, Tools
 from skimlm.pipeline.given import provenance as provenance_of
 from skimlm.pipeline.recipes import widths_of
+from skimlm.pipeline.tables import TableSums, analysis, uses
 from skimlm.pipeline.walk import Walk, analyse
 
 
@@ -25,12 +27,13 @@ class Plan:
     """The widths of all rows, and what they cost."""
 
     widths: budget.Widths
-    specs: Mapping[str, LayerSpec]  # how every linear is stored at these widths
-    bits: float  # per weight
+    specs: Mapping[str, LayerSpec]  # how every linear, and table, is stored at these widths
+    bits: float  # per weight of the linears
+    table_bits: float | None  # per weight of embedding and head, if they share the budget
     bytes: int  # of OUT
     key: str  # of the analysis, empty for slim
     kept: bool  # the analysis was there
-    stored: Mapping[str, sensitivity.Analysis]
+    stored: sensitivity.Stored | None = None
     sharing: int = 0  # experts that calibration hardly visited
 
 
@@ -38,8 +41,7 @@ def _prices(
     given: Given, config: CompressConfig
 ) -> tuple[budget.Prices, Callable[[budget.Widths], int]]:
     """What widths cost, and the bytes of OUT with them, every file counted."""
-    possible = widths_of(config.settings, config.options)
-    price = budget.prices(specs_of(given.linears, config.options, config.settings.scale), possible)
+    price = budget.prices(_base(given, config), widths_of(config.settings, config.options))
     provenance = provenance_of(config, given)
 
     def planned_bytes(widths: budget.Widths) -> int:
@@ -48,7 +50,7 @@ def _prices(
             given.tokenizer,
             _specs(given, config, widths),
             embed_bits=given.embed_bits,
-            bits=price.bits(widths) / price.total,
+            bits=_bits_per_weight(given, price, widths),
             provenance=provenance,
             source=given.path,
             layout=given.structure.layout,
@@ -58,10 +60,27 @@ def _prices(
     return price, planned_bytes
 
 
-def _specs(given: Given, config: CompressConfig, widths: budget.Widths) -> dict[str, LayerSpec]:
-    """How every linear is stored with rows of these widths."""
+def _base(given: Given, config: CompressConfig) -> dict[str, LayerSpec]:
+    """How linears, and tables that share their budget, are stored but for widths."""
     specs = specs_of(given.linears, config.options, config.settings.scale)
+    return specs | {name: LayerSpec(*table.weight.shape) for name, table in given.tables.items()}
+
+
+def _specs(given: Given, config: CompressConfig, widths: budget.Widths) -> dict[str, LayerSpec]:
+    """The same with rows of these widths."""
+    specs = _base(given, config)
     return {name: specs[name].with_widths(width) for name, width in widths.items()}
+
+
+def _bits_per_weight(given: Given, price: budget.Prices, widths: budget.Widths) -> float:
+    """Stored bits of the linears over their weights."""
+    return _bits_of(price, widths, list(given.linears))
+
+
+def _bits_of(price: budget.Prices, widths: budget.Widths, names: Sequence[str]) -> float:
+    """Stored bits of some layers over their weights."""
+    price = dataclasses.replace(price, specs={n: price.specs[n] for n in names})
+    return price.bits({n: widths[n] for n in names}) / price.total
 
 
 def allocate(given: Given, config: CompressConfig, tools: Tools, walk: Walk) -> Plan:
@@ -70,33 +89,54 @@ def allocate(given: Given, config: CompressConfig, tools: Tools, walk: Walk) -> 
     price, planned_bytes = _prices(given, config)
 
     def made(widths: budget.Widths, *known: Any) -> Plan:
-        bits, specs = price.bits(widths) / price.total, _specs(given, config, widths)
-        return Plan(widths, specs, bits, planned_bytes(widths), *known)
+        return _plan(given, config, price, widths, planned_bytes(widths), *known)
 
     if config.method == "slim":
-        return made(budget.uniform(price.specs, round(target.bits)), "", False, {})
+        return made(budget.uniform(price.specs, round(target.bits)), "", False)
     budget.check(target, price, planned_bytes)
     with tools.clock("analyse"):
-        key = sensitivity.key(given.path, given.ids, plan, sorted(linears))
+        key = given.key(config)
         stored = sensitivity.stored(tools.cache, key, linears)
         kept = analyse(walk, stored, plan)
         errors = {n: stored.errors(n) for n in linears}
         sharing = sum(stored.tokens(n) < FEW for n in routed(given.model, linears))
         if config.options is not None:
             errors = steps.decompose(walk, stored, config.options)
+        errors |= {n: known.errors for n, known in table_analyses(given, stored).items()}
     with tools.clock("allocate"):
         widths = budget.choose(target, errors, price, plan.end_loss, planned_bytes)
     return made(widths, key, kept, stored, sharing)
 
 
+def table_analyses(given: Given, stored: sensitivity.Stored) -> dict[str, sensitivity.Analysis]:
+    """What is known of embedding and head where they share the linears' budget."""
+    if not given.tables:
+        return {}
+    sums, used = TableSums.from_tensors(stored.sums()), uses(given.model)
+    return {
+        name: analysis(table.weight.detach(), sums, used[name])
+        for name, table in given.tables.items()
+    }
+
+
 def as_if_alike(given: Given, config: CompressConfig) -> Plan:
     """A plan without an analysis, of the right size: all rows lose alike."""
-    linears = given.linears
     price, planned_bytes = _prices(given, config)
     curve = torch.tensor([0.25 ** code_bits(width) for width in price.widths]).double()
-    errors = {n: curve.expand(m.out_features, -1) for n, m in linears.items()}
+    errors = {n: curve.expand(spec.rows, -1) for n, spec in price.specs.items()}
     budget.check(config.target, price, planned_bytes)
     widths = budget.choose(config.target, errors, price, True, planned_bytes)
-    bits = price.bits(widths) / price.total
-    specs = _specs(given, config, widths)
-    return Plan(widths, specs, bits, planned_bytes(widths), "", False, {})
+    return _plan(given, config, price, widths, planned_bytes(widths), "", False)
+
+
+def _plan(
+    given: Given,
+    config: CompressConfig,
+    price: budget.Prices,
+    widths: budget.Widths,
+    planned: int,
+    *known: Any,
+) -> Plan:
+    bits = _bits_per_weight(given, price, widths)
+    tables = _bits_of(price, widths, list(given.tables)) if given.tables else None
+    return Plan(widths, _specs(given, config, widths), bits, tables, planned, *known)

@@ -16,7 +16,7 @@ weight itself; theta is trained, from 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,22 +33,13 @@ from skimlm.models.hooks import forwards_replaced, frozen
 from skimlm.train.loop import Objective, descend, evenly, passes
 from skimlm.train.losses import backward, kl_divergence, loss_sum
 from skimlm.train.packed import moving, product, stored
+from skimlm.train.student import Student
 
 HELD_OUT = 8  # windows
 BATCH = 2  # windows of a step
 CHECKS = 3  # times the held-out loss is measured along the way
 LR = 1e-3  # of a codebook, relative to the spread of its row
 NORM_LR = 5e-4  # relative to each norm weight
-
-
-@dataclass(frozen=True)
-class Student:
-    """A model whose linears compute from stored layers."""
-
-    model: Any  # the weights of the linears may be on the meta device
-    linears: Mapping[str, nn.Linear]
-    layers: Mapping[str, Layer]
-    recomputed: Collection[str] = ()  # blocks whose activations are not kept for the gradient
 
 
 @dataclass(frozen=True)
@@ -96,7 +87,7 @@ def train(
     order = passes(seen, batch * steps, batch)
 
     def loss_of(rows: list[int]) -> Any:
-        return kl_divergence(model, known[rows].flatten(0, 1))
+        return kl_divergence(model, known[rows].flatten(0, 1), student.original)
 
     def held_out(thetas: dict[str, Tensor]) -> float:
         values = {n: p.at(thetas[n]) for n, p in parameters.items()}
@@ -119,7 +110,7 @@ def train(
             if grad is not None
         }
 
-    with frozen(model):
+    with frozen(student.original):
         state = descend(
             {n: torch.zeros_like(p.start) for n, p in parameters.items()},
             Objective(gradients, held_out),
@@ -182,7 +173,7 @@ def _computing(student: Student, values: Mapping[str, Tensor]) -> Iterator[None]
     def block(_name: str, module: Any) -> Callable[..., Any]:
         return partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
 
-    recomputed = {name: student.model.get_submodule(name) for name in student.recomputed}
+    recomputed = {name: student.original.get_submodule(name) for name in student.recomputed}
     with forwards_replaced(student.linears, linear), forwards_replaced(recomputed, block):
         yield
 
