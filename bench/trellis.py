@@ -14,7 +14,7 @@ import torch
 from provenance import provenance
 from skimlm import bench, native
 from skimlm.format import TRELLIS
-from skimlm.runtime.ops import matmul
+from skimlm.runtime import matmul
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096))
 CALLS = 100_000_000  # weights that a round multiplies at least
