@@ -455,7 +455,7 @@ void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf
   std::deque<Cutting> cuttings;  // where they stand does not change
   for (const Group& group : m.groups) {
     const bool trellis = group.code == TRELLIS;
-    cuttings.push_back({controls(group.width), trellis ? Bf16Trellis(group.levels, 1.f) : Bf16Trellis()});
+    cuttings.push_back({controls(group.width), trellis ? Bf16Trellis(group.levels, 1.f, group.width) : Bf16Trellis()});
     for (int64_t i = 0; i < group.rows; ++i)
       places[m.order[group.first + i]] = {&group, i, &cuttings.back()};
   }

@@ -79,7 +79,7 @@ SKIMLM_API int skimlm_codebook_step(const float* h, const float* w, const int32_
                                      uint8_t* codes, float* codebook, float* gradient, int64_t r,
                                      int64_t c, int64_t k, double ridge, int threads);
 
-// codes [r, c] of rows packed one after the other, `bits` each (1..8); with `windows` (bits 1..4), of every
+// The codes [r, c] of rows packed one after the other, `bits` each (1..8); with `windows` (bits 1..4), of every
 // code the SKIMLM_WINDOW bits of the row's stream that begin with it (quantize/codes.py).
 SKIMLM_API int skimlm_unpack_codes(const uint8_t* packed, uint8_t* codes, int64_t r, int64_t c, int64_t bits,
                                     int64_t windows, int threads);

@@ -110,7 +110,7 @@ struct ByteTrellis {
 struct Bf16Trellis {
   __m512i at[4];
   Bf16Trellis() = default;
-  VBMI Bf16Trellis(const int8_t* levels, float scale) {
+  VBMI Bf16Trellis(const int8_t* levels, float scale, int /* bits of a code */) {
     alignas(64) uint16_t entry[1 << WINDOW];
     for (int k = 0; k < 1 << WINDOW; ++k) entry[k] = to_bf16(float(levels[k]) * scale);
     for (int i = 0; i < 4; ++i) at[i] = _mm512_load_si512(entry + 32 * i);

@@ -11,8 +11,8 @@ constexpr int64_t ADAPTER = SKIMLM_ADAPTER_GROUP;
 enum Sparsity { DENSE, PAIRS, BITMAP };  // as layer.h counts them
 
 // How the codes of a row become levels (format/row_codes.py has the formulas). What a code decides stands
-// in three places: here, `lay_out` for what its rows add to the stored tensors, and `multiply_rows` in
-// sparse.cpp for the kernels.
+// here, in `lay_out` for what its rows add to the stored tensors, and with VBMI where levels are looked
+// up: matmul.cpp, gemm.cpp, unpack.cpp, sparse_bytes.cpp, and `multiply_rows` in sparse.cpp.
 enum RowCode { TABLE, AFFINE, GRID, TRELLIS };
 
 inline RowCode code_of(const SkimlmLayer& w, int64_t width) {

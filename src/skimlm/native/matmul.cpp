@@ -115,8 +115,7 @@ struct Rows {
       spread[h] = _mm512_load_si512(bytes[h]), fields[h] = _mm512_load_si512(bits[h]);
     const __m512i copy = _mm512_load_si512(copies), half = _mm512_set1_epi8(char(128));
     if constexpr (T) {
-      table[0] = _mm512_xor_si512(_mm512_loadu_si512(g.levels), half);
-      table[1] = _mm512_xor_si512(_mm512_loadu_si512(g.levels + 64), half);
+      std::copy_n(ByteTrellis(g.levels).at, 2, table);
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {

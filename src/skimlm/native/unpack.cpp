@@ -13,7 +13,7 @@ namespace {
 // A table of 2^b levels as bfloat16, to be looked up by the low bits of 16-bit lanes.
 struct Bf16Table {
   __m512i at;
-  VBMI Bf16Table(const int8_t* levels, int b, float scale) {
+  VBMI Bf16Table(const int8_t* levels, float scale, int b) {
     alignas(64) uint16_t entry[32];
     for (int m = 0; m < 32; ++m) entry[m] = to_bf16(float(levels[m & ((1 << b) - 1)]) * scale);
     at = _mm512_load_si512(entry);
@@ -23,7 +23,9 @@ struct Bf16Table {
 
 // One row of width b <= 5 as bfloat16: its levels, scaled and rounded once, are looked up.
 template <class Table>
-VBMI void dense_row(const uint8_t* row, const Table& table, int b, uint16_t* to, int64_t c, const Controls& k) {
+VBMI void dense_row(const uint8_t* row, const int8_t* levels, int b, float scale, uint16_t* to, int64_t c,
+                    const Controls& k) {
+  const Table table(levels, scale, b);
   const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
   const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
   const int64_t stride = (c * b + 7) / 8, chunks = (c + CHUNK - 1) / CHUNK;
@@ -94,9 +96,9 @@ void unpack_rows(const SkimlmLayer& w, const Matrix& m, const Group& g, int64_t 
     const uint8_t* row = g.packed + i * g.stride;
     uint16_t* to = static_cast<uint16_t*>(place(g.first + i));
     if (g.code == TABLE)
-      dense_row(row, Bf16Table(g.levels + (i << g.width), g.width, scale), g.width, to, m.c, control);
+      dense_row<Bf16Table>(row, g.levels + (i << g.width), g.width, scale, to, m.c, control);
     else
-      dense_row(row, Bf16Trellis(g.levels, scale), g.width, to, m.c, control);
+      dense_row<Bf16Trellis>(row, g.levels, g.width, scale, to, m.c, control);
   }
   if (dense) return;
 #endif
