@@ -1,4 +1,4 @@
-"""Training of what a compressed model can still move: codebooks and norm weights, codes fixed.
+"""Training of what a compressed model can still move, codes fixed: codebooks, trellises, norms.
 
 The loss is KL(original || compressed), summed over tokens, on calibration windows. A codebook entry
 gathers the gradient of all weights that share it, so about a million numbers are trained instead of
@@ -10,8 +10,8 @@ It takes the memory of the result, not of the original: linears compute from the
 (packed.py), of the original its final hidden states are enough, and activations of a block can be
 made again when its gradient is due.
 
-A parameter is start + theta * unit, where one unit is the spread of a row's codebook or the norm
-weight itself; theta is trained, from 0.
+A parameter is start + theta * unit, where one unit is the spread of a row's codebook or of a
+trellis, the scale of a row or the norm weight itself; theta is trained, from 0.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from skimlm.models.head import final_hidden
 from skimlm.models.hooks import forwards_replaced, frozen
 from skimlm.train.loop import Objective, descend, evenly, passes
 from skimlm.train.losses import backward, kl_divergence, loss_sum
-from skimlm.train.packed import moving, product, stored
+from skimlm.train.packed import ROW_SCALE, moving, product, stored
 from skimlm.train.student import Student
 
 HELD_OUT = 8  # windows
 BATCH = 2  # windows of a step
 CHECKS = 3  # times the held-out loss is measured along the way
-LR = 1e-3  # of a codebook, relative to the spread of its row
+LR = 1e-3  # of a codebook or a trellis relative to its spread, of a row's scale to itself
 NORM_LR = 5e-4  # relative to each norm weight
 
 
@@ -82,7 +82,7 @@ def train(
     """
     model, held = student.model, min(HELD_OUT, len(ids) // 2)
     seen = len(ids) - held
-    norms = norm_parameters(model)
+    norms = norm_parameters(student.original)
     parameters = _parameters(student.layers, norms, lr, norm_lr)
     order = passes(seen, batch * steps, batch)
 
@@ -138,8 +138,9 @@ def _parameters(
     found = {}
     for name, layer in layers.items():
         for own, start in moving(layer).items():
-            spread = start.std(1, keepdim=True, correction=0).clamp(min=1e-12)
-            found[f"{name}:{own}"] = _Parameter(start, spread, lr)
+            spread = start.std(-1, keepdim=True, correction=0).clamp(min=1e-12)
+            unit = start if own.startswith(ROW_SCALE) else spread
+            found[f"{name}:{own}"] = _Parameter(start, unit, lr)
     for name, norm in norms.items():
         start = norm.detach().float()
         found[name] = _Parameter(start, start, norm_lr)

@@ -28,6 +28,7 @@ from skimlm.quantize.trellis_fit import round_table
 from skimlm.runtime.ops import add_adapter, dequantize
 
 Tensors = Mapping[str, Tensor]
+ROW_SCALE = "row_scale"
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def moving(layer: Layer) -> dict[str, Tensor]:
             found[rows.name("codebook")] = rows.stored["codebook"].float() * scale
         if rows.code.name == "trellis":
             found[rows.name("trellis")] = rows.stored["trellis"][0].float()
-            found[rows.name("row_scale")] = scale[:, 0]
+            found[rows.name(ROW_SCALE)] = scale[:, 0]
     return found
 
 
@@ -82,7 +83,7 @@ def stored(layer: Layer, tensors: Tensors) -> Layer:
             rows.stored["codebook"].copy_(levels)
             rows.stored["row_scale"].copy_(scale[:, None])
         if rows.name("trellis") in tensors:
-            table, scale = tensors[rows.name("trellis")], tensors[rows.name("row_scale")]
+            table, scale = tensors[rows.name("trellis")], tensors[rows.name(ROW_SCALE)]
             levels, scale = round_table(table, scale)
             rows.stored["trellis"][0].copy_(levels)
             rows.stored["row_scale"].copy_(scale[:, None])
@@ -103,7 +104,7 @@ def _book(rows: Rows, tensors: Tensors) -> Tensor:
         return tensors[rows.name("codebook")]
     scale = rows.stored["row_scale"].float()
     if rows.code.name == "trellis":
-        scale = tensors.get(rows.name("row_scale"), scale).view(-1, 1)
+        scale = tensors.get(rows.name(ROW_SCALE), scale).view(-1, 1)
         return scale * tensors.get(rows.name("trellis"), rows.stored["trellis"][0].float())
     bits = code_bits(rows.width)
     every = torch.arange(2**bits, dtype=torch.uint8).expand(len(rows.index), -1)
