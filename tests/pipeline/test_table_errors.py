@@ -23,7 +23,7 @@ from skimlm.pipeline.tables import (
     uses,
 )
 from skimlm.pipeline.walk import Walk, analyse
-from skimlm.quantize.fit import start
+from skimlm.quantize.fit import GRIDS, WIDTHS, start
 from skimlm.quantize.refine import damped
 
 IDS = torch.randint(0, 250, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -186,7 +186,8 @@ def test_a_table_fitted_in_parts_is_the_table_fitted_at_once(monkeypatch):
     want = packed_linear(w, known, widths, PLAN)
     monkeypatch.setattr(tables, "ROWS", 15)
     again = analysis(w, sums, "tied")
-    assert torch.equal(again.errors, known.errors)
+    grids = slice(len(GRIDS))  # trellises are learnt on as many rows as go together
+    assert torch.equal(again.errors[:, grids], known.errors[:, grids])
     assert all(map(torch.equal, again.centroids, known.centroids))
     assert [len(range(40)[some]) for some in slices(40)] == [15, 15, 10]
     got = packed_table(w, known, widths, PLAN)
@@ -212,7 +213,7 @@ def test_linears_and_tables_share_one_budget_and_make_a_folder(tmp_path, tied):
     weights = {name: model.get_submodule(name).weight.detach() for name in (*known, *uses(model))}
     known |= {name: analysis(weights[name], sums, use) for name, use in uses(model).items()}
     specs = {name: LayerSpec(*weight.shape) for name, weight in weights.items()}
-    price = budget.prices(specs)
+    price = budget.prices(specs, WIDTHS)
     widths = budget.for_bits({n: k.errors for n, k in known.items()}, price, 5.0, True)
     assert 4.9 < price.bits(widths) / price.total <= 5.0
     parts = {

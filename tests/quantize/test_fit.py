@@ -173,13 +173,13 @@ def test_rows_of_codebooks_grids_and_trellises_are_fitted_and_stored_together():
     assert curve.errors.shape == (24, len(F.WIDTHS)) and (curve.errors > 0).all()
     fit = F.start(w, f, widths, curve.centroids)
     F.refine_fit(w, h, fit, 1, 2)
-    F.fit_trellises(w, f, h, weight, curve.tables, fit)
+    F.fit_trellises(w, f, h, weight, curve.tables, curve.scales, fit)
     assert sorted(fit.trellis) == list(F.TRELLISES)
     q = unpack(pack(F.finish(w, h, fit)))
     got = dequantize(q)
-    for width, table in zip(F.TRELLISES, curve.tables, strict=True):
+    for width, table, scale in zip(F.TRELLISES, curve.tables, curve.scales.T, strict=True):
         own = widths == width
-        alone = trellis_fit.fit(w[own], f[own], h, weight[own], table, width - 16)
+        alone = trellis_fit.fit(w[own], f[own], h, weight[own], table, scale[own], width - 16)
         torch.testing.assert_close(got[own], alone.values(), rtol=1e-6, atol=0)
         torch.testing.assert_close(fit.dense()[own], alone.values(), rtol=1e-6, atol=0)
     plain = widths < 16

@@ -20,7 +20,14 @@ from skimlm.quantize.trellis import (
     viterbi_reference,
     windows,
 )
-from skimlm.quantize.trellis_fit import curve, fit, learn_table, start, start_table
+from skimlm.quantize.trellis_fit import (
+    curve,
+    find_scales,
+    fit,
+    learn_table,
+    start,
+    start_table,
+)
 
 KINDS = [(1, 1), (2, 2), (3, 3), (4, 4), (2, 1), (3, 1), (4, 1)]
 
@@ -212,7 +219,8 @@ def test_rows_of_zeros_and_dead_inputs_are_ordinary(isa_or_none, bits):
     f = torch.rand(w.shape)
     f[4] = 0
     start_at = learn_table(w, f, bits)
-    rows = fit(w, f, h, torch.ones(len(w)), start_at, bits)
+    size = find_scales(w, f, start_at, bits)
+    rows = fit(w, f, h, torch.ones(len(w)), start_at, size, bits)
     assert torch.isfinite(rows.scale.float()).all() and torch.isfinite(start_at).all()
     dead = torch.zeros_like(h)
     assert torch.equal(descend(w, dead, table, scale, codes, bits, 2), codes)
@@ -224,9 +232,10 @@ def test_a_fit_ends_on_what_is_stored_and_below_its_start(isa_or_none, bits):
     w, h, *_ = realistic(10, bits, r=40)
     f, weight = torch.rand(w.shape) * h.diagonal(), torch.rand(40) + 0.5
     table = learn_table(w, f, bits)
-    codes, scale = start(w, f, table, bits)
+    size = find_scales(w, f, table, bits)
+    codes, scale = start(w, f, table, size, bits)
     before = (errors(w, h, table, scale, codes, bits) * weight.numpy()).sum()
-    rows = fit(w, f, h, weight, table, bits)
+    rows = fit(w, f, h, weight, table, size, bits)
     assert rows.table.dtype == torch.int8 and int(rows.table.abs().max()) == 127
     assert rows.scale.dtype == torch.bfloat16 and rows.codes.dtype == torch.uint8
     stored = errors(w, h, rows.table.float(), rows.scale.float(), rows.codes, bits)
@@ -239,7 +248,7 @@ def test_no_row_starts_worse_than_from_any_of_a_few_scales(bits):
     w, f = torch.randn(12, 200, generator=g), torch.ones(12, 200)
     w[::2, 50], f[::2, 50] = 9, 1e3
     table = start_table(bits)
-    codes, scale = start(w, f, table, bits)
+    codes, scale = start(w, f, table, find_scales(w, f, table, bits), bits)
     got = diagonal_errors(w, f, table, scale, codes, bits)
     for factor in trellis_fit.SCALES:
         codes = viterbi(w, f, table, w.square().mean(1).sqrt() * factor, bits)
@@ -251,11 +260,12 @@ def test_no_row_starts_worse_than_from_any_of_a_few_scales(bits):
 def test_the_curve_is_the_error_of_the_start(bits):
     w, h, *_ = realistic(11, bits)
     f = torch.rand(w.shape)
-    table, got = curve(w, f, None, bits)
-    codes, scale = start(w, f, table, bits)
+    table, size, got = curve(w, f, None, bits)
+    assert torch.equal(size, find_scales(w, f, table, bits))
+    codes, scale = start(w, f, table, size, bits)
     want = diagonal_errors(w, f, table, scale, codes, bits)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-4)
-    full = curve(w, f, h, bits)[1]
+    full = curve(w, f, h, bits)[2]
     want = errors(w, h, table, scale, codes, bits)
     np.testing.assert_allclose(full.numpy(), want, rtol=3e-2)  # bfloat16 products
 

@@ -16,6 +16,7 @@ from skimlm.train import codebooks as T
 from skimlm.train import loop
 from skimlm.train.loop import passes
 from skimlm.train.packed import moving, stored
+from skimlm.train.student import Student
 
 
 def tokens(n: int = 12, t: int = 24) -> torch.Tensor:
@@ -55,7 +56,7 @@ def dense(model, layers, norms=()):
 def train(model, layers, ids, recomputed=(), **options) -> T.Trained:
     with torch.no_grad():
         known = final_hidden(model, ids)
-    student = T.Student(model, decoder_linears(model), layers, recomputed)
+    student = Student(model, decoder_linears(model), layers, {}, recomputed)
     return T.train(student, ids, known, **options)
 
 

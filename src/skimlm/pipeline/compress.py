@@ -71,6 +71,7 @@ class Report:
     coverage: dict[str, Any]  # how much of the model is compressed, what stays as it is and why
     planned: dict[str, float]  # memory and scratch in bytes, seconds
     seconds: dict[str, float]  # per phase
+    tried: dict[str, float] = field(default_factory=dict)  # KL of ways to spend the bits, by name
     held_out_kl: list[float] = field(default_factory=list)  # nats per token along the training
     peak_rss_bytes: int = 0
 
@@ -165,6 +166,7 @@ def _report(
         coverage=given.coverage.facts(),
         planned=dataclasses.asdict(given.needs),
         seconds=tools.clock.seconds,
+        tried=dict(chosen.tried),
         peak_rss_bytes=peak_rss_bytes(),
     )
 

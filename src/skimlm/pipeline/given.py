@@ -28,6 +28,7 @@ from skimlm.pipeline.workers import Submit
 from skimlm.progress import Clock
 from skimlm.storage import journal
 
+UNSEEN = 4  # windows, to hold predictions against
 Progress = Callable[[str, int, int], None]
 
 
@@ -56,6 +57,7 @@ class Given:
     linears: dict[str, nn.Linear]
     tables: dict[str, Any]  # embedding and head where they share the linears' budget
     ids: Tensor  # [windows, tokens]
+    unseen: Tensor  # the same of windows that nothing is fitted to, if the text has so many
     calibration: dict[str, Any]  # how the windows came about, for the provenance
     needs: planning.Needs
     structure: Structure
@@ -104,7 +106,8 @@ def load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) ->
         origin = "the built-in text" if text is None else text
         key = config.text_key
         documents = default_text() if text is None else read_documents(text, key, tokenizer)
-        ids = windows(documents, tokenizer, plan.samples, plan.seq_len, config.seed, origin)
+        both = plan.samples + UNSEEN, plan.seq_len, config.seed
+        ids, unseen = windows(documents, tokenizer, *both, origin).tensor_split([plan.samples])
         check_ids(shape, ids, tokenizer)
         tables = list(uses(shape)) if pooled else []
         analysis = sensitivity.key(opened.path, ids, plan, [*sorted(linears), *tables])
@@ -127,6 +130,7 @@ def load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) ->
             linears,
             {name: source.model.get_submodule(name) for name in tables},
             ids,
+            unseen,
             calibration,
             needs,
             structure,

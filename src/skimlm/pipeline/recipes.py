@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from skimlm.format.pack import Adapter, QuantizedWeight, pack
-from skimlm.format.row_codes import MAX_TABLE_WIDTH
+from skimlm.format.row_codes import MAX_TABLE_WIDTH, code_bits
 from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.sensitivity import Analysis
 from skimlm.quantize import fit as fitting
-from skimlm.quantize import slim
-from skimlm.quantize.fit import GRIDS, WIDTHS, Fit
+from skimlm.quantize import slim, trellis_fit
+from skimlm.quantize.fit import GRIDS, TRELLISES, WIDTHS, Fit
 from skimlm.quantize.kmeans import kmeans_rows
 from skimlm.quantize.refine import damped
 from skimlm.quantize.scale import normalise, scale_step, scaled_error
@@ -48,9 +48,21 @@ def fit_linear(
         fit = _published_scale(w, h, known, widths, fit)
     if plan.rounds:
         fitting.refine_fit(w, h, fit, plan.rounds, plan.sweeps)
-    fisher = known.fisher.float()
-    fitting.fit_trellises(w, fisher, h, known.row_weight, known.tables, fit, fixed)
+    start = known.row_weight, known.tables, known.scales
+    fitting.fit_trellises(w, known.fisher.float(), h, *start, fit, fixed)
     return fit
+
+
+def rounded_linear(w: Tensor, known: Analysis, widths: Tensor) -> Tensor:
+    """W float32 [r, c] at its widths as it is before refinement: what the error curves are of."""
+    f = known.fisher.float()
+    out = fitting.start(w, f, widths, known.centroids).dense()
+    for table, scale, width in zip(known.tables, known.scales.T, TRELLISES, strict=False):
+        own = widths == width
+        if bool(own.any()):
+            bits = code_bits(width)
+            out[own] = trellis_fit.rounded(w[own], f[own], table, scale[own], bits)
+    return out
 
 
 def settled(w: Tensor, known: Analysis, fit: Fit, plan: Recipe) -> QuantizedWeight:

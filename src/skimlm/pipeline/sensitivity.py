@@ -32,7 +32,7 @@ from skimlm.quantize.refine import damped
 from skimlm.storage.safetensors import write_file
 
 VERSION = 6
-PARTS = ("hessian", "fisher", "row_weight", "centroids", "tables", "errors")
+PARTS = ("hessian", "fisher", "row_weight", "centroids", "tables", "scales", "errors")
 SUMS = "tables"  # the file beside those of the linears
 EDGES = 1024  # of k-means on rows of over 2048: within 5e-4 of the optimum, 5 times as fast
 
@@ -46,6 +46,7 @@ class Analysis:
     row_weight: Tensor  # float32 [r], mean 1
     centroids: list[Tensor]  # float32 [r, 2^b] for b = 1..5
     tables: Tensor  # of trellises, float32 [widths, 128]
+    scales: Tensor  # of trellis rows, float32 [r, widths]
     errors: Tensor  # float64 [r, widths]
     tokens: int  # that calibration gave it
 
@@ -141,6 +142,7 @@ class Stored(Mapping[str, Analysis]):
             "row_weight": analysis.row_weight,
             "centroids": torch.cat(analysis.centroids, dim=1),
             "tables": analysis.tables,
+            "scales": analysis.scales,
             "errors": analysis.errors,
         }
         self._write(name, tensors, {"tokens": str(analysis.tokens)})
@@ -158,7 +160,7 @@ class Stored(Mapping[str, Analysis]):
         r, c = self.shapes[name]
         want: dict[str, tuple[int | None, ...]] = {"hessian": (c, c), "fisher": (r, c)}
         want |= {"row_weight": (r,), "centroids": (r, 62)}
-        want |= {"tables": (None, WINDOWS), "errors": (r, None)}
+        want |= {"tables": (None, WINDOWS), "scales": (r, None), "errors": (r, None)}
         with self._open(name) as file:
             found = {part: file.get_tensor(part) for part in parts}
             for part, tensor in found.items():
@@ -205,8 +207,8 @@ def of(weight: Tensor, s: Statistics, end_loss: bool) -> Analysis:
     known = damped(h) if end_loss else h
     curve = analyse(weight, s.fisher, known, EDGES if end_loss else 0, trellises=end_loss)
     errors = curve.errors * row_weight[:, None].double()
-    fisher = s.fisher.bfloat16()
-    return Analysis(h, fisher, row_weight, curve.centroids, curve.tables, errors, s.tokens)
+    start = curve.centroids, curve.tables, curve.scales
+    return Analysis(h, s.fisher.bfloat16(), row_weight, *start, errors, s.tokens)
 
 
 def nbytes(cache: Path, name: str) -> int:

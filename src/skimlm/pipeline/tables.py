@@ -156,21 +156,24 @@ def analysis(weight: Tensor, sums: TableSums, use: str) -> Analysis:
     fisher = mixed.diagonal().bfloat16().expand(weight.shape)  # by which k-means weighs columns
     centroids: list[list[Tensor]] = []
     errors = torch.zeros(len(weight), len(WIDTHS), dtype=torch.float64)
-    tables = _learnt(weight, fisher)
+    tables, scales = _learnt(weight, fisher), torch.empty(len(weight), len(BITS))
     for some in slices(len(weight)):
         w, f = weight[some].float(), fisher[some].float()
         centroids.append(kmeans_rows(w, f, MAX_TABLE_WIDTH, EDGES)[0])
-        pairs = zip(tables, BITS, strict=True)
-        rounded = [trellis_fit.rounded(w, f, table, bits) for table, bits in pairs]
+        rounded = []
+        for i, (table, bits) in enumerate(zip(tables, BITS, strict=True)):
+            scales[some, i] = trellis_fit.find_scales(w, f, table, bits)
+            rounded.append(trellis_fit.rounded(w, f, table, scales[some, i], bits))
         for matrix, rows in known:
-            h = damped(matrix)
-            more = [quadratic(w_hat - w, h.bfloat16()).double()[:, None] for w_hat in rounded]
-            lost = torch.cat([errors_under(w, f, centroids[-1], h), *more], 1)
+            full = damped(matrix)
+            more = [quadratic(w_hat - w, full.bfloat16()).double()[:, None] for w_hat in rounded]
+            lost = torch.cat([errors_under(w, f, centroids[-1], full), *more], 1)
             lost = grown(lost) if rows is a else lost
             errors[some] += rows[some].double()[:, None] * lost
     share = torch.stack([rows * matrix.diagonal().sum() for matrix, rows in known]).sum(0)
     whole = [torch.cat(tables) for tables in zip(*centroids, strict=True)]
-    return Analysis(mixed, fisher, share / share.mean(), whole, tables, errors, sums.tokens)
+    weights = share / share.mean()
+    return Analysis(mixed, fisher, weights, whole, tables, scales, errors, sums.tokens)
 
 
 def _learnt(weight: Tensor, fisher: Tensor) -> Tensor:
@@ -219,9 +222,14 @@ def slices(rows: int) -> list[slice]:
 
 def rows_of(known: Analysis, some: slice | Tensor) -> Analysis:
     """What is known of some rows."""
-    tables = [table[some] for table in known.centroids]
-    of_rows = known.fisher[some], known.row_weight[some], tables, known.tables, known.errors[some]
-    return Analysis(known.hessian, *of_rows, known.tokens)
+    return replace(
+        known,
+        fisher=known.fisher[some],
+        row_weight=known.row_weight[some],
+        centroids=[table[some] for table in known.centroids],
+        scales=known.scales[some],
+        errors=known.errors[some],
+    )
 
 
 def joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:

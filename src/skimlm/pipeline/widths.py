@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from skimlm.format.layer import LayerSpec
 from skimlm.format.row_codes import code_bits
@@ -17,6 +18,7 @@ from skimlm.pipeline.calibrate import FEW
 from skimlm.pipeline.config import CompressConfig
 from skimlm.pipeline.given import Given, Tools
 from skimlm.pipeline.given import provenance as provenance_of
+from skimlm.pipeline.measure import POOLED, tried_widths
 from skimlm.pipeline.recipes import widths_of
 from skimlm.pipeline.tables import TableSums, analysis, uses
 from skimlm.pipeline.walk import Walk, analyse
@@ -35,6 +37,7 @@ class Plan:
     kept: bool  # the analysis was there
     stored: sensitivity.Stored | None = None
     sharing: int = 0  # experts that calibration hardly visited
+    tried: Mapping[str, float] = field(default_factory=dict)  # KL of ways to spend the bits
 
 
 def _prices(
@@ -105,7 +108,48 @@ def allocate(given: Given, config: CompressConfig, tools: Tools, walk: Walk) -> 
         errors |= {n: known.errors for n, known in table_analyses(given, stored).items()}
     with tools.clock("allocate"):
         widths = budget.choose(target, errors, price, plan.end_loss, planned_bytes)
-    return made(widths, key, kept, stored, sharing)
+        tried: dict[str, float] = {}
+        if _can_try(given, config):
+            own = {n: errors[n] for n in linears}
+            widths, tried = _tried(given, walk, stored, own, price, widths)
+            _say(tried, tools)
+    return made(widths, key, kept, stored, sharing, tried)
+
+
+def _can_try(given: Given, config: CompressConfig) -> bool:
+    """Whether predictions are held against measurement: errors are the end loss's, blocks run alone."""
+    free = config.settings.end_loss and config.options is None and not config.index_bits
+    return free and len(given.unseen) > 0 and not given.source.known.joined
+
+
+def _tried(
+    given: Given,
+    walk: Walk,
+    stored: sensitivity.Stored,
+    errors: Mapping[str, Tensor],
+    price: budget.Prices,
+    widths: budget.Widths,
+) -> tuple[budget.Widths, dict[str, float]]:
+    """Of a few ways to spend the bits of the linears the one that is measured best."""
+    linears = dataclasses.replace(price, specs={n: price.specs[n] for n in errors})
+    bits = _bits_per_weight(given, price, widths)
+
+    def spend(errors: Mapping[str, Tensor], pooled: bool) -> budget.Widths:
+        return budget.for_bits(errors, linears, bits, pooled)
+
+    columns = {width: column for column, width in enumerate(price.widths)}
+    unseen = dataclasses.replace(walk, ids=given.unseen)
+    found, tried = tried_widths(unseen, stored, errors, spend, columns)
+    return widths | found, tried
+
+
+def _say(tried: Mapping[str, float], tools: Tools) -> None:
+    best = min(tried, key=tried.__getitem__)
+    if best != POOLED:
+        tools.notice(
+            f"widths: {best}, measured better ({tried[best]:.4f} nats a token before refinement) "
+            f"than {POOLED} ({tried[POOLED]:.4f})"
+        )
 
 
 def table_analyses(given: Given, stored: sensitivity.Stored) -> dict[str, sensitivity.Analysis]:

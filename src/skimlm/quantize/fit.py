@@ -77,6 +77,7 @@ class Curve:
 
     centroids: list[Tensor]  # of k-means, float32 [r, 2^b] for b = 1..5
     tables: Tensor  # of trellises, float32 [widths, 128]
+    scales: Tensor  # of trellis rows, float32 [r, widths]
     errors: Tensor  # float64 [r, widths]: of GRIDS, then of TRELLISES
 
 
@@ -91,9 +92,12 @@ def analyse(
     """
     centroids, costs = kmeans_rows(w, f, MAX_TABLE_WIDTH, edges)
     errors = errors_under(w, f, centroids, h, costs)
-    found = [trellis_fit.curve(w, f, h, code_bits(t)) for t in (TRELLISES if trellises else ())]
-    tables = torch.stack([table for table, _ in found]) if found else torch.empty(0, WINDOWS)
-    return Curve(centroids, tables, torch.cat([errors, *(e[:, None] for _, e in found)], 1))
+    if not trellises:
+        return Curve(centroids, torch.empty(0, WINDOWS), torch.empty(len(w), 0), errors)
+    found = [trellis_fit.curve(w, f, h, code_bits(width)) for width in TRELLISES]
+    tables, scales, lost = zip(*found, strict=True)
+    errors = torch.cat([errors, torch.stack(lost, 1)], 1)
+    return Curve(centroids, torch.stack(tables), torch.stack(scales, 1), errors)
 
 
 def errors_under(
@@ -172,15 +176,19 @@ def fit_trellises(
     h: Tensor,
     row_weight: Tensor,
     tables: Tensor,
+    scales: Tensor,
     fit: Fit,
     fixed: bool = False,
 ) -> None:
-    """Fit the trellis rows of `fit` under `h`, from the tables of their curves, or with them."""
-    for width, table in zip(TRELLISES, tables, strict=False):
+    """Fit the trellis rows of `fit` under `h`, from tables and scales of their curves.
+
+    `fixed`: the tables stay.
+    """
+    for table, scale, width in zip(tables, scales.T, TRELLISES, strict=False):
         own = fit.widths == width
         if bool(own.any()):
-            rows = w[own], f[own], h, row_weight[own]
-            fit.trellis[width] = trellis_fit.fit(*rows, table, code_bits(width), fixed)
+            rows = w[own], f[own], h, row_weight[own], table, scale[own]
+            fit.trellis[width] = trellis_fit.fit(*rows, code_bits(width), fixed)
 
 
 def finish(w: Tensor, h: Tensor | None, fit: Fit, sweeps: int = 1) -> QuantizedWeight:

@@ -91,8 +91,8 @@ def _table_means(
     return torch.where(mass > 0, total / mass, table)
 
 
-def start(w: Tensor, f: Tensor, table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symbols uint8 [r, c] and scales [r] of rows under `f`, the table given.
+def find_scales(w: Tensor, f: Tensor, table: Tensor, bits: int) -> Tensor:
+    """Scales [r] of rows under `f`, the table given.
 
     Of a few scales each row takes the best one: where a sensitive weight lies far out, coarser
     levels for all others cost less than not reaching it.
@@ -104,28 +104,34 @@ def start(w: Tensor, f: Tensor, table: Tensor, bits: int) -> tuple[Tensor, Tenso
         scale = _scales(w, f, level, scale)
         error = (f * (level * scale.unsqueeze(1) - w).square()).sum(1)
         least, best = torch.minimum(least, error), torch.where(error < least, scale, best)
-    codes = viterbi(w, f, table, best, bits)
-    return codes, _scales(w, f, table[windows(codes, bits).int()], best)
+    return best
 
 
-def curve(w: Tensor, f: Tensor, h: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
-    """A table [128] for rows of this width, and the error float32 [r] of every row with it.
+def start(w: Tensor, f: Tensor, table: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symbols uint8 [r, c] of rows under `f`, and the scales [r] that are best with them."""
+    codes = viterbi(w, f, table, scale.contiguous(), bits)
+    return codes, _scales(w, f, table[windows(codes, bits).int()], scale)
+
+
+def curve(w: Tensor, f: Tensor, h: Tensor | None, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A table [128] for rows of this width, their scales [r], and the error [r] of every row.
 
     Symbols minimise the diagonal weights `f`; the error is measured under the full `h` when given,
     under `f` when not: what `quantize.fit.analyse` does for rows with codebooks.
     """
-    table, errors = learn_table(w, f, bits), torch.empty(len(w))
+    table, scales, errors = learn_table(w, f, bits), torch.empty(len(w)), torch.empty(len(w))
     fast = None if h is None else h.bfloat16()
     for begin in range(0, len(w), ROWS):
         some = slice(begin, begin + ROWS)
-        d = rounded(w[some], f[some], table, bits) - w[some]
+        scales[some] = find_scales(w[some], f[some], table, bits)
+        d = rounded(w[some], f[some], table, scales[some], bits) - w[some]
         errors[some] = (f[some] * d * d).sum(1) if fast is None else quadratic(d, fast)
-    return table, errors
+    return table, scales, errors
 
 
-def rounded(w: Tensor, f: Tensor, table: Tensor, bits: int) -> Tensor:
+def rounded(w: Tensor, f: Tensor, table: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Rows float32 [r, c] as they are before a full H is looked at, nothing rounded but symbols."""
-    codes, scale = start(w, f, table, bits)
+    codes, scale = start(w, f, table, scale, bits)
     return values(codes, bits, table, scale)
 
 
@@ -135,15 +141,16 @@ def fit(
     h: Tensor,
     row_weight: Tensor,
     table: Tensor,
+    scale: Tensor,
     bits: int,
     fixed: bool = False,
 ) -> TrellisRows:
-    """Rows of one width under `h`, `table` float32 [128] being the one to start from.
+    """Rows of one width under `h`, from a table float32 [128] and scales [r].
 
     `w`, `f` float32 [r, c], `h` [c, c] symmetric and positive definite, `row_weight` [r]. `fixed`:
     the table stays.
     """
-    codes, scale = start(w, f, table, bits)
+    codes, scale = start(w, f, table, scale, bits)
     scale = scale_step(w, h, table, scale, codes, bits)
     for _ in range(ROUNDS):
         codes = descend(w, h, table, scale, codes, bits, 1)
