@@ -110,7 +110,7 @@ def test_paths_and_sizes_may_be_given_as_people_write_them():
         (dict(sparsity="5:4"), "sparsity must be none, N:M such as 2:4"),
         (dict(rank=1.5), "rank must be 0 to 1, got 1.5"),
         (dict(adapter_bits=8), "adapter-bits must be 16 or 4, got 8"),
-        (dict(embed_bits=None), "embed-bits must be 16, 8 or 4, got None"),
+        (dict(embed_bits=5), "embed-bits must be 16, 8 or 4, got 5"),
         (dict(samples=0), "samples must be at least 1, got 0"),
         (dict(samples=1), "samples must be at least 2 with recipe best"),
         (dict(seq_len=1), "seq-len must be at least 2, got 1"),

@@ -66,6 +66,11 @@ class Prices:
         parts = np.array([_table_bits(spec, width) / spec.rows for width in self.widths])
         return self.rows[name] + parts
 
+    def used(self, allowed: Sequence[int], widths: Tensor) -> tuple[int, ...]:
+        """Of the widths that are allowed those that rows have, or that share nothing."""
+        there = histogram(widths)
+        return tuple(width for width in allowed if width in self.alone or width in there)
+
     def paying(self, name: str, widths: Tensor) -> tuple[int, ...]:
         """The widths a linear with rows of `widths` should have: what few share does not pay."""
         spec, counts = self.specs[name], histogram(widths)
@@ -199,28 +204,38 @@ def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: b
     it turns out to pay it is then paid in full, and the linear does without it elsewhere.
     """
     every = {name: tuple(price.widths) for name in errors}
-    first = _spend(errors, price, every, price.base, bits * price.total, pooled)
+    shared = {name: price.per_row(name) for name in errors}
+    first = _spend(errors, price, shared, every, price.base, bits * price.total, pooled)
     allowed = {name: price.paying(name, widths) for name, widths in first.items()}
     fixed = price.shared(allowed)
     least = sum(price.rows[n][0] * spec.rows for n, spec in price.specs.items())
     if least + fixed > bits * price.total:
         allowed = {name: price.alone for name in errors}
-        fixed = price.base
-    return _spend(errors, price, allowed, fixed, bits * price.total, pooled)
+    while True:
+        fixed = price.shared(allowed)
+        widths = _spend(errors, price, price.rows, allowed, fixed, bits * price.total, pooled)
+        used = {n: price.used(allowed[n], w) for n, w in widths.items()}
+        if used == allowed:
+            return widths
+        allowed = used  # what was kept for tables that no row took buys other rows
 
 
 def _spend(
     errors: Mapping[str, Tensor],
     price: Prices,
+    rows: Mapping[str, np.ndarray],
     allowed: Mapping[str, Sequence[int]],
     fixed: float,
     budget: float,
     pooled: bool,
 ) -> Widths:
-    """Widths out of those that are `allowed`, for `budget` bits less those that are `fixed`."""
+    """Widths out of those that are `allowed`, for `budget` bits less those that are `fixed`.
+
+    `rows` is what a row of each width costs.
+    """
     tables, costs, widths = {}, {}, {}
     for name, error in errors.items():
-        bits = price.per_row(name)
+        bits = rows[name]
         columns = sorted((price.widths.index(w) for w in allowed[name]), key=bits.__getitem__)
         # as many columns for every linear: the first is repeated, which costs and gains nothing
         columns = [columns[0]] * (len(bits) - len(columns)) + columns
@@ -231,7 +246,11 @@ def _spend(
     if not pooled:
         weights = {n: spec.rows * spec.cols for n, spec in price.specs.items()}
         shares = _shares({n: float(costs[n][:, 0].sum()) for n in tables}, weights, left)
-        choices = {n: allocate(e, costs[n], shares[n]) for n, e in tables.items()}
+        choices, spare = {}, 0.0  # what a linear leaves goes to the next
+        for name, table in tables.items():
+            room = shares[name] + spare
+            choices[name] = choice = allocate(table, costs[name], room)
+            spare = room - costs[name][range(len(choice)), choice].sum()
     else:
         pool, pool_costs = (np.concatenate(list(each.values())) for each in (tables, costs))
         every = torch.from_numpy(allocate(pool, pool_costs, left * price.total))

@@ -39,10 +39,13 @@ class Trial:
     weight: Callable[[str, Tensor], Tensor]
 
 
-def divergences(walk: Walk, trials: Mapping[str, Trial]) -> dict[str, float]:
+def divergences(
+    walk: Walk, trials: Mapping[str, Trial], part: int = 0, parts: int = 1
+) -> dict[str, float]:
     """KL(model || trial) in nats per token over the windows of the walk, for every trial.
 
-    All go block by block: no more than one block has other weights at a time.
+    All go block by block: no more than one block has other weights at a time. It is told as `part`
+    of so many `parts`.
     """
     source, count = walk.source, len(walk.source.blocks)
     original: State | None = None
@@ -60,7 +63,7 @@ def divergences(walk: Walk, trials: Mapping[str, Trial]) -> dict[str, float]:
                             before = states.get(name, original)
                             states[name], finals[name] = _through(walk, span, before)
                 original, known = _through(walk, span, original)
-            walk.progress("measure", i + 1, count)
+            walk.progress("measure", part * count + i + 1, parts * count)
         loss = kl_divergence(source.model, known.flatten(0, 1))
         return {n: loss_sum(loss, finals.get(n, known)) / loss.tokens for n in trials}
 
@@ -110,7 +113,7 @@ def tried_widths(
     trials = {way: Trial(names, _rounding(walk, known, widths)) for way, widths in ways.items()}
     groups = _groups(walk)
     trials |= {f"group {k}": Trial(group, trials[POOLED].weight) for k, group in groups.items()}
-    found = divergences(walk, trials)
+    found = divergences(walk, trials, 0, 2)
     measured = {k: found.pop(f"group {k}") for k in groups}
     predicted = {
         k: sum(_lost(errors[n], ways[POOLED][n], columns) for n in group)
@@ -120,7 +123,7 @@ def tried_widths(
     bent = {n: errors[n] * factors[k] for k, group in groups.items() for n in group}
     ways[CORRECTED] = spend({n: bent[n] for n in errors}, True)
     trial = Trial(names, _rounding(walk, known, ways[CORRECTED]))
-    found |= divergences(walk, {CORRECTED: trial})
+    found |= divergences(walk, {CORRECTED: trial}, 1, 2)
     return ways[min(found, key=found.__getitem__)], found
 
 
@@ -157,7 +160,7 @@ def _factors(measured: Mapping[int, float], predicted: Mapping[int, float]) -> d
 def _rounding(
     walk: Walk, known: Mapping[str, Analysis], widths: Widths
 ) -> Callable[[str, Tensor], Tensor]:
-    """The weights of a trial: kept while a block is at work, for its group may ask for them again."""
+    """The weights of a trial, kept while a block is at work: its group may ask for them again."""
     most = max(len(walk.inside(range(i, i + 1))) for i in range(len(walk.source.blocks)))
     kept: OrderedDict[str, Tensor] = OrderedDict()
 

@@ -23,6 +23,9 @@ from skimlm.pipeline.recipes import widths_of
 from skimlm.pipeline.tables import TableSums, analysis, uses
 from skimlm.pipeline.walk import Walk, analyse
 
+SPARE = 1e-4  # bits per weight that other widths leave, for the headers to grow
+FREE = 0.1  # bits per weight above the least, below which there is nothing to try
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -110,14 +113,16 @@ def allocate(given: Given, config: CompressConfig, tools: Tools, walk: Walk) -> 
         widths = budget.choose(target, errors, price, plan.end_loss, planned_bytes)
         tried: dict[str, float] = {}
         if _can_try(given, config):
-            own = {n: errors[n] for n in linears}
-            widths, tried = _tried(given, walk, stored, own, price, widths)
+            found, tried = _tried(given, walk, stored, errors, price, widths)
+            # headers grow with histograms: what is over a size stays as it was
+            over = target.size is not None and planned_bytes(widths | found) > target.size
+            widths = widths if over else widths | found
             _say(tried, tools)
     return made(widths, key, kept, stored, sharing, tried)
 
 
 def _can_try(given: Given, config: CompressConfig) -> bool:
-    """Whether predictions are held against measurement: errors are the end loss's, blocks run alone."""
+    """Whether there are errors of the end loss, and blocks that run alone, to measure them."""
     free = config.settings.end_loss and config.options is None and not config.index_bits
     return free and len(given.unseen) > 0 and not given.source.known.joined
 
@@ -131,20 +136,23 @@ def _tried(
     widths: budget.Widths,
 ) -> tuple[budget.Widths, dict[str, float]]:
     """Of a few ways to spend the bits of the linears the one that is measured best."""
-    linears = dataclasses.replace(price, specs={n: price.specs[n] for n in errors})
-    bits = _bits_per_weight(given, price, widths)
+    linears = dataclasses.replace(price, specs={n: price.specs[n] for n in given.linears})
+    bits = _bits_per_weight(given, price, widths) - SPARE
+    least = linears.bits(budget.uniform(linears.specs, price.ends[0])) / linears.total
+    if bits < least + FREE:
+        return {}, {}
 
     def spend(errors: Mapping[str, Tensor], pooled: bool) -> budget.Widths:
         return budget.for_bits(errors, linears, bits, pooled)
 
+    own = {n: errors[n] for n in given.linears}
     columns = {width: column for column, width in enumerate(price.widths)}
     unseen = dataclasses.replace(walk, ids=given.unseen)
-    found, tried = tried_widths(unseen, stored, errors, spend, columns)
-    return widths | found, tried
+    return tried_widths(unseen, stored, own, spend, columns)
 
 
 def _say(tried: Mapping[str, float], tools: Tools) -> None:
-    best = min(tried, key=tried.__getitem__)
+    best = min(tried, key=tried.__getitem__, default=POOLED)
     if best != POOLED:
         tools.notice(
             f"widths: {best}, measured better ({tried[best]:.4f} nats a token before refinement) "

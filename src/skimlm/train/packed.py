@@ -1,6 +1,6 @@
 """A stored layer while it is trained: its codes stay packed, what they point at moves.
 
-    tensors = moving(layer)               what can move, float32, by name
+    tensors = moving(layer)               what can move: levels and scales, float32, by name
     product(x, layer, tensors)            x W^T, differentiable in x and in them
     stored(layer, tensors)                the layer with their values, rounded as a file has them
 
@@ -22,9 +22,7 @@ from skimlm import native
 from skimlm.format.layer import Layer, stored_groups
 from skimlm.format.pack import unpack_codes, unpack_positions
 from skimlm.format.row_codes import RowCode, code_bits, windows
-from skimlm.quantize.fit import round_codebook
 from skimlm.quantize.kmeans import lookup
-from skimlm.quantize.trellis_fit import round_table
 from skimlm.runtime.ops import add_adapter, dequantize
 
 Tensors = Mapping[str, Tensor]
@@ -56,37 +54,32 @@ def rows_of(layer: Layer) -> list[Rows]:
 
 
 def moving(layer: Layer) -> dict[str, Tensor]:
-    """What can move of a layer, by width.
+    """What can move of a layer, by width: the scales [n] of its rows, and levels.
 
-    The values [n, 2^b] of codebooks, scale included; the levels [128] of a trellis, and the scales
-    [n] of its rows. Grids stand still: their rows are few, and as good as the original's. Nothing
-    of a layer moves whose columns share scales in groups.
+    Those of codebooks [n, 2^b], or of a trellis [128]. Nothing of a layer moves whose columns share
+    scales in groups.
     """
     found = {}
     for rows in [] if layer.spec.group else rows_of(layer):
-        scale = rows.stored["row_scale"].float()
+        found[rows.name(ROW_SCALE)] = rows.stored["row_scale"][:, 0].float()
         if rows.code.name == "table":
-            found[rows.name("codebook")] = rows.stored["codebook"].float() * scale
+            found[rows.name("codebook")] = rows.stored["codebook"].float()
         if rows.code.name == "trellis":
             found[rows.name("trellis")] = rows.stored["trellis"][0].float()
-            found[rows.name(ROW_SCALE)] = scale[:, 0]
     return found
 
 
 def stored(layer: Layer, tensors: Tensors) -> Layer:
-    """The layer with these values: int8 levels times a bfloat16 scale per row."""
+    """The layer with these values: levels rounded to int8, scales to bfloat16."""
     new = {name: tensor.clone() for name, tensor in layer.tensors.items()}
     for rows in rows_of(Layer(layer.spec, new)):
-        if rows.name("codebook") in tensors:
-            book = tensors[rows.name("codebook")]
-            levels, scale = round_codebook(book, torch.full((len(book),), book.shape[1]))
-            rows.stored["codebook"].copy_(levels)
-            rows.stored["row_scale"].copy_(scale[:, None])
-        if rows.name("trellis") in tensors:
-            table, scale = tensors[rows.name("trellis")], tensors[rows.name(ROW_SCALE)]
-            levels, scale = round_table(table, scale)
-            rows.stored["trellis"][0].copy_(levels)
-            rows.stored["row_scale"].copy_(scale[:, None])
+        for name, place in rows.stored.items():
+            if rows.name(name) in tensors:
+                value = tensors[rows.name(name)]
+                if name == ROW_SCALE:
+                    place.copy_(value[:, None])
+                else:
+                    (place[0] if value.dim() == 1 else place).copy_(_level(value))
     return Layer(layer.spec, new)
 
 
@@ -99,16 +92,39 @@ def product(x: Tensor, layer: Layer, tensors: Tensors) -> Tensor:
 
 
 def _book(rows: Rows, tensors: Tensors) -> Tensor:
-    """The values that codes, or windows, of these rows stand for, float32 [n, 2^b or 128]."""
-    if rows.name("codebook") in tensors:
-        return tensors[rows.name("codebook")]
+    """The values that codes, or windows, of these rows stand for, float32 [n, 2^b or 128].
+
+    As a file will hold them: what moves is rounded here, and its gradient is passed on.
+    """
     scale = rows.stored["row_scale"].float()
-    if rows.code.name == "trellis":
-        scale = tensors.get(rows.name(ROW_SCALE), scale).view(-1, 1)
-        return scale * tensors.get(rows.name("trellis"), rows.stored["trellis"][0].float())
-    bits = code_bits(rows.width)
-    every = torch.arange(2**bits, dtype=torch.uint8).expand(len(rows.index), -1)
-    return rows.code.levels(every, bits, rows.stored) * scale
+    if (own := tensors.get(rows.name(ROW_SCALE))) is not None:
+        scale = _Rounded.apply(own, lambda x: x.bfloat16().float()).unsqueeze(1)
+    if rows.code.name == "affine":
+        every = torch.arange(2 ** code_bits(rows.width), dtype=torch.uint8)
+        every = every.expand(len(rows.index), -1)
+        return rows.code.levels(every, code_bits(rows.width), rows.stored) * scale
+    name = "codebook" if rows.code.name == "table" else "trellis"
+    levels = rows.stored[name][: 1 if name == "trellis" else None].float()
+    if (own := tensors.get(rows.name(name))) is not None:
+        levels = _Rounded.apply(own, _level)
+    return levels * scale
+
+
+def _level(x: Tensor) -> Tensor:
+    """Levels as int8 holds them."""
+    return x.round().clamp(-127, 127)
+
+
+class _Rounded(torch.autograd.Function):
+    """A rounded value, with the gradient of one that is not rounded."""
+
+    @staticmethod
+    def forward(ctx, x, rounding):
+        return rounding(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
 
 
 def _codes(layer: Layer, rows: Rows, entries: int) -> Tensor:
