@@ -13,6 +13,14 @@ def oracle_bytes(codes: list[int], width: int) -> bytes:
     return stream.to_bytes((len(codes) * width + 7) // 8, "little")
 
 
+def oracle_planes(codes: list[int], b: int) -> bytes:
+    """The same of a trellis row: of every eight codes a byte for each of their bits."""
+    eights = [codes[k : k + 8] for k in range(0, len(codes), 8)]
+    return bytes(
+        sum((u >> m & 1) << i for i, u in enumerate(eight)) for eight in eights for m in range(b)
+    )
+
+
 def oracle_pack(q: P.QuantizedWeight) -> dict[str, bytes]:
     """Every stored tensor as bytes, row by row, by the letter of FORMAT.md."""
     order = sorted(range(len(q.widths)), key=lambda i: (int(q.widths[i]), i))
@@ -20,7 +28,8 @@ def oracle_pack(q: P.QuantizedWeight) -> dict[str, bytes]:
     out["widths"] = bytes(q.widths.tolist())
     for i in order:
         b = int(q.widths[i])
-        out["weight"] += oracle_bytes(q.codes[i].tolist(), b % 16)
+        as_bytes = oracle_planes if b > 16 else oracle_bytes
+        out["weight"] += as_bytes(q.codes[i].tolist(), b % 16)
         out["row_scale"] += raw(q.row_scale[i])
         if b > 16:
             continue
@@ -35,8 +44,11 @@ def oracle_pack(q: P.QuantizedWeight) -> dict[str, bytes]:
 
 
 def oracle_window(codes: list[int], b: int, j: int) -> int:
-    """Seven bits from code j on, from the row as one big integer."""
-    return sum(code << (k * b) for k, code in enumerate(codes)) >> (j * b) & 127
+    """A code and the highest bits of those behind it, every eighth, then from the next eighth on."""
+    eighths = [range(first, len(codes), 8) for first in range(8)]
+    behind = [*eighths[j % 8][j // 8 + 1 :], *(k for rest in eighths[j % 8 + 1 :] for k in rest)]
+    taps = [codes[k] >> (b - 1) for k in behind[: 7 - b]]
+    return codes[j] + sum(tap << (b + k) for k, tap in enumerate(taps))
 
 
 def oracle_level(q: P.QuantizedWeight, i: int, j: int) -> int:
@@ -49,16 +61,27 @@ def oracle_level(q: P.QuantizedWeight, i: int, j: int) -> int:
 
 
 def levels_of(q: P.QuantizedWeight) -> torch.Tensor:
-    """All levels float64 [r, k], by the second line that FORMAT.md has of a window."""
+    """All levels float64 [r, k], windows from the taps as one big integer."""
     levels = q.codebook.double().gather(1, q.codes.long().clamp(max=31))
     wide = (q.widths > 5)[:, None]
     levels = torch.where(wide, q.codes.double() - q.row_zero.double()[:, None], levels)
     for table, width in enumerate(sorted({w for w in q.widths.tolist() if w > 16})):
         rows, b = q.widths == width, width - 16
-        codes = torch.nn.functional.pad(q.codes[rows].long(), (0, 6))
-        window = sum(codes[:, k : q.codes.shape[1] + k] * 2 ** (k * b) for k in range(7)) % 128
-        levels[rows] = q.trellis[table].double()[window]
+        levels[rows] = q.trellis[table].double()[big_windows(q.codes[rows], b)]
     return levels
+
+
+def big_windows(codes: torch.Tensor, b: int) -> torch.Tensor:
+    """Windows int64 [n, k], the taps of a row read as one big integer."""
+    columns = [list(range(codes.shape[1]))[first::8] for first in range(8)]
+    order = [j for eighth in columns for j in eighth]
+    out = torch.empty(codes.shape, dtype=torch.long)
+    for i, row in enumerate(codes.tolist()):
+        stream = sum((row[j] >> (b - 1)) << place for place, j in enumerate(order))
+        for place, j in enumerate(order):
+            low = row[j] % 2 ** (b - 1)
+            out[i, j] = low + ((stream >> place) % 2 ** (8 - b) << (b - 1))
+    return out
 
 
 def oracle_value(q: P.QuantizedWeight, i: int, j: int) -> float:
@@ -125,6 +148,11 @@ def bits(data: bytes, start: int, count: int) -> int:
     return sum((data[k // 8] >> k % 8 & 1) << (k - start) for k in range(start, start + count))
 
 
+def trellis_codes(row: bytes, b: int, n: int) -> list[int]:
+    """Bit m of code k is bit k mod 8 of byte b * (k div 8) + m."""
+    return [sum((row[b * (k // 8) + m] >> k % 8 & 1) << m for m in range(b)) for k in range(n)]
+
+
 def oracle_read(stored: dict[str, torch.Tensor], rows: int, cols: int, entry: dict):
     """W, and A and B if there are any, a number at a time by the letter of FORMAT.md."""
     data = {name: raw(tensor) for name, tensor in stored.items()}
@@ -149,13 +177,14 @@ def oracle_read(stored: dict[str, torch.Tensor], rows: int, cols: int, entry: di
             columns = [4 * q + int(c) for q, code in enumerate(found) for c in pairs[code]]
             places += (3 * (cols // 4) + 7) // 8
         assert len(columns) == n
+        row = data["weight"][at:]
+        codes = trellis_codes(row, b, n) if width > 16 else []
         for k, j in enumerate(columns):
-            code = bits(data["weight"][at:], k * b, b)
+            code = bits(row, k * b, b)
             if g:
                 level = code - 2 ** (b - 1)
             elif width > 16:
-                rest = data["weight"][at : at + (n * b + 7) // 8] + b"\0\0"
-                level = 128 * trellises.index(width) + bits(rest, k * b, 7)
+                level = 128 * trellises.index(width) + oracle_window(codes, b, k)
                 level = int.from_bytes(data["trellis"][level:][:1], "little", signed=True)
             elif b <= 5:
                 level = int.from_bytes(data["codebook"][table + code :][:1], "little", signed=True)
@@ -165,7 +194,7 @@ def oracle_read(stored: dict[str, torch.Tensor], rows: int, cols: int, entry: di
             scale = number("row_scale", place * groups + (j // g if g else 0), torch.bfloat16, 2)
             shift = number("in_scale", j, torch.float16, 2) if "in_scale" in data else 1.0
             weight[i][j] = level * scale * shift
-        at += (n * b + 7) // 8
+        at += b * ((n + 7) // 8) if width > 16 else (n * b + 7) // 8
         table, zero = table + (2**b if width <= 5 else 0), zero + (5 < width < 9)
 
     def factor(name, n):

@@ -22,6 +22,7 @@ from skimlm.format import (
     shared_bits,
     table_values,
     unpack,
+    windows,
 )
 from skimlm.quantize.table import quantize_table
 from skimlm.runtime.linear import CompressedLinear
@@ -49,7 +50,7 @@ GOLDEN_SUMS = {"half": 0.11932080145925283, "few": 4.403397656977177, "grid": -0
 # the same of version 3, with rows of these widths
 GOLDEN_WIDTHS_3 = [19, 2, 17, 20, 18, 7, 18]
 GOLDEN_OPTIONS_3 = {"whole": options(), "half": options("2:4", 6, None, 2, 4)}
-GOLDEN_SUMS_3 = {"whole": 1.0805428698658943, "half": 1.5104796215891838}
+GOLDEN_SUMS_3 = {"whole": 4.339591056108475, "half": 3.2835026159882545}
 GOLDEN_TABLE = torch.tensor([[1.0, -0.5, 0.25], [0.0, 0.0, 0.0], [-3.0, 2.0, 0.1]])
 
 
@@ -173,13 +174,17 @@ def test_the_second_worked_example_of_format_md_is_true():
 def test_the_third_worked_example_of_format_md_is_true():
     text = (ROOT / "FORMAT.md").read_text(encoding="utf-8").split("## A third worked")[1]
     stored_text, weight = re.findall(r"```\n(.*?)```", text, re.S)[:2]
-    layer = stored_example(stored_text, LayerSpec(3, 5, {2: 1, 18: 1, 19: 1}))
+    layer = stored_example(stored_text, LayerSpec(3, 10, {2: 1, 18: 1, 19: 1}))
     k = torch.arange(128)
     trellis = torch.stack((k - 64, 63 - k)).to(torch.int8)
     q = unpack(Layer(layer.spec, layer.tensors | {"trellis": trellis}))
-    assert q.codes.tolist() == [[1, 2, 3, 5, 4], [3, 2, 1, 0, 2], [0, 1, 2, 3, 1]]
+    rows = "1235407634", "3210213012", "0123120321"
+    assert q.codes.tolist() == [[int(code) for code in row] for row in rows]
+    for row, bits in ((0, 3), (2, 2)):
+        found = " ".join(map(str, windows(q.codes[row : row + 1], bits)[0].tolist()))
+        assert re.search(f"windows (are )?{found}, levels", " ".join(text.split()))
     assert torch.equal(dequantize(q), matrix(weight))
-    assert torch.equal(CompressedLinear.from_quantized(q)(torch.eye(5)), matrix(weight).T)
+    assert torch.equal(CompressedLinear.from_quantized(q)(torch.eye(10)), matrix(weight).T)
     assert equal(unpack(pack(q)), q)
 
 

@@ -51,7 +51,11 @@ def extent(text: str, spec: LayerSpec, letters: dict[str, int]) -> int:
         return evaluate(text, **letters)
     code = (found[2] or "").strip()
     widths = [w for w in spec.counts if not code or spec.code_of(w).name == code]
-    return sum(evaluate(found[1] or "1", b=w % 16, **letters) * spec.counts[w] for w in widths)
+    total = 0
+    for w in widths:
+        each = (found[1] or "1").replace("bytes", spec.packing(w).bytes_text)
+        total += evaluate(each, b=w % 16, **letters) * spec.counts[w]
+    return total
 
 
 PARTS = [(chosen, COUNTS) for chosen in [options(), *OPTIONS]]

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from layer_sample import oracle_bytes, oracle_window
+from layer_sample import oracle_bytes, oracle_planes, oracle_window
 from skimlm import native
 from skimlm.quantize.codes import unpack_codes, unpack_windows
 from skimlm.quantize.kmeans import lookup
 
-SHAPES = [(1, 1), (3, 7), (70, 8), (5, 9), (4, 65), (2, 577)]
+SHAPES = [(1, 1), (3, 7), (70, 8), (5, 9), (4, 65), (3, 48), (2, 577)]
 
 
-def packed_rows(n, cols, bits):
+def packed_rows(n, cols, bits, as_bytes=oracle_bytes):
     """Random codes, and their rows."""
     codes = torch.randint(0, 2**bits, (n, cols), dtype=torch.uint8)
-    rows = [list(oracle_bytes(row, bits)) for row in codes.tolist()]
+    rows = [list(as_bytes(row, bits)) for row in codes.tolist()]
     return codes, torch.tensor(rows, dtype=torch.uint8)
 
 
@@ -33,9 +33,9 @@ def test_codes_come_back(either, rows, cols):
 
 
 @pytest.mark.parametrize("rows, cols", SHAPES)
-def test_windows_are_the_bits_from_each_code_on(either, rows, cols):
+def test_windows_are_codes_and_the_taps_behind_them(either, rows, cols):
     for bits in range(1, 5):
-        codes, packed = packed_rows(rows, cols, bits)
+        codes, packed = packed_rows(rows, cols, bits, oracle_planes)
         want = [[oracle_window(row, bits, j) for j in range(cols)] for row in codes.tolist()]
         assert unpack_windows(packed, bits, cols).tolist() == want
 
@@ -67,7 +67,9 @@ def test_rows_of_another_length_and_bits_that_there_are_not_are_refused(isa):
     _, packed = packed_rows(3, 9, 3)
     with pytest.raises(ValueError, match=r"packed must be torch.uint8 \(3, 5\)"):
         unpack_codes(packed, 4, 9)
-    with pytest.raises(ValueError, match="unpack_codes: sizes do not fit each other"):
-        unpack_windows(torch.zeros(3, 6, dtype=torch.uint8), 5, 9)
+    with pytest.raises(ValueError, match=r"packed must be torch.uint8 \(3, 6\)"):
+        unpack_windows(packed, 3, 9)
+    with pytest.raises(ValueError, match="unpack_windows: sizes do not fit each other"):
+        unpack_windows(torch.zeros(3, 10, dtype=torch.uint8), 5, 9)
     with pytest.raises(ValueError, match="unpack_codes: sizes do not fit each other"):
         unpack_codes(torch.zeros(3, 11, dtype=torch.uint8), 9, 9)

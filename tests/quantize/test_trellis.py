@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from skimlm.format.row_codes import WINDOWS, windows
 from skimlm.quantize import trellis, trellis_fit
 from skimlm.quantize.refine import damped
 from skimlm.quantize.trellis import (
-    STATES,
     descend,
     descend_reference,
     normal_reference,
@@ -18,7 +18,6 @@ from skimlm.quantize.trellis import (
     values,
     viterbi,
     viterbi_reference,
-    windows,
 )
 from skimlm.quantize.trellis_fit import (
     curve,
@@ -29,15 +28,11 @@ from skimlm.quantize.trellis_fit import (
     start_table,
 )
 
-KINDS = [(1, 1), (2, 2), (3, 3), (4, 4), (2, 1), (3, 1), (4, 1)]
 
-
-@pytest.fixture(params=KINDS, ids=lambda kind: f"{kind[0]} bits, {kind[1]} taps")
-def bits(request, monkeypatch):
-    """Every width, with a stream of all its bits and of one bit of each symbol."""
-    width, taps = request.param
-    monkeypatch.setitem(trellis.TAPS, width, taps)
-    return width
+@pytest.fixture(params=[1, 2, 3, 4])
+def bits(request):
+    """Every width."""
+    return request.param
 
 
 def integers(seed: int, bits: int, r: int = 5, c: int = 30):
@@ -46,7 +41,7 @@ def integers(seed: int, bits: int, r: int = 5, c: int = 30):
     h = torch.randint(-3, 4, (c, c), generator=g)
     h = (h + h.T).float().fill_diagonal_(64)
     w = torch.randint(-12, 13, (r, c), generator=g).float()
-    table = torch.randint(-9, 10, (STATES,), generator=g).float()
+    table = torch.randint(-9, 10, (WINDOWS,), generator=g).float()
     scale = torch.randint(1, 3, (r,), generator=g).float()
     return w, h, table, scale, symbols(g, bits, r, c)
 
@@ -79,18 +74,6 @@ def every(bits: int, c: int) -> torch.Tensor:
     """All rows of c symbols."""
     rows = itertools.product(range(1 << bits), repeat=c)
     return torch.tensor(list(rows), dtype=torch.uint8)
-
-
-def test_a_window_is_a_symbol_and_the_stream_behind_it(bits):
-    taps, (*_, codes) = trellis.TAPS[bits], integers(0, bits, c=13)
-    got = windows(codes, bits)
-    for i, row in enumerate(codes.tolist()):
-        stream = "".join(format(u >> (bits - taps), f"0{taps}b")[::-1] for u in row) + "0" * 7
-        for j, u in enumerate(row):
-            low = format(u & ((1 << (bits - taps)) - 1), f"0{bits - taps}b")[::-1]
-            low = low if bits > taps else ""
-            window = (low + stream[j * taps :])[:7]
-            assert int(got[i, j]) == int(window[::-1], 2)
 
 
 def test_values_are_levels_times_scales(bits):
@@ -199,7 +182,7 @@ def test_scales_and_tables_are_least_squares_solutions(isa_or_none, bits):
         a = (factor @ level[i])[:, None]
         want = np.linalg.lstsq(a, factor @ w[i].double().numpy(), rcond=None)[0]
         assert float(got[i]) == pytest.approx(want[0], rel=1e-4)
-    hot = np.eye(STATES)[windows(codes, bits).long().numpy()]
+    hot = np.eye(WINDOWS)[windows(codes, bits).long().numpy()]
     root = np.sqrt(weight.double().numpy())
     a = np.concatenate([root[i] * float(scale[i]) * factor @ hot[i] for i in range(12)])
     b = np.concatenate([root[i] * factor @ w[i].double().numpy() for i in range(12)])
@@ -207,7 +190,7 @@ def test_scales_and_tables_are_least_squares_solutions(isa_or_none, bits):
     new = table_step(w, h, weight, table, scale, codes, bits)
     least = (errors(w, h, new, scale, codes, bits) * weight.double().numpy()).sum()
     assert best <= least * (1 + 1e-6) and least <= best * (1 + 1e-3)
-    unused = torch.ones(STATES, dtype=torch.bool)
+    unused = torch.ones(WINDOWS, dtype=torch.bool)
     unused[windows(codes, bits).long().flatten()] = False
     torch.testing.assert_close(new[unused], table[unused])
 
@@ -287,7 +270,6 @@ BAD = [
     (dict(scale=SCALE.double()), "scale must be"),
     (dict(codes=CODES.int()), "codes must be torch.uint8"),
     (dict(bits=6), "trellis rows have 1..4 bits, got 6"),
-    (dict(h=torch.zeros(30, 60)[:, ::2]), "contiguous"),
 ]
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from conftest import at_once, random_quantized
-from layer_sample import TRELLIS_WIDTHS, inputs, options, with_options
+from layer_sample import (
+    TRELLIS_WIDTHS,
+    big_windows,
+    inputs,
+    options,
+    trellis_codes,
+    with_options,
+)
 from skimlm import native
 from skimlm.errors import FormatError
 from skimlm.format import Layer, pack
@@ -75,15 +82,17 @@ def oracle(layer):
                 columns = (pairs + 4 * np.arange(cols // 4)[:, None]).ravel()
             else:
                 columns = np.flatnonzero(fields(packed, 1, cols))
-        size = (count * b + 7) // 8
+        trellis = widths[i] > 16
+        size = (count + 7) // 8 * b if trellis else (count * b + 7) // 8
         row = numbers(stored, "weight")[at : at + size]
-        code = fields(row, b, count)
+        code = fields(row, b, count) if not trellis else None
         at += size
         if spec.group:
             value = code - (1 << (b - 1))
-        elif widths[i] > 16:
-            bits = np.append(np.unpackbits(row, bitorder="little"), [0] * 7)
-            window = sum(bits[k : k + count * b : b].astype(np.int64) << k for k in range(7))
+        elif trellis:
+            window = big_windows(torch.tensor([trellis_codes(row.tolist(), b, count)]), b)[
+                0
+            ].numpy()
             value = stored["trellis"][trellises.index(widths[i])].numpy().astype(np.int64)[window]
         elif b <= 5:
             value = numbers(stored, "codebook")[table : table + 2**b].astype(np.int64)[code]

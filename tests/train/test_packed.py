@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import skimlm.format as P
-from layer_sample import OPTIONS, options, options_id, with_options
+from layer_sample import OPTIONS, options, options_id, oracle_window, with_options
 from skimlm.format.layer import Layer
 from skimlm.format.pack import dequantize, pack, unpack
 from skimlm.train import packed as K
@@ -52,8 +52,7 @@ def dense(layer: Layer, tensors) -> torch.Tensor:
     for i, b in enumerate(q.widths.tolist()):
         codes = q.codes[i].long()
         if b > 16:
-            stream = sum(u << (j * (b - 16)) for j, u in enumerate(codes.tolist()))
-            window = [stream >> (j * (b - 16)) & 127 for j in range(len(codes))]
+            window = [oracle_window(codes.tolist(), b - 16, j) for j in range(len(codes))]
             row = tensors[f"trellis.{b}"][window]
         elif b <= 5:
             row = tensors[f"codebook.{b}"][place[b]][codes]

@@ -34,11 +34,12 @@ def tensors() -> str:
 
 def row_codes() -> str:
     """Every way of coding a row."""
-    lines = ["| code of a row | width | b | level[i, j] | used |", "|---|---|---|---|---|"]
+    lines = ["| code of a row | width | b | bytes | level[i, j] | used |", "|---" * 6 + "|"]
     for code in ROW_CODES:
         ends = (code.widths[0], code.widths[-1])
         widths, bits = ("..".join(map(str, pair)) for pair in (ends, map(code_bits, ends)))
-        lines.append(f"| {code.name} | {widths} | {bits} | `{code.formula}` | {code.used_text} |")
+        cells = (code.name, widths, bits, f"`{code.packing.bytes_text}`", f"`{code.formula}`")
+        lines.append(f"| {' | '.join(cells)} | {code.used_text} |")
     return "\n".join(lines)
 
 

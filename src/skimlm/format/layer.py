@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from skimlm.errors import FormatError
+from skimlm.format.codes import STREAM, Packing
 from skimlm.format.row_codes import ROW_CODES, WINDOWS, RowCode, code_bits
 
 METHOD = "skimlm"  # quant_method in config.json
@@ -133,6 +134,11 @@ class LayerSpec:
         fitting = (code for code in ROW_CODES if width in code.widths and code.used(self))
         return next(fitting, None)
 
+    def packing(self, width: int) -> Packing:
+        """How the codes of rows of a width become bytes."""
+        code = self.code_of(width)
+        return code.packing if code else STREAM
+
     @cached_property
     def row_codes(self) -> frozenset[str]:
         """Names of the row codes in use."""
@@ -216,11 +222,6 @@ class StoredTensor:
         return 8 * self.dtype_in(spec).itemsize * math.prod(self.shape(spec))
 
 
-def row_bytes(bits: int, cols: int) -> int:
-    """Bytes of one row's packed codes."""
-    return -(-cols * bits // 8)
-
-
 def _added(name: str) -> Callable[[LayerSpec], Shape]:
     """Shape of a tensor that row codes add."""
 
@@ -259,22 +260,22 @@ def _factor_scale(side: Literal["rows", "cols"]) -> Callable[[LayerSpec], Shape]
     return shape
 
 
-def _padding(packed: Tensor, bits: int) -> str | None:
-    """The bits behind the first `bits` of every row must be zero."""
-    used = bits % 8  # of each row's last byte
-    return "padding bits are not zero" if used and (packed[:, -1] >> used).any() else None
+def _zeros(padding: Tensor) -> str | None:
+    """The bits behind what a row holds must be zero."""
+    return "padding bits are not zero" if padding.any() else None
 
 
 def _nibbles(side: Literal["rows", "cols"]) -> Callable[[Tensor, LayerSpec, int], str | None]:
     def check(packed: Tensor, spec: LayerSpec, width: int) -> str | None:
-        return None if spec.adapter_bits == 16 else _padding(packed, 4 * getattr(spec, side))
+        used = 4 * getattr(spec, side)
+        return None if spec.adapter_bits == 16 else _zeros(STREAM.padding(packed, 1, used))
 
     return check
 
 
 def _positions(packed: Tensor, spec: LayerSpec, width: int) -> str | None:
     """Of a bitmap every row keeps as many columns as config.json says."""
-    if wrong := _padding(packed, spec.position_bits):
+    if wrong := _zeros(STREAM.padding(packed, 1, spec.position_bits)):
         return wrong
     if spec.sparsity == "bitmap":
         found = ONES.to(packed.device)[packed.int()].sum(1)
@@ -318,11 +319,15 @@ TENSORS = (
     StoredTensor(
         "weight",
         torch.uint8,
-        lambda s: (sum(n * row_bytes(code_bits(w), s.codes) for w, n in s.counts.items()),),
+        lambda s: (
+            sum(n * s.packing(w).row_bytes(code_bits(w), s.codes) for w, n in s.counts.items()),
+        ),
         "stored",
-        "[sum of ceil(n*b/8) over rows]",
+        "[sum of bytes over rows]",
         "packed codes",
-        strict=lambda packed, s, width: _padding(packed, code_bits(width) * s.codes),
+        strict=lambda packed, s, width: _zeros(
+            s.packing(width).padding(packed, code_bits(width), s.codes)
+        ),
     ),
     StoredTensor(
         "widths",

@@ -8,11 +8,11 @@ A weight is stored per output row: row i has its own width, so codes of b_i bits
                 = trellis[b_i, window[i, j]]   widths 16 + b_i: 128 int8 levels that rows share
 
 in float32. On disk the rows are sorted by width (stably, so `widths` alone gives the permutation
-and no file can hold an invalid one); every row is a little-endian bit stream padded to a byte.
+and no file can hold an invalid one); how a row becomes bytes is in codes.py.
 
 Since version 2 a layer may have more: codes of some columns only, the others being 0; a uniform
 grid with a scale per group of columns in place of codebooks; a low-rank adapter. Version 3 has
-trellis rows: the level of a code depends on those behind it, on 7 bits of the row's stream.
+trellis rows: the level of a code depends on it and on the highest bits of those behind it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from skimlm.errors import FormatError
 from skimlm.format.check import check_stored, spelled, spelled_of
+from skimlm.format.codes import pack_codes, unpack_codes
 from skimlm.format.layer import (
     ADAPTER_GROUP,
     Layer,
@@ -32,7 +33,6 @@ from skimlm.format.layer import (
     Shape,
     histogram,
     layout,
-    row_bytes,
     stored_groups,
     wrong_widths,
 )
@@ -104,29 +104,6 @@ def groups(widths: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield (width, the original indices of its rows) in stored order."""
     for width in histogram(widths):
         yield width, (widths == width).nonzero().flatten()
-
-
-def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes uint8 [n, c] into uint8 [n, row_bytes]: code j at bit j*bits, LSB first."""
-    n, cols = codes.shape
-    ones = (codes.unsqueeze(-1) >> torch.arange(bits, dtype=torch.uint8)) & 1  # [n, c, bits]
-    ones = torch.nn.functional.pad(ones.view(n, cols * bits), (0, -cols * bits % 8))
-    place = 1 << torch.arange(8, dtype=torch.uint8)
-    return (ones.view(n, row_bytes(bits, cols), 8) * place).sum(-1, dtype=torch.uint8)
-
-
-def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
-    """Invert `pack_codes`: uint8 [n, row_bytes] to codes uint8 [n, cols]."""
-    if bits == 0:
-        return packed.new_zeros(len(packed), cols)
-    if bits in (1, 2, 4, 8):  # no code spans two bytes
-        shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        return ((packed.unsqueeze(-1) >> shift) & (2**bits - 1)).flatten(1)[:, :cols]
-    start = torch.arange(cols, device=packed.device) * bits
-    # a code spans two bytes at most; the byte behind the last one is never used, only indexed
-    wide = torch.nn.functional.pad(packed, (0, 1)).to(torch.int16)
-    pair = wide[:, start // 8] | (wide[:, start // 8 + 1] << 8)
-    return ((pair >> (start % 8).to(torch.int16)) & (2**bits - 1)).to(torch.uint8)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -221,7 +198,7 @@ def pack(q: QuantizedWeight) -> Layer:
     spec = q.spec
     rows: dict[str, list[Tensor]] = {}
     for width, index in groups(q.widths):
-        codes = pack_codes(q.codes[index], code_bits(width))
+        codes = spec.packing(width).pack(q.codes[index], code_bits(width))
         pieces = {"weight": codes, "row_scale": q.row_scale[index]}
         pieces |= _added(q, spec, width, index)
         if q.mask is not None and q.sparsity is not None:
@@ -251,7 +228,8 @@ def unpack(layer: Layer, *, name: str = "") -> QuantizedWeight:
     }
     shared = {"trellis": tensors["trellis"]} if "trellis" in tensors else {}
     for width, index, views in stored_groups(layer):
-        codes[index] = unpack_codes(views["weight"], code_bits(width), spec.codes)
+        packing = spec.packing(width)
+        codes[index] = packing.unpack(views["weight"], code_bits(width), spec.codes)
         row_scale.view(rows, -1)[index] = views["row_scale"]
         if mask is not None and spec.sparsity is not None:
             mask[index] = unpack_positions(views["positions"], spec.sparsity, cols)

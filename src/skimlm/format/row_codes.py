@@ -15,7 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor
+
+from skimlm.format.codes import PLANES, STREAM, Packing
 
 if TYPE_CHECKING:
     from skimlm.format.layer import LayerSpec
@@ -35,11 +38,12 @@ class RowCode:
     used_text: str  # `used` for FORMAT.md
     # tensor [widths in use, elements] -> elements that all rows of one width have in common
     shares: Mapping[str, int] = field(default_factory=dict)
+    packing: Packing = STREAM  # of its codes
     since: int = 1  # the first version of the format that has such rows, keys of a layer aside
 
 
 TRELLIS = 16  # a width of this and b: rows whose codes of b bits are a trellis
-WINDOW = 7  # bits of such a row that look up a level
+WINDOW = 7  # bits that look up a level of such a row
 WINDOWS = 2**WINDOW  # levels of a trellis
 Width = TypeVar("Width", int, Tensor)
 
@@ -49,15 +53,34 @@ def code_bits(width: Width) -> Width:
     return width % TRELLIS
 
 
-def windows(codes: Tensor, bits: int) -> Tensor:
-    """The WINDOW bits of the stream of a row that begin where each code does, uint8 [n, k].
+def stream_order(count: int) -> Tensor:
+    """The codes of a row in the order in which their taps follow each other, int64 [count].
 
-    `codes` uint8 [n, k] of `bits` bits; behind the last one there are zeros.
+    Every eighth: 0, 8, 16, ..., then 1, 9, 17, ... So eight codes that stand side by side have
+    their next taps side by side, too, and kernels move bytes.
     """
-    found = codes.clone()
-    for ahead, place in enumerate(range(bits, WINDOW, bits), 1):
-        found[:, :-ahead] |= codes[:, ahead:] << place
-    return found & (WINDOWS - 1)
+    return torch.cat([torch.arange(count)[first::8] for first in range(8)])
+
+
+def stream_windows(codes: Tensor, bits: int) -> Tensor:
+    """`windows` of codes that stand in their stream's order."""
+    taps, found = codes >> (bits - 1), codes.clone()
+    for ahead in range(1, WINDOW - bits + 1):
+        found[:, :-ahead] |= taps[:, ahead:] << (bits + ahead - 1)
+    return found
+
+
+def windows(codes: Tensor, bits: int) -> Tensor:
+    """What each code looks up in a trellis, uint8 [n, k] of WINDOW bits.
+
+    `codes` uint8 [n, k] of `bits` bits. A window is the code and above it the taps, the highest
+    bits, of the codes behind it in the stream, the nearest lowest; at the stream's end there are
+    zeros.
+    """
+    order = stream_order(codes.shape[1]).to(codes.device)
+    found = torch.empty_like(codes)
+    found[:, order] = stream_windows(codes[:, order], bits)
+    return found
 
 
 def _table_levels(codes: Tensor, bits: int, stored: Mapping[str, Tensor]) -> Tensor:
@@ -113,6 +136,7 @@ ROW_CODES = (
         "trellis[b][window[i, j]]",
         'without "group"',
         shares={"trellis": WINDOWS},
+        packing=PLANES,
         since=3,
     ),
 )

@@ -24,7 +24,7 @@ from skimlm.format.layer import Layer
 from skimlm.native.structs import POINTER, SIZE, STRUCTS, BodyStruct, layer_struct, with_order
 
 ISAS = ("portable", "avx2", "avx512")
-ABI = 3  # of kernels.h; raised whenever a function or a struct there changes
+ABI = 4  # of kernels.h; raised whenever a function or a struct there changes
 FOLDER = Path(__file__).parent  # where the libraries are
 SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}  # elsewhere .so: as CMake names shared libraries
 REINSTALL = "reinstall skimlm with `pip install --force-reinstall .`"

@@ -28,19 +28,32 @@ int skimlm_nearest_codes(const float* w, const float* codebook, const int32_t* s
 }
 
 int skimlm_unpack_codes(const uint8_t* packed, uint8_t* codes, int64_t r, int64_t c, int64_t bits,
-                        int64_t windows, int threads) {
+                        int threads) {
+  if (bits < 1 || bits > 8) return MISFIT;
   return guarded([&] {
-    if (bits < 1 || bits > (windows ? 4 : 8)) return MISFIT;
     const int64_t stride = (c * bits + 7) / 8;
     parallel_rows(r, 32, threads, [&](int64_t first, int64_t last) {
       std::vector<uint8_t> row(c + 8);  // writes eight at a time
       for (int64_t i = first; i < last; ++i) {
         cut_row(int(bits), packed + i * stride, row.data(), c);
-        if (windows) windows_of_width[bits](row.data(), c);
         std::copy_n(row.data(), c, codes + i * c);
       }
     });
-    return DONE;
+  });
+}
+
+int skimlm_unpack_windows(const uint8_t* packed, uint8_t* windows, int64_t r, int64_t c, int64_t bits,
+                          int threads) {
+  if (bits < 1 || bits > 4) return MISFIT;
+  return guarded([&] {
+    const int64_t stride = (c + 7) / 8 * bits;
+    parallel_rows(r, 32, threads, [&](int64_t first, int64_t last) {
+      std::vector<uint8_t> row(c + 8);
+      for (int64_t i = first; i < last; ++i) {
+        cut_windows(int(bits), packed + i * stride, row.data(), c);
+        std::copy_n(row.data(), c, windows + i * c);
+      }
+    });
   });
 }
 

@@ -14,6 +14,8 @@
 
 constexpr int WINDOW = SKIMLM_WINDOW;
 
+inline int64_t divide_up(int64_t a, int64_t b) { return a ? (a - 1) / b + 1 : 0; }
+
 namespace {
 
 inline uint16_t to_bf16(float x) {  // round to nearest, ties to even; NaN is never passed in
@@ -94,17 +96,36 @@ inline void cut_row(int b, const uint8_t* row, uint8_t* code, int64_t c) {
 #endif
 }
 
-// Codes of B bits, 1..4, become the WINDOW bits of the row's stream that begin with each, zeros behind the
-// last one: first pairs of codes, then fours, then eights, in place. There is room for eight more.
-template <int B, int STEP = 1>
-void to_windows(uint8_t* code, int64_t c) {
-  if constexpr (STEP == 1) std::fill_n(code + c, 8, uint8_t(0));
-  for (int64_t j = 0; j < c; ++j)
-    code[j] = uint8_t((code[j] | code[j + STEP] << STEP * B) & ((1 << WINDOW) - 1));
-  if constexpr (2 * STEP * B < WINDOW) to_windows<B, 2 * STEP>(code, c);
+// What stands behind the last whole group of a trellis row in its stream of taps (format/row_codes.py), as if
+// groups went on: the taps of the codes that are left over, then for each eighth its next one's, a bit further
+// down. A group is eight codes, b bytes.
+inline void taps_behind(int b, const uint8_t* row, int64_t c, uint8_t (&to)[8]) {
+  const int64_t groups = c / 8;
+  const uint8_t own = uint8_t((1 << c % 8) - 1);  // eighths that have one code more than the others
+  std::fill_n(to, 8, uint8_t(0));
+  const auto taps = [&](int64_t g) { return g < groups ? row[g * b + b - 1] : to[g - groups]; };
+  for (int i = 0; i < 8; ++i) {
+    const int longer = i ? taps(i - 1) >> 1 : own ? row[groups * b + b - 1] : 0;
+    to[i] = uint8_t((taps(i) >> 1 & ~own) | (longer & own));
+  }
 }
 
-using ToWindows = void (*)(uint8_t*, int64_t);
-const ToWindows windows_of_width[5] = {nullptr, to_windows<1>, to_windows<2>, to_windows<3>, to_windows<4>};
+// The windows of a trellis row of b bits. There is room for eight more.
+inline void cut_windows(int b, const uint8_t* row, uint8_t* window, int64_t c) {
+  const int64_t groups = c / 8;
+  uint8_t behind[8];
+  taps_behind(b, row, c, behind);
+  const auto spread = [](uint64_t bits) {  // bit i to byte i
+    const uint64_t apart = bits * 0x0101010101010101u & 0x8040201008040201u;
+    return (apart + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+  };
+  const auto taps = [&](int64_t g) { return g < groups ? row[g * b + b - 1] : behind[g - groups]; };
+  for (int64_t g = 0; g * 8 < c; ++g, window += 8) {
+    uint64_t eight = 0;
+    for (int m = 0; m + 1 < b; ++m) eight |= spread(row[g * b + m]) << m;
+    for (int m = b - 1; m < WINDOW; ++m) eight |= spread(taps(g + m - b + 1)) << m;
+    std::memcpy(window, &eight, 8);
+  }
+}
 
 }  // namespace

@@ -4,7 +4,7 @@
 #include "parallel.h"
 
 int64_t skimlm_abi(int64_t what) {
-  constexpr int64_t found[] = {3, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody)};
+  constexpr int64_t found[] = {4, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody)};
   return what >= 0 && what < 4 ? found[what] : -1;
 }
 
@@ -35,7 +35,8 @@ int skimlm_has_vbmi() {
 #if defined(__AVX512F__)
   static const bool have = __builtin_cpu_supports("avx512vbmi") &&
                            __builtin_cpu_supports("avx512vnni") &&
-                           __builtin_cpu_supports("avx512bf16");
+                           __builtin_cpu_supports("avx512bf16") &&
+                           __builtin_cpu_supports("gfni");
   return have;
 #else
   return 0;

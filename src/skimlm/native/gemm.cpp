@@ -74,7 +74,8 @@ Pieces to_pieces(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, 
 // How the rows of one width become bfloat16.
 struct Cutting {
   Controls controls;
-  Bf16Trellis trellis;  // which its rows share, if they are one
+  __m512i places;       // of planes, if they are a trellis,
+  Bf16Trellis trellis;  // which they share
 };
 
 // Where the codes and levels of a row stand.
@@ -92,21 +93,24 @@ struct Row {
   __mmask64 last;  // of the last chunk
   int width;
   RowCode code;
+  Planes planes;  // if it is a trellis,
+  int64_t chunk;  // and its next one
 };
 
 // 64 codes of a row as bfloat16: levels, or codes minus half their range. 16-bit lane 4 i + q of the
 // first register holds column 8 i + q, of the second 8 i + 4 + q.
 VBMI inline void bf16_chunk(const Row& row, __mmask64 mask, __m512i table, __m512i* low,
                             __m512i* high) {
+  if (row.code == TRELLIS) {
+    const __m512i planes = row.planes.chunk(row.chunk, row.cutting->places);
+    *low = row.cutting->trellis(turned(planes, _mm512_set1_epi64(LOW)));
+    *high = row.cutting->trellis(turned(planes, _mm512_set1_epi64(HIGH)));
+    return;
+  }
   const Controls& c = row.cutting->controls;
   const __m512i lanes = _mm512_permutexvar_epi8(c.spread, load_chunk(row.at, mask));
   *low = _mm512_multishift_epi64_epi8(c.low, lanes);
   *high = _mm512_multishift_epi64_epi8(c.high, lanes);
-  if (row.code == TRELLIS) {
-    *low = row.cutting->trellis(*low);
-    *high = row.cutting->trellis(*high);
-    return;
-  }
   if (__builtin_expect(row.width <= 5, 1)) {
     *low = _mm512_permutexvar_epi16(*low, table);
     *high = _mm512_permutexvar_epi16(*high, table);
@@ -153,11 +157,12 @@ VBMI inline void transpose(__m512i (&v)[16]) {
   }
 }
 
-VBMI Row row_at(const Place& place, int64_t first, int64_t chunks) {
+VBMI Row row_at(const Place& place, int64_t first, int64_t chunks, int64_t c) {
   const auto& [g, at, cutting] = place;
   const int64_t step = 8 * g->width;
-  return {g->packed + at * g->stride + first * step, step, cutting,
-          last_mask(g->stride, chunks, g->width), g->width, g->code};
+  const uint8_t* row = g->packed + at * g->stride;
+  return {row + first * step, step, cutting, last_mask(g->stride, chunks, g->width), g->width, g->code,
+          g->code == TRELLIS ? Planes(row, g->width, c) : Planes(), first};
 }
 
 VBMI __m512i table_at(const Place& place) {
@@ -167,15 +172,16 @@ VBMI __m512i table_at(const Place& place) {
 }
 
 // Chunks first..last of up to 16 rows as pairs of columns: panel [pair, 32, 2], half of the 32.
-VBMI void fill_pairs(const Place* places, int64_t count, int64_t first, int64_t last, int64_t chunks,
+VBMI void fill_pairs(const Place* places, int64_t count, int64_t first, int64_t last, int64_t c,
                      uint16_t* panel) {
+  const int64_t chunks = (c + CHUNK - 1) / CHUNK;
   alignas(64) __m512i table[16];
   Row row[16];
   static const uint8_t nothing[64] = {};
   static const Cutting none = {};
   for (int64_t r = 0; r < 16; ++r) {
     const bool real = r < count;  // rows past the last one are zeros
-    row[r] = real ? row_at(places[r], first, chunks) : Row{nothing, 0, &none, 0, 1, TABLE};
+    row[r] = real ? row_at(places[r], first, chunks, c) : Row{nothing, 0, &none, 0, 1, TABLE, Planes(), 0};
     table[r] = real ? table_at(places[r]) : _mm512_setzero_si512();
   }
   for (int64_t k = first; k < last; ++k, panel += CHUNK * ROWS) {
@@ -185,6 +191,7 @@ VBMI void fill_pairs(const Place* places, int64_t count, int64_t first, int64_t 
       bf16_chunk(row[r], end ? row[r].last : row[r].cutting->controls.bytes, table[r], &half[0][r],
                  &half[1][r]);
       row[r].at += row[r].step;
+      ++row[r].chunk;
     }
     for (int h = 0; h < 2; ++h) {
       transpose(half[h]);
@@ -196,13 +203,14 @@ VBMI void fill_pairs(const Place* places, int64_t count, int64_t first, int64_t 
 }
 
 // Chunks first..last of a row, in order.
-VBMI void fill_row(const Place& place, int64_t first, int64_t last, int64_t chunks, uint16_t* to) {
-  Row row = row_at(place, first, chunks);
+VBMI void fill_row(const Place& place, int64_t first, int64_t last, int64_t c, uint16_t* to) {
+  const int64_t chunks = (c + CHUNK - 1) / CHUNK;
+  Row row = row_at(place, first, chunks, c);
   const __m512i table = table_at(place);
   const __m512i begin = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
   const __m512i end = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
   const Controls& cut = place.cutting->controls;
-  for (int64_t k = first; k < last; ++k, to += CHUNK, row.at += row.step) {
+  for (int64_t k = first; k < last; ++k, ++row.chunk, to += CHUNK, row.at += row.step) {
     __m512i low, high;
     bf16_chunk(row, k + 1 == chunks ? row.last : cut.bytes, table, &low, &high);
     _mm512_store_si512(to, _mm512_permutex2var_epi64(low, begin, high));
@@ -311,12 +319,12 @@ void rows_many(const SkimlmLayer& w, const Place* places, int64_t begin, int64_t
     if (few) {
       for (int64_t r = 0; r < count; r += 4) {
         for (int64_t i = 0; i < 4; ++i)  // a row past the last one is the last one again
-          fill_row(places[std::min(r + i, count - 1)], first, last, chunks, scratch + i * FEW_ROW);
+          fill_row(places[std::min(r + i, count - 1)], first, last, c, scratch + i * FEW_ROW);
         all_lines(rows, FEW_LINES, scratch, length, x, column, column > 0, sums + r);
       }
     } else {
       for (int64_t r = 0; r < ROWS; r += 16)
-        fill_pairs(places + r, count - r, first, last, chunks, scratch + 2 * r);
+        fill_pairs(places + r, count - r, first, last, c, scratch + 2 * r);
       all_lines(panel, LINES, scratch, (length + 1) / 2, x, column, column > 0, sums);
     }
   }
@@ -455,7 +463,8 @@ void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf
   std::deque<Cutting> cuttings;  // where they stand does not change
   for (const Group& group : m.groups) {
     const bool trellis = group.code == TRELLIS;
-    cuttings.push_back({controls(group.width), trellis ? Bf16Trellis(group.levels, 1.f, group.width) : Bf16Trellis()});
+    cuttings.push_back({controls(group.width), plane_places(group.width),
+                        trellis ? Bf16Trellis(group.levels, 1.f) : Bf16Trellis()});
     for (int64_t i = 0; i < group.rows; ++i)
       places[m.order[group.first + i]] = {&group, i, &cuttings.back()};
   }

@@ -58,20 +58,19 @@ SKIMLM_API int skimlm_sparse_descent(const float* h, float* gradient, const floa
 // The symbols of trellis rows of `bits` bits with least sum of f (scale * table[window] - w)^2: table [128],
 // scale [r], codes [r, c] (quantize/trellis.py).
 SKIMLM_API int skimlm_trellis_viterbi(const float* w, const float* f, const float* table, const float* scale,
-                                       uint8_t* codes, int64_t r, int64_t c, int64_t bits, int64_t taps,
-                                       int threads);
+                                       uint8_t* codes, int64_t r, int64_t c, int64_t bits, int threads);
 
-// Descent over their symbols under h, `run` at once at every `stride`-th column, a divisor of 48; `run` is at most
-// 8 more (quantize/trellis.py). gradient [r, c] as above; codes change in place.
+// Descent over their symbols under h, columns in the order of the stream, `run` at once at every `stride`-th, a
+// divisor of 48; `run` is at most 8 more (quantize/trellis.py). gradient [r, c] as above; codes change in place.
 SKIMLM_API int skimlm_trellis_descend(const float* h, float* gradient, const float* table,
                                        const float* scale, uint8_t* codes, int64_t r, int64_t c,
-                                       int64_t bits, int64_t taps, int64_t run, int64_t stride,
-                                       int64_t sweeps, int threads);
+                                       int64_t bits, int64_t run, int64_t stride, int64_t sweeps,
+                                       int threads);
 
-// a [128, 128] = sum of weight P^T h P over rows, P [c, 128] being 1 where a weight has a window
+// a [128, 128] = sum of weight P^T h P over rows, P [c, 128] being 1 where a weight has a window, windows [r, c]
 // (quantize/trellis.py).
-SKIMLM_API int skimlm_trellis_normal(const float* h, const uint8_t* codes, const float* weight, double* a,
-                                      int64_t r, int64_t c, int64_t bits, int64_t taps, int threads);
+SKIMLM_API int skimlm_trellis_normal(const float* h, const uint8_t* windows, const float* weight, double* a,
+                                      int64_t r, int64_t c, int threads);
 
 // Least-squares codebooks under h, codes fixed up to sorting, code 255 a weight of 0 (quantize/refine.py).
 // gradient [r, c] as above, or null.
@@ -79,10 +78,13 @@ SKIMLM_API int skimlm_codebook_step(const float* h, const float* w, const int32_
                                      uint8_t* codes, float* codebook, float* gradient, int64_t r,
                                      int64_t c, int64_t k, double ridge, int threads);
 
-// The codes [r, c] of rows packed one after the other, `bits` each (1..8); with `windows` (bits 1..4), of every
-// code the SKIMLM_WINDOW bits of the row's stream that begin with it (quantize/codes.py).
+// codes [r, c] of rows packed one code after the other, `bits` each, 1..8 (quantize/codes.py).
 SKIMLM_API int skimlm_unpack_codes(const uint8_t* packed, uint8_t* codes, int64_t r, int64_t c, int64_t bits,
-                                    int64_t windows, int threads);
+                                    int threads);
+
+// windows [r, c] of packed trellis rows of `bits` bits, 1..4: what each code looks up.
+SKIMLM_API int skimlm_unpack_windows(const uint8_t* packed, uint8_t* windows, int64_t r, int64_t c, int64_t bits,
+                                      int threads);
 
 // out[i, j] = codebook[i, codes[i, j]] as bfloat16 bits (train/codebooks.py).
 SKIMLM_API int skimlm_lookup_bf16(const uint8_t* codes, const float* codebook, uint16_t* out,
@@ -92,7 +94,7 @@ SKIMLM_API int skimlm_lookup_bf16(const uint8_t* codes, const float* codebook, u
 SKIMLM_API int skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradient, float* out,
                                    int64_t r, int64_t c, int64_t k, int threads);
 
-// Whether the routines for AVX-512 with VBMI, VNNI and BF16 run: the processor has them, this library too.
+// Whether the routines for AVX-512 with VBMI, VNNI, BF16 and GFNI run: the processor has them, this library too.
 SKIMLM_API int skimlm_has_vbmi();
 
 // out [n, rows] = x [n, cols] times a layer transposed, its adapter and bias included (runtime/ops.py,

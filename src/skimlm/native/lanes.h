@@ -42,12 +42,12 @@ inline int64_t rows_of_width(int b, const uint8_t* widths, int64_t r, int32_t* o
 #if defined(__AVX512F__)
 namespace {
 
-#define VBMI __attribute__((target("avx512vbmi,avx512vnni,avx512bf16")))
+#define VBMI __attribute__((target("avx512vbmi,avx512vnni,avx512bf16,gfni")))
 
 // Byte k of lane i takes byte i * b + k of the chunk; 16-bit fields begin at multiples of b bits.
 struct Controls {
   __m512i spread, low, high, copies;
-  __mmask64 bytes, entries;  // of a chunk and the byte behind it, of a table
+  __mmask64 bytes, entries;  // of a chunk, of a table
 };
 
 VBMI inline Controls controls(int b) {
@@ -60,7 +60,7 @@ VBMI inline Controls controls(int b) {
   }
   return {_mm512_load_si512(spread), _mm512_load_si512(low), _mm512_load_si512(high),
           _mm512_load_si512(copies),
-          b == 8 ? ~__mmask64(0) : (__mmask64(2) << 8 * b) - 1,
+          b == 8 ? ~__mmask64(0) : (__mmask64(1) << 8 * b) - 1,
           b > 5 ? 0 : (__mmask64(1) << (1 << b)) - 1};
 }
 
@@ -97,6 +97,53 @@ VBMI inline __m512i bf16_table(const int8_t* levels, const Controls& c) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
+// Of eight bytes, the bits of a window of eight codes in a row (byte 7 - m has bit m): with `WHOLE` the windows as
+// bytes, with `LOW` and `HIGH` those of the first and last four codes as 16 bits. By `turned`, a product of bits.
+constexpr long long WHOLE = 0x8040201008040201, LOW = 0x0008000400020001, HIGH = 0x0080004000200010;
+
+VBMI inline __m512i turned(__m512i planes, __m512i which) {
+  return _mm512_gf2p8affine_epi64_epi8(which, planes, 0);
+}
+
+// Byte k of lane i, for a group 8 i + `first` (in steps of `step`): where in its row bit 7 - k of its windows is.
+inline void places_of_planes(int b, int first, int step, uint8_t (&to)[64]) {
+  for (int j = 0; j < 64; ++j) {
+    const int group = j / 8 * step + first, bit = 7 - j % 8;
+    to[j] = uint8_t(bit < b ? group * b + bit : bit < WINDOW ? (group + bit - b + 1) * b + b - 1 : 0);
+  }
+}
+
+// A trellis row as planes of bits, 64 codes at a time.
+struct Planes {
+  const uint8_t* row;
+  int b;
+  int64_t whole;  // chunks that what is stored suffices for
+  uint8_t tail[192];  // from the next chunk on: what is stored, and the taps behind it
+
+  Planes() {}
+  VBMI Planes(const uint8_t* row, int b, int64_t c) : row(row), b(b) {
+    const int64_t groups = c / 8, stored = divide_up(c, 8);
+    whole = std::max<int64_t>(groups - 6, 0) / 8;
+    const int64_t left = groups - 8 * whole;  // at most 13
+    uint8_t behind[8];
+    taps_behind(b, row, c, behind);
+    std::fill_n(tail, sizeof tail, uint8_t(0));
+    std::copy_n(row + 8 * whole * b, (stored - 8 * whole) * b, tail);
+    for (int64_t i = 0; i < 8; ++i) tail[(left + i) * b + b - 1] = behind[i];
+  }
+  // To be turned; `places` are those of groups 0, 1, ...
+  VBMI __m512i chunk(int64_t k, __m512i places) const {
+    const uint8_t* at = k < whole ? row + 8 * k * b : tail + 8 * (k - whole) * b;
+    return _mm512_permutexvar_epi8(places, _mm512_maskz_loadu_epi8(first_bytes(14 * b), at));
+  }
+};
+
+VBMI inline __m512i plane_places(int b) {
+  uint8_t places[64];
+  places_of_planes(b, 0, 1, places);
+  return _mm512_loadu_si512(places);
+}
+
 // The levels of a trellis plus 128, and the same as bfloat16, to be looked up by the low seven bits of lanes.
 struct ByteTrellis {
   __m512i at[2];
@@ -110,7 +157,7 @@ struct ByteTrellis {
 struct Bf16Trellis {
   __m512i at[4];
   Bf16Trellis() = default;
-  VBMI Bf16Trellis(const int8_t* levels, float scale, int /* bits of a code */) {
+  VBMI Bf16Trellis(const int8_t* levels, float scale) {
     alignas(64) uint16_t entry[1 << WINDOW];
     for (int k = 0; k < 1 << WINDOW; ++k) entry[k] = to_bf16(float(levels[k]) * scale);
     for (int i = 0; i < 4; ++i) at[i] = _mm512_load_si512(entry + 32 * i);

@@ -51,8 +51,8 @@ bool lay_out(const SkimlmLayer& w, Matrix& m) {
     const int64_t n = w.order ? w.counts[width] : rows_of_width(width, w.widths, w.rows, m.found.data() + rows);
     count[width] = n;
     rows += n;
-    bytes += n * divide_up(m.kept * b, 8);
     const RowCode code = code_of(w, width);
+    bytes += n * bytes_of_row(code, b, m.kept);
     if (code == TABLE) levels += n << b;
     if (code == AFFINE) m.affine += n;
     if (code == TRELLIS && n) shared += int64_t(1) << WINDOW;
@@ -70,7 +70,7 @@ bool lay_out(const SkimlmLayer& w, Matrix& m) {
     if (!n) continue;
     const int b = code_bits(w, width);
     const RowCode code = code_of(w, width);
-    const int64_t stride = divide_up(m.kept * b, 8);
+    const int64_t stride = bytes_of_row(code, b, m.kept);
     m.groups.push_back({b, code, n, first, packed, code == TRELLIS ? trellis : codebook, zeros, stride});
     first += n;
     packed += n * stride;

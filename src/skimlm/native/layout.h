@@ -11,8 +11,8 @@ constexpr int64_t ADAPTER = SKIMLM_ADAPTER_GROUP;
 enum Sparsity { DENSE, PAIRS, BITMAP };  // as layer.h counts them
 
 // How the codes of a row become levels (format/row_codes.py has the formulas). What a code decides stands
-// here, in `lay_out` for what its rows add to the stored tensors, and with VBMI where levels are looked
-// up: matmul.cpp, gemm.cpp, unpack.cpp, sparse_bytes.cpp, and `multiply_rows` in sparse.cpp.
+// in three places: here, `lay_out` for what its rows add to the stored tensors, and `multiply_rows` in
+// sparse.cpp for the kernels.
 enum RowCode { TABLE, AFFINE, GRID, TRELLIS };
 
 inline RowCode code_of(const SkimlmLayer& w, int64_t width) {
@@ -25,7 +25,10 @@ inline int code_bits(const SkimlmLayer& w, int64_t width) {
   return known ? int(width % SKIMLM_TRELLIS) : 0;
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return a ? (a - 1) / b + 1 : 0; }
+// Bytes of c codes of b bits: one after the other, or of a trellis a byte for each bit of eight.
+inline int64_t bytes_of_row(RowCode code, int b, int64_t c) {
+  return code == TRELLIS ? divide_up(c, 8) * b : divide_up(c * b, 8);
+}
 
 // What the rows of one width share.
 struct Group {
@@ -40,11 +43,10 @@ struct Group {
   // What is taken off the levels of row i.
   int64_t zero(int64_t i) const { return code == AFFINE ? zeros[i] : 0; }
 
-  // What is looked up for each of the c codes of row i: the code itself or, of a trellis, the WINDOW bits
-  // that begin with it. `to` has room for eight more.
+  // What is looked up for each of the c codes of row i: the code itself or, of a trellis, its window. `to` has
+  // room for eight more.
   void indices(int64_t i, int64_t c, uint8_t* to) const {
-    cut_row(width, packed + i * stride, to, c);
-    if (code == TRELLIS) windows_of_width[width](to, c);
+    (code == TRELLIS ? cut_windows : cut_row)(width, packed + i * stride, to, c);
   }
   int index_bits() const { return code == TRELLIS ? WINDOW : width; }
 

@@ -90,9 +90,9 @@ void rounded_any(const Group& g, int64_t begin, int64_t end, const Rounded& x,
 // and a second permutation looks them up in the row's table, copies of which fill the register so that
 // what stands above a code does not matter. x stands in the order in which the codes come out.
 //
-// Of a trellis the seven bits that begin with a code are looked up, in the two registers that all rows
-// share. They reach into the next byte: up to 3 bits a lane has it anyway, at 4 bits a second load of the
-// same bytes begins four later.
+// Of a trellis the byte permutation gives each lane the seven planes of the windows of eight codes, which a
+// product of bits turns; the two registers that all rows share are looked up. Planes behind the end of the stored
+// groups are the first ones of the row, a bit further down.
 
 #if defined(__AVX512F__)
 // R rows of width B, of a trellis if T: their tables (levels plus 128 up to 5 bits) and how to cut codes
@@ -101,9 +101,9 @@ template <int B, int R, bool T>
 struct Rows {
   __m512i table[T ? 2 : R], spread[2], fields[2];
   const uint8_t* at;
-  int64_t stride;
+  int64_t stride, c;
 
-  VBMI Rows(const Group& g, int64_t i) : at(g.packed + i * g.stride), stride(g.stride) {
+  VBMI Rows(const Group& g, int64_t i, int64_t c) : at(g.packed + i * g.stride), stride(g.stride), c(c) {
     alignas(64) uint8_t bytes[2][64], bits[2][64], copies[64];
     for (int h = 0; h < 2; ++h)
       for (int j = 0; j < 64; ++j) {
@@ -111,11 +111,13 @@ struct Rows {
         bits[h][j] = uint8_t((B <= 4 ? 8 * h + j % 8 : j % 8) * B);
         copies[j] = uint8_t(j & ((1 << B) - 1));
       }
+    for (int h = 0; T && h < 2; ++h) places_of_planes(B, h, 2, bytes[h]);
     for (int h = 0; h < 2; ++h)
       spread[h] = _mm512_load_si512(bytes[h]), fields[h] = _mm512_load_si512(bits[h]);
     const __m512i copy = _mm512_load_si512(copies), half = _mm512_set1_epi8(char(128));
     if constexpr (T) {
-      std::copy_n(ByteTrellis(g.levels).at, 2, table);
+      table[0] = _mm512_xor_si512(_mm512_loadu_si512(g.levels), half);
+      table[1] = _mm512_xor_si512(_mm512_loadu_si512(g.levels + 64), half);
     } else {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -130,25 +132,60 @@ struct Rows {
     }
   }
 
+  // What is behind the stored groups of row r, where `ends` has it.
+  VBMI __m512i behind(int r) const {
+    alignas(32) uint8_t bytes[32] = {};
+    uint8_t taps[8];
+    taps_behind(B, at + r * stride, c, taps);
+    for (int i = 0; i < 8; ++i) bytes[i * B + B - 1] = taps[i];
+    const __m256i found = _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
+    return _mm512_inserti64x4(_mm512_setzero_si512(), found, B == 4);
+  }
+
+  // Where the planes of pair k are if the row ends in it or the next.
+  VBMI void ends(int64_t k, __m512i (&places)[2]) const {
+    constexpr uint64_t taps = (~uint64_t(0) / 255) * ((2 << (8 - B)) - 2);  // bytes of lanes that are taps
+    const int64_t end = (c / 8 - 16 * k) * B;
+    const __m512i from = _mm512_set1_epi8(char(std::clamp<int64_t>(end, 0, 127)));
+    const __m512i by = _mm512_set1_epi8(char((B == 4 ? 96 : 64) - end));
+    for (int h = 0; h < 2; ++h) {
+      const __mmask64 behind = _mm512_mask_cmpge_epu8_mask(taps, spread[h], from);
+      places[h] = _mm512_mask_add_epi8(spread[h], behind, spread[h], by);
+    }
+  }
+
   // The 128 unsigned bytes of pair k of row r in two halves. MASK: the row ends in this pair or the
   // next; elsewhere loads may reach into what follows.
   template <bool MASK>
   VBMI void pair(int r, int64_t k, __m512i (&half)[2]) const {
     const uint8_t* from = at + r * stride + k * 16 * B;
     const int64_t left = stride - k * 16 * B;
-    if constexpr (T && B == 4) {
+    if constexpr (T) {
+      const __m512i which = _mm512_set1_epi64(WHOLE);
+      __m512i low, high = _mm512_setzero_si512(), places[2] = {spread[0], spread[1]};
+      if constexpr (MASK) {
+        ends(k, places);
+        low = _mm512_maskz_loadu_epi8(first_bytes(left), from);
+        high = behind(r);
+        if constexpr (B == 4) high = _mm512_mask_loadu_epi8(high, first_bytes(std::min<int64_t>(left - 64, 32)), from + 64);
+      } else {
+        low = B == 1 ? _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))
+                     : _mm512_loadu_si512(from);
+        if constexpr (B == 4)
+          high = _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 64)));
+      }
       for (int h = 0; h < 2; ++h) {
-        const __m512i bytes = MASK ? _mm512_maskz_loadu_epi8(first_bytes(left - 4 * h), from + 4 * h)
-                                   : _mm512_loadu_si512(from + 4 * h);
-        half[h] = _mm512_multishift_epi64_epi8(fields[0], bytes);
+        const __m512i planes = MASK || B == 4 ? _mm512_permutex2var_epi8(low, places[h], high)
+                                              : _mm512_permutexvar_epi8(places[h], low);
+        half[h] = turned(planes, which);
       }
     } else if constexpr (B <= 4) {
       __m512i bytes;
       if constexpr (MASK)
         bytes = _mm512_maskz_loadu_epi8(first_bytes(left), from);
-      else if constexpr (B == 1 && !T)
+      else if constexpr (B == 1)
         bytes = _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-      else if constexpr (B == 2 - T)
+      else if constexpr (B == 2)
         bytes = _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
       else
         bytes = _mm512_loadu_si512(from);
@@ -211,7 +248,7 @@ VBMI inline __attribute__((always_inline)) void exact_pairs(const Rows<B, R, T>&
 template <int B, int R, bool T, bool FAR>
 VBMI void block_exact(const Group& g, int64_t i, const Integers& x, int64_t token,
                       const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const Rows<B, R, T> rows(g, i);
+  const Rows<B, R, T> rows(g, i, x.c);
   __m512i sum[R][PLANES];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_si512();
@@ -252,7 +289,7 @@ VBMI inline __attribute__((always_inline)) void rounded_pairs(const Rows<B, R, T
 template <int B, int R, bool T, bool FAR>
 VBMI void block_rounded(const Group& g, int64_t i, const Rounded& x, int64_t token,
                         const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const Rows<B, R, T> rows(g, i);
+  const Rows<B, R, T> rows(g, i, x.c);
   __m512 sum[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();

@@ -26,8 +26,10 @@ VBMI void bytes_of(const Matrix& m, const Group& g, int64_t i, const Bytes& cut,
   const int64_t step = 8 * g.width;
   if (g.code == TRELLIS) {
     const ByteTrellis trellis(g.levels);
-    for (int64_t k = 0, left = g.stride; k < m.kept; k += CHUNK, left -= step)
-      _mm512_storeu_si512(to + k, trellis(cut.chunk(at + g.stride - left, left)));
+    const Planes planes(at, g.width, m.kept);
+    const __m512i places = plane_places(g.width), which = _mm512_set1_epi64(WHOLE);
+    for (int64_t k = 0; k < m.kept; k += CHUNK)
+      _mm512_storeu_si512(to + k, trellis(turned(planes.chunk(k / CHUNK, places), which)));
     return;
   }
   if (g.code == TABLE) {

@@ -6,7 +6,7 @@
 #include "sparse.h"
 
 #if defined(__AVX512F__)
-#define VBMI2 __attribute__((target("avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16")))
+#define VBMI2 __attribute__((target("avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,gfni")))
 
 // How codes of one width come out of bytes, and what they become.
 struct Bytes {
@@ -23,9 +23,9 @@ struct Bytes {
     fields = _mm512_load_si512(bits);
     copies = _mm512_load_si512(copy);
   }
-  // 64 codes in the low bits of bytes, what stands behind each of them above; `left` bytes are there
+  // 64 codes in the low bits of bytes; `left` bytes are there
   VBMI __m512i chunk(const uint8_t* at, int64_t left) const {
-    const __m512i bytes = _mm512_maskz_loadu_epi8(first_bytes(std::min<int64_t>(left, 8 * width + 1)), at);
+    const __m512i bytes = _mm512_maskz_loadu_epi8(first_bytes(std::min<int64_t>(left, 8 * width)), at);
     return _mm512_multishift_epi64_epi8(fields, _mm512_permutexvar_epi8(spread, bytes));
   }
 };

@@ -17,7 +17,8 @@ using ByteLanes = uint8_t __attribute__((vector_size(LANES)));
 // A row to a lane: what windows do to each other is then the same for all of them.
 template <class T>
 void viterbi(T, const float* w, const float* f, const float* table, const float* scale, uint8_t* codes,
-             int64_t rows, int64_t c) {
+             int64_t rows, const std::vector<int64_t>& order) {
+  const int64_t c = int64_t(order.size());
   FloatLanes cost[STATES], next[STATES], size = {};
   for (FloatLanes& start : cost) start = FloatLanes{} + INFINITY;
   cost[0] = FloatLanes{};
@@ -25,7 +26,8 @@ void viterbi(T, const float* w, const float* f, const float* table, const float*
   const Lines<ByteLanes> back(c * T::CLASSES);  // which of the windows that leave a class came before
   for (int64_t j = c; j-- > 0;) {
     FloatLanes target = {}, weight = {};
-    for (int64_t l = 0; l < rows; ++l) target[l] = w[l * c + j], weight[l] = f[l * c + j];
+    const int64_t at = order[j];
+    for (int64_t l = 0; l < rows; ++l) target[l] = w[l * c + at], weight[l] = f[l * c + at];
     for (int k = 0; k < T::CLASSES; ++k) {
       FloatLanes least = cost[T::leaving(k, 0)];
       IntLanes which = {};
@@ -47,11 +49,19 @@ void viterbi(T, const float* w, const float* f, const float* table, const float*
     for (int t = 1; t < STATES; ++t)
       if (cost[t][l] < cost[s][l]) s = t;
     for (int64_t j = 0; j < c; ++j) {
-      codes[l * c + j] = uint8_t(s % T::SYMBOLS);
+      codes[l * c + order[j]] = uint8_t(s % T::SYMBOLS);
       const int k = s / T::SYMBOLS;
       s = T::leaving(k, back[j * T::CLASSES + k][l]);
     }
   }
+}
+
+// Columns as the stream takes them: every eighth, from each of the first eight on.
+std::vector<int64_t> stream_order(int64_t c) {
+  std::vector<int64_t> order;
+  for (int64_t first = 0; first < 8; ++first)
+    for (int64_t j = first; j < c; j += 8) order.push_back(j);
+  return order;
 }
 
 constexpr int64_t TOGETHER = 16;  // rows that share a tile of H: their sums fit the second cache
@@ -83,37 +93,29 @@ void add_normal(const float* h, const uint8_t* window, const float* weight, int6
 }  // namespace
 
 int skimlm_trellis_viterbi(const float* w, const float* f, const float* table, const float* scale,
-                           uint8_t* codes, int64_t r, int64_t c, int64_t bits, int64_t taps, int threads) {
+                           uint8_t* codes, int64_t r, int64_t c, int64_t bits, int threads) {
   return guarded([&] {
-    return with_trellis(bits, taps, [&](auto trellis) {
+    const std::vector<int64_t> order = stream_order(c);
+    return with_trellis(bits, [&](auto trellis) {
       parallel_rows(r, LANES, threads, [&](int64_t i, int64_t last) {
-        viterbi(trellis, w + i * c, f + i * c, table, scale + i, codes + i * c, last - i, c);
+        viterbi(trellis, w + i * c, f + i * c, table, scale + i, codes + i * c, last - i, order);
       });
     });
   });
 }
 
-int skimlm_trellis_normal(const float* h, const uint8_t* codes, const float* weight, double* a, int64_t r,
-                          int64_t c, int64_t bits, int64_t taps, int threads) {
+int skimlm_trellis_normal(const float* h, const uint8_t* windows, const float* weight, double* a, int64_t r,
+                          int64_t c, int threads) {
   return guarded([&] {
     const int64_t blocks = (r + SIDE - 1) / SIDE;  // whatever the threads: sums keep their order
     std::vector<float> part(blocks * STATES * STATES);
-    const int status = with_trellis(bits, taps, [&](auto trellis) {
-      parallel_rows(blocks, 1, threads, [&](int64_t block, int64_t) {
-        std::vector<uint8_t> window(TOGETHER * c);
-        const int64_t end = std::min(r, (block + 1) * SIDE);
-        for (int64_t i = block * SIDE; i < end; i += TOGETHER) {
-          const int64_t rows = std::min(TOGETHER, end - i);
-          for (int64_t e = 0; e < rows; ++e)
-            for (int64_t j = 0; j < c; ++j)
-              window[e * c + j] = uint8_t(trellis.window(codes + (i + e) * c, c, j));
-          add_normal(h, window.data(), weight + i, rows, c, &part[block * STATES * STATES]);
-        }
-      });
+    parallel_rows(blocks, 1, threads, [&](int64_t block, int64_t) {
+      const int64_t end = std::min(r, (block + 1) * SIDE);
+      for (int64_t i = block * SIDE; i < end; i += TOGETHER)
+        add_normal(h, windows + i * c, weight + i, std::min(TOGETHER, end - i), c, &part[block * STATES * STATES]);
     });
     std::fill(a, a + STATES * STATES, 0.0);
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t e = 0; e < STATES * STATES; ++e) a[e] += part[block * STATES * STATES + e];
-    return status;
   });
 }

@@ -1,8 +1,7 @@
-// The trellis code of a row: weight j takes its level from a table of 128 at its window (quantize/trellis.py).
+// The trellis code of a row, its symbols in the order of the stream (quantize/trellis.py).
 //
-// A symbol has B bits. The highest T of them, its taps, stand in a stream; a window is the symbol with as
-// many taps of the symbols behind it as make 7 bits. From the end of the row to its start the part of the
-// window that is a piece of the stream is a shift register.
+// The window of a weight is its symbol of B bits and above it the taps, the highest bits, of those behind it,
+// 7 bits in all. From the end of the stream to its start the taps are a shift register.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -24,20 +23,19 @@ constexpr int LANES = 4;
 using FloatLanes = float __attribute__((vector_size(4 * LANES)));
 using IntLanes = int32_t __attribute__((vector_size(4 * LANES)));
 
-template <int B, int T>
+template <int B>
 struct Trellis {
-  static constexpr int PLAIN = B - T;                       // bits of a symbol that are no taps
+  static constexpr int PLAIN = B - 1;  // bits of a symbol that are no tap
   static constexpr int SYMBOLS = 1 << B;
-  static constexpr int CLASSES = 1 << (BITS - B);           // of windows, by what they leave to the next
-  static constexpr int REACH = (BITS - PLAIN + T - 1) / T;  // weights whose window holds a symbol's taps
+  static constexpr int CLASSES = 1 << (BITS - B);  // of windows, by what they leave to the next
+  static constexpr int REACH = BITS - PLAIN;       // weights whose window holds a symbol's tap
 
   static int window(const uint8_t* code, int64_t c, int64_t j) {
     int out = code[j];
-    for (int64_t k = j + 1; k < std::min(j + REACH, c); ++k)
-      out |= (code[k] >> PLAIN) << (B + (k - j - 1) * T);
-    return out & (STATES - 1);
+    for (int64_t k = j + 1; k < std::min(j + REACH, c); ++k) out |= (code[k] >> PLAIN) << (PLAIN + k - j);
+    return out;
   }
-  // What the window before this one, in the order of the columns, has of it: its bits above its symbol's.
+  // What the window before this one has of it: all its taps but the last.
   static constexpr int leaves(int window) { return (window >> PLAIN) % CLASSES; }
   // One of the 2^B windows that leave `k`.
   static constexpr int leaving(int k, int which) {
@@ -45,16 +43,13 @@ struct Trellis {
   }
 };
 
-// Calls body(Trellis of rows of this kind) if there is one.
+// Calls body(Trellis of rows of these bits) if there is one.
 template <class Body>
-int with_trellis(int64_t bits, int64_t taps, const Body& body) {
-  if (bits == 1 && taps == 1) return body(Trellis<1, 1>()), DONE;
-  if (bits == 2 && taps == 1) return body(Trellis<2, 1>()), DONE;
-  if (bits == 2 && taps == 2) return body(Trellis<2, 2>()), DONE;
-  if (bits == 3 && taps == 1) return body(Trellis<3, 1>()), DONE;
-  if (bits == 3 && taps == 3) return body(Trellis<3, 3>()), DONE;
-  if (bits == 4 && taps == 1) return body(Trellis<4, 1>()), DONE;
-  if (bits == 4 && taps == 4) return body(Trellis<4, 4>()), DONE;
+int with_trellis(int64_t bits, const Body& body) {
+  if (bits == 1) return body(Trellis<1>()), DONE;
+  if (bits == 2) return body(Trellis<2>()), DONE;
+  if (bits == 3) return body(Trellis<3>()), DONE;
+  if (bits == 4) return body(Trellis<4>()), DONE;
   return MISFIT;
 }
 

@@ -1,6 +1,6 @@
 // Descent over the symbols of trellis rows under a full matrix H, a run of them at once (quantize/trellis.py).
 //
-// As in refine.cpp many rows go through a tile of H: the runs that begin in a stripe of 48 columns change weights
+// Columns stand in the order of the stream. As in refine.cpp many rows go through a tile of H: the runs that begin in a stripe of 48 columns change weights
 // in 64, and what changes there goes to the gradient of all columns afterwards.
 #include <cmath>
 #include <vector>
@@ -42,19 +42,19 @@ inline void change(const Here& row, int64_t j, float step) {
 template <class T>
 struct Classes {
   static constexpr int K = T::CLASSES, N = std::max(K, LANES), VECTORS = N / LANES;
-  static constexpr int PLAINS = 1 << T::PLAIN, TAPS = T::SYMBOLS / PLAINS;
+  static constexpr int PLAINS = 1 << T::PLAIN;
   using Float = FloatLanes[VECTORS];
   using Int = IntLanes[VECTORS];
 
-  // By the taps of a window's symbol, of the window that leaves class k: whom it comes from, and its taps.
-  Int from[TAPS], taps[TAPS];
+  // By the tap of a window's symbol, of the window that leaves class k: whom it comes from, and its tap.
+  Int from[2], taps[2];
   FloatLanes level[T::SYMBOLS][VECTORS];  // of `leaving(k, m)`
 
   explicit Classes(const float* levels) {
     for (int k = 0; k < N; ++k) {
-      for (int tap = 0; tap < TAPS; ++tap) {
-        from[tap][k / LANES][k % LANES] = k < K ? (k + tap * K) / TAPS : k;
-        taps[tap][k / LANES][k % LANES] = (k + tap * K) % TAPS;
+      for (int tap = 0; tap < 2; ++tap) {
+        from[tap][k / LANES][k % LANES] = k < K ? (k + tap * K) / 2 : k;
+        taps[tap][k / LANES][k % LANES] = (k + tap * K) % 2;
       }
       for (int m = 0; m < T::SYMBOLS; ++m)
         level[m][k / LANES][k % LANES] = k < K ? levels[T::leaving(k, m)] : 0;
@@ -117,7 +117,7 @@ bool descend_run(T, const Here& row, const Classes<T>& classes, int64_t begin, i
       next[v] = FloatLanes{} + INFINITY, x[v] = FloatLanes{};
       which[v] = came[v] = IntLanes{};
     }
-    for (int tap = 0; tap < C::TAPS; ++tap) {
+    for (int tap = 0; tap < 2; ++tap) {
       C::pick(gradient[j], classes.from[tap], at);
       C::pick(cost, classes.from[tap], base);
       for (int v = 0; fixed && v < C::VECTORS; ++v)
@@ -211,10 +211,10 @@ void descend_rows(T, const float* h, float* gradient, const float* table, const 
 }  // namespace
 
 int skimlm_trellis_descend(const float* h, float* gradient, const float* table, const float* scale,
-                           uint8_t* codes, int64_t r, int64_t c, int64_t bits, int64_t taps, int64_t run,
-                           int64_t stride, int64_t sweeps, int threads) {
+                           uint8_t* codes, int64_t r, int64_t c, int64_t bits, int64_t run, int64_t stride,
+                           int64_t sweeps, int threads) {
   return guarded([&] {
-    return with_trellis(bits, taps, [&](auto trellis) {
+    return with_trellis(bits, [&](auto trellis) {
       parallel_rows(r, rows_at_once(r, MANY, threads), threads, [&](int64_t i, int64_t last) {
         descend_rows(trellis, h, gradient + i * c, table, scale + i, codes + i * c, last - i, c, run,
                      stride, sweeps);

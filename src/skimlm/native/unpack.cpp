@@ -13,7 +13,7 @@ namespace {
 // A table of 2^b levels as bfloat16, to be looked up by the low bits of 16-bit lanes.
 struct Bf16Table {
   __m512i at;
-  VBMI Bf16Table(const int8_t* levels, float scale, int b) {
+  VBMI Bf16Table(const int8_t* levels, int b, float scale) {
     alignas(64) uint16_t entry[32];
     for (int m = 0; m < 32; ++m) entry[m] = to_bf16(float(levels[m & ((1 << b) - 1)]) * scale);
     at = _mm512_load_si512(entry);
@@ -21,25 +21,34 @@ struct Bf16Table {
   VBMI __m512i operator()(__m512i code) const { return _mm512_permutexvar_epi16(code, at); }
 };
 
-// One row of width b <= 5 as bfloat16: its levels, scaled and rounded once, are looked up.
-template <class Table>
-VBMI void dense_row(const uint8_t* row, const int8_t* levels, int b, float scale, uint16_t* to, int64_t c,
-                    const Controls& k) {
-  const Table table(levels, scale, b);
+// Columns 0 to 3, and 4 to 7, of every eight, the last `left` of a row.
+VBMI inline void put_chunk(__m512i low, __m512i high, int64_t left, uint16_t* to) {
   const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
   const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  const __mmask64 keep = first_bytes(left);
+  _mm512_mask_storeu_epi16(to, __mmask32(keep), _mm512_permutex2var_epi64(low, first, high));
+  _mm512_mask_storeu_epi16(to + 32, __mmask32(keep >> 32), _mm512_permutex2var_epi64(low, second, high));
+}
+
+// One row of width b <= 5 as bfloat16: its levels, scaled and rounded once, are looked up.
+VBMI void dense_row(const uint8_t* row, const Bf16Table& table, int b, uint16_t* to, int64_t c, const Controls& k) {
   const int64_t stride = (c * b + 7) / 8, chunks = (c + CHUNK - 1) / CHUNK;
   for (int64_t i = 0; i < chunks; ++i, row += 8 * b, to += CHUNK) {
     const bool last = i + 1 == chunks;
     const __mmask64 mask = last ? last_mask(stride, chunks, b) : k.bytes;
     const __m512i lanes = _mm512_permutexvar_epi8(k.spread, load_chunk(row, mask));
-    const __m512i low = table(_mm512_multishift_epi64_epi8(k.low, lanes));
-    const __m512i high = table(_mm512_multishift_epi64_epi8(k.high, lanes));
-    const int64_t left = last ? c - i * CHUNK : CHUNK;
-    const uint64_t keep = left == 64 ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
-    _mm512_mask_storeu_epi16(to, __mmask32(keep), _mm512_permutex2var_epi64(low, first, high));
-    _mm512_mask_storeu_epi16(to + 32, __mmask32(keep >> 32),
-                             _mm512_permutex2var_epi64(low, second, high));
+    put_chunk(table(_mm512_multishift_epi64_epi8(k.low, lanes)), table(_mm512_multishift_epi64_epi8(k.high, lanes)),
+              c - i * CHUNK, to);
+  }
+}
+
+// The same of a trellis.
+VBMI void trellis_row(const uint8_t* row, const Bf16Trellis& table, int b, uint16_t* to, int64_t c) {
+  const Planes planes(row, b, c);
+  const __m512i places = plane_places(b), low = _mm512_set1_epi64(LOW), high = _mm512_set1_epi64(HIGH);
+  for (int64_t k = 0; k * CHUNK < c; ++k, to += CHUNK) {
+    const __m512i bits = planes.chunk(k, places);
+    put_chunk(table(turned(bits, low)), table(turned(bits, high)), c - k * CHUNK, to);
   }
 }
 #endif
@@ -96,9 +105,9 @@ void unpack_rows(const SkimlmLayer& w, const Matrix& m, const Group& g, int64_t 
     const uint8_t* row = g.packed + i * g.stride;
     uint16_t* to = static_cast<uint16_t*>(place(g.first + i));
     if (g.code == TABLE)
-      dense_row<Bf16Table>(row, g.levels + (i << g.width), g.width, scale, to, m.c, control);
+      dense_row(row, Bf16Table(g.levels + (i << g.width), g.width, scale), g.width, to, m.c, control);
     else
-      dense_row<Bf16Trellis>(row, g.levels, g.width, scale, to, m.c, control);
+      trellis_row(row, Bf16Trellis(g.levels, scale), g.width, to, m.c);
   }
   if (dense) return;
 #endif

@@ -24,7 +24,7 @@ from skimlm.quantize.kmeans import kmeans_rows, nearest
 from skimlm.quantize.trellis_fit import TrellisRows
 
 GRIDS = range(1, MAX_WIDTH + 1)  # widths of codebooks, and of affine grids
-TRELLISES = tuple(TRELLIS + bits for bits in trellis.TAPS)
+TRELLISES = tuple(TRELLIS + bits for bits in trellis.BITS)
 WIDTHS = (*GRIDS, *TRELLISES)
 # rows at a time: a copy of 256 x 11008 floats is memory the allocator keeps and gives again, of all
 # rows at once every copy is fresh pages (4096 x 11008: 16.9 s against 13.8)

@@ -5,20 +5,19 @@
     scale_step      the best scale of every row, symbols fixed
     table_step      the best table of all rows, symbols fixed
 
-A symbol u_j has b bits. The highest TAPS[b] of them stand in a stream, and the window of weight j
-is its symbol with as many taps of the symbols behind it, the nearest first, as make 7 bits:
-w_hat[i, j] = table[window[i, j]] * scale[i]. From the last weight to the first, windows are a shift
-register, which Viterbi's algorithm runs through; QTIP (2406.11235) has it with longer windows.
+The window of a weight is its symbol and the taps, the highest bits, of the symbols behind it
+(format/row_codes.py): w_hat[i, j] = table[window[i, j]] * scale[i]. Behind it in the stream, that
+is, which takes every eighth column: `stream_order`. From the last weight to the first, windows are
+a shift register, which Viterbi's algorithm runs through; QTIP (2406.11235) has it with more taps.
 """
 
 import torch
 from torch import Tensor
 
 from skimlm import native
+from skimlm.format.row_codes import WINDOW, WINDOWS, stream_order, stream_windows, windows
 
-WINDOW = 7  # bits
-STATES = 1 << WINDOW
-TAPS = {1: 1, 2: 2, 3: 3, 4: 4}  # by width
+BITS = range(1, 5)  # of a symbol
 # symbols chosen at once, and how far apart such runs begin; the native code's tiles allow strides
 # that divide 48, and runs of at most 8 more
 RUN, STRIDE = 16, 8
@@ -26,16 +25,6 @@ LEAST = 1e-6  # of x H x, that a change x must gain: rounding must not make two 
 RIDGE = 1e-6
 ROWS = 256  # rows at a time, where every one needs a few numbers for each weight
 DOUBLE = torch.float64
-
-
-def windows(codes: Tensor, bits: int) -> Tensor:
-    """The window of every weight, uint8 [r, c]; behind the last symbol the stream is zero."""
-    taps = TAPS[bits]
-    stream = codes.int() >> (bits - taps)
-    out = codes.int()
-    for ahead in range(1, min(_reach(bits), codes.shape[1])):
-        out[:, :-ahead] |= stream[:, ahead:] << (bits + (ahead - 1) * taps)
-    return (out & (STATES - 1)).to(torch.uint8)
 
 
 def values(codes: Tensor, bits: int, table: Tensor, scale: Tensor) -> Tensor:
@@ -54,7 +43,7 @@ def viterbi(w: Tensor, f: Tensor, table: Tensor, scale: Tensor, bits: int) -> Te
     _check(w, table, scale, codes, bits)
     if native.missing():
         return viterbi_reference(w, f, table, scale, bits)
-    native.call("trellis_viterbi", w, f, table, scale, codes, r, c, bits, TAPS[bits])
+    native.call("trellis_viterbi", w, f, table, scale, codes, r, c, bits)
     return codes
 
 
@@ -63,7 +52,7 @@ def descend(
 ) -> Tensor:
     """Symbols after `sweeps` passes under `h` [c, c]; `codes` uint8 [r, c] is the start.
 
-    At every eighth column sixteen symbols are chosen anew by Viterbi's algorithm, all others fixed.
+    At every eighth place of the stream sixteen symbols are chosen anew by Viterbi's algorithm, all others fixed.
     The one path that is kept for a class of windows carries its own errors, so that its cost is
     exact; that no other path of its class could do better later on is a heuristic. A row takes a
     choice only if it is strictly better.
@@ -73,13 +62,13 @@ def descend(
     _check(w, table, scale, codes, bits)
     if native.missing():
         return descend_reference(w, h, table, scale, codes, bits, sweeps)
-    gradient = ((values(codes, bits, table, scale) - w) @ h).contiguous()
-    codes = codes.clone()
+    order = stream_order(c)
+    gradient = ((values(codes, bits, table, scale) - w) @ h)[:, order].contiguous()
+    h, found = h[order][:, order].contiguous(), codes[:, order].contiguous()
     native.call(
-        "trellis_descend",
-        *(h, gradient, table, scale, codes, r, c, bits, TAPS[bits], RUN, STRIDE, sweeps),
+        "trellis_descend", h, gradient, table, scale, found, r, c, bits, RUN, STRIDE, sweeps
     )
-    return codes
+    return torch.empty_like(codes).index_copy_(1, order, found)
 
 
 def scale_step(
@@ -108,7 +97,7 @@ def table_step(
 
     Least squares, held towards the current table; entries that no weight has stay where they are.
     """
-    slope = torch.zeros(STATES, dtype=DOUBLE)
+    slope = torch.zeros(WINDOWS, dtype=DOUBLE)
     for rows in _some(len(w)):
         window, size = windows(codes[rows], bits).int(), scale[rows].unsqueeze(1)
         gradient = ((table[window] * size - w[rows]) @ h) * size * row_weight[rows].unsqueeze(1)
@@ -116,7 +105,7 @@ def table_step(
     a = _normal(h, codes, row_weight * scale * scale, bits)
     if not a.trace() > 0:
         return table
-    pull = torch.where(a.diagonal() > 0, RIDGE, 1.0) * a.trace() / STATES
+    pull = torch.where(a.diagonal() > 0, RIDGE, 1.0) * a.trace() / WINDOWS
     step = torch.linalg.solve((a + a.T) / 2 + pull.diag(), slope)
     return (table.double() - step).float()
 
@@ -130,53 +119,47 @@ def _normal(h: Tensor, codes: Tensor, weight: Tensor, bits: int) -> Tensor:
     """Sum of weight P^T H P over rows, float64 [128, 128], P [c, 128] one-hot windows of a row."""
     if native.missing():
         return normal_reference(h, codes, weight, bits)
-    a = torch.empty(STATES, STATES, dtype=DOUBLE)
+    a = torch.empty(WINDOWS, WINDOWS, dtype=DOUBLE)
     r, c = codes.shape
-    native.call("trellis_normal", h, codes, weight.contiguous(), a, r, c, bits, TAPS[bits])
+    native.call("trellis_normal", h, windows(codes, bits), weight.contiguous(), a, r, c)
     return a
 
 
 def _check(w: Tensor, table: Tensor, scale: Tensor, codes: Tensor, bits: int) -> None:
     r, c = w.shape
     native.require("w", w, torch.float32, (r, c))
-    native.require("table", table, torch.float32, (STATES,))
+    native.require("table", table, torch.float32, (WINDOWS,))
     native.require("scale", scale, torch.float32, (r,))
     native.require("codes", codes, torch.uint8, (r, c))
-    if bits not in TAPS:
-        raise ValueError(f"trellis rows have {min(TAPS)}..{max(TAPS)} bits, got {bits}")
-
-
-def _reach(bits: int) -> int:
-    """How many weights have a symbol's taps in their window."""
-    plain = bits - TAPS[bits]
-    return -(-(WINDOW - plain) // TAPS[bits])
+    if bits not in BITS:
+        raise ValueError(f"trellis rows have {BITS[0]}..{BITS[-1]} bits, got {bits}")
 
 
 def _leaving(bits: int) -> Tensor:
     """The 2^b windows that leave each class to the one before, [2^b, classes].
 
-    A class is what a window shares with the one before: all but the lowest T bits of its stream.
+    A class is what a window shares with the one before: all its taps but the last.
     """
-    plain, classes = bits - TAPS[bits], STATES >> bits
+    plain, classes = bits - 1, WINDOWS >> bits
     which = torch.arange(1 << bits).unsqueeze(1)
     return which % (1 << plain) | (torch.arange(classes) + (which >> plain) * classes) << plain
 
 
 def viterbi_reference(w: Tensor, f: Tensor, table: Tensor, scale: Tensor, bits: int) -> Tensor:
     """`viterbi` in float64, a column of all rows at a time."""
-    leaving = _leaving(bits)
+    leaving, order = _leaving(bits), stream_order(w.shape[1]).tolist()
     level = table.double() * scale.double().unsqueeze(1)
-    cost = torch.full((len(w), STATES), torch.inf, dtype=DOUBLE)
+    cost = torch.full((len(w), WINDOWS), torch.inf, dtype=DOUBLE)
     cost[:, 0] = 0
     back = []
-    for j in reversed(range(w.shape[1])):
+    for j in reversed(order):
         least, which = cost[:, leaving].min(1)
         error = f[:, j : j + 1].double() * (level - w[:, j : j + 1].double()).square()
         cost = least.repeat_interleave(1 << bits, dim=1) + error
         back.append(which)
     codes, rows = torch.empty(w.shape, dtype=torch.uint8), torch.arange(len(w))
     window = cost.argmin(1)
-    for j, which in enumerate(reversed(back)):
+    for j, which in zip(order, reversed(back), strict=True):
         codes[:, j] = window % (1 << bits)
         k = window >> bits
         window = leaving[which[rows, k], k]
@@ -187,24 +170,28 @@ def descend_reference(
     w: Tensor, h: Tensor, table: Tensor, scale: Tensor, codes: Tensor, bits: int, sweeps: int
 ) -> Tensor:
     """`descend` in float64, a run of all rows at a time."""
-    level = table.double() * scale.double().unsqueeze(1)
+    level, order = table.double() * scale.double().unsqueeze(1), stream_order(w.shape[1])
+    found, h = codes[:, order], h[order][:, order].double()
     for _ in range(sweeps):
         for begin in range(0, w.shape[1], STRIDE):
-            codes = _best_run(w.double(), h.double(), level, codes, bits, begin)
-    return codes
+            found = _best_run(w[:, order].double(), h, level, found, bits, begin)
+    return torch.empty_like(codes).index_copy_(1, order, found)
 
 
 def _best_run(w: Tensor, h: Tensor, level: Tensor, codes: Tensor, bits: int, begin: int) -> Tensor:
-    """Symbols with those from `begin` on chosen anew where that is better; `level` [r, 128]."""
-    end, first = min(begin + RUN, w.shape[1]), max(begin - _reach(bits) + 1, 0)
+    """Symbols with those from `begin` on chosen anew where that is better; `level` [r, 128].
+
+    All columns stand in the stream's order.
+    """
+    end, first = min(begin + RUN, w.shape[1]), max(begin - (WINDOW - bits), 0)
     leaving, rows = _leaving(bits), torch.arange(len(w))
     came = leaving >> bits  # the class that a window comes from
-    now = windows(codes, bits).long()
+    now = stream_windows(codes, bits).long()
     old = level.gather(1, now)
     gradient = ((old - w) @ h[:, first:end]).unsqueeze(2).repeat(1, 1, came.shape[1])
     cost = torch.full((len(w), came.shape[1]), torch.inf, dtype=DOUBLE)
     behind = now[:, end] if end < w.shape[1] else torch.zeros_like(rows)
-    cost[rows, (behind >> bits - TAPS[bits]) % came.shape[1]] = 0
+    cost[rows, (behind >> bits - 1) % came.shape[1]] = 0
     back = []
     for j in reversed(range(first, end)):
         here, hj = gradient[:, j - first], h[first:end, j]
@@ -223,15 +210,15 @@ def _best_run(w: Tensor, h: Tensor, level: Tensor, codes: Tensor, bits: int, beg
         window = leaving[which[rows, k], k]
         found[:, j] = window % (1 << bits)
         k = window >> bits
-    step = level.gather(1, windows(found, bits).long()) - old
+    step = level.gather(1, stream_windows(found, bits).long()) - old
     better = gain < -LEAST * (step * step * h.diagonal()).sum(1) / 2
     return torch.where(better.unsqueeze(1), found, codes)
 
 
 def normal_reference(h: Tensor, codes: Tensor, weight: Tensor, bits: int) -> Tensor:
     """The normal equations by one-hot matrices in float64."""
-    a = torch.zeros(STATES, STATES, dtype=DOUBLE)
+    a = torch.zeros(WINDOWS, WINDOWS, dtype=DOUBLE)
     for window, share in zip(windows(codes, bits), weight.double(), strict=True):
-        p = (window.unsqueeze(1) == torch.arange(STATES)).double()
+        p = (window.unsqueeze(1) == torch.arange(WINDOWS)).double()
         a += share * (p.T @ h.double() @ p)
     return a

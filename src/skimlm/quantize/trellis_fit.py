@@ -11,18 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from skimlm.format.row_codes import WINDOWS, windows
 from skimlm.quantize.refine import quadratic
-from skimlm.quantize.trellis import (
-    ROWS,
-    STATES,
-    TAPS,
-    descend,
-    scale_step,
-    table_step,
-    values,
-    viterbi,
-    windows,
-)
+from skimlm.quantize.trellis import ROWS, descend, scale_step, table_step, values, viterbi
 
 NORMAL, TAILS = 80, 0.1  # rounds of the table all begin with, and how far its tails are drawn out
 ALIKE, WEIGHTED = 4, 2  # rounds in which a table is learnt: all weights alike, then under F
@@ -52,12 +43,11 @@ def start_table(bits: int) -> Tensor:
 
     They suit normal numbers whose tails are drawn out: a few outliers cost more than all else where
     no level reaches them. Quantiles are dealt so that the 2^b windows of a class span the range,
-    neighbouring parts going to other taps; from there symbols and levels are found by turns.
+    neighbouring parts going to the other tap; from there symbols and levels are found by turns.
     """
-    taps, classes = 1 << TAPS[bits], STATES >> bits
-    plain = STATES // taps // classes
-    z = math.sqrt(2) * torch.erfinv((2 * torch.arange(STATES) + 1) / STATES - 1)
-    part = torch.arange(plain) * taps + torch.arange(taps).unsqueeze(1)  # [taps, plain]
+    classes, plain = WINDOWS >> bits, 1 << (bits - 1)
+    z = math.sqrt(2) * torch.erfinv((2 * torch.arange(WINDOWS) + 1) / WINDOWS - 1)
+    part = torch.arange(plain) * 2 + torch.arange(2).unsqueeze(1)  # [taps, plain]
     table = z[part * classes + torch.arange(classes)[:, None, None]].flatten()
     w = torch.randn(ROWS, 512, generator=torch.Generator().manual_seed(0))
     w *= 1 + TAILS * w.abs()
@@ -86,8 +76,8 @@ def _table_means(
 ) -> Tensor:
     """The table of least error under `f`, symbols fixed; entries that no weight has stay."""
     window, size = windows(codes, bits).flatten().long(), scale.unsqueeze(1)
-    mass = torch.zeros(STATES).index_add_(0, window, (f * size * size).flatten())
-    total = torch.zeros(STATES).index_add_(0, window, (f * size * w).flatten())
+    mass = torch.zeros(WINDOWS).index_add_(0, window, (f * size * size).flatten())
+    total = torch.zeros(WINDOWS).index_add_(0, window, (f * size * w).flatten())
     return torch.where(mass > 0, total / mass, table)
 
 

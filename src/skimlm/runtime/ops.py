@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from skimlm.format.check import check_sizes
 from skimlm.format.layer import NAMES, Layer, LayerSpec, stored_groups
-from skimlm.format.pack import row_values, unpack_adapter, unpack_codes, unpack_positions
+from skimlm.format.pack import row_values, unpack_adapter, unpack_positions
 from skimlm.format.row_codes import WIDTHS_END, code_bits
 from skimlm.format.table import table_values
 
@@ -54,7 +54,7 @@ def dequantize_reference(layer: Layer, dtype: torch.dtype = torch.float32) -> Te
 def _values(layer: Layer, width: int, stored: Mapping[str, Tensor]) -> Tensor:
     """The values float32 [n, c] of rows of one width, whose stored tensors are given [n, k]."""
     spec = layer.spec
-    codes, mask = unpack_codes(stored["weight"], code_bits(width), spec.codes), None
+    codes, mask = spec.packing(width).unpack(stored["weight"], code_bits(width), spec.codes), None
     if spec.sparsity is not None:
         mask = unpack_positions(stored["positions"], spec.sparsity, spec.cols)
     in_scale = layer.tensors.get("in_scale")

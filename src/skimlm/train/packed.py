@@ -20,8 +20,9 @@ from torch import Tensor
 
 from skimlm import native
 from skimlm.format.layer import Layer, stored_groups
-from skimlm.format.pack import unpack_codes, unpack_positions
-from skimlm.format.row_codes import RowCode, code_bits, windows
+from skimlm.format.pack import unpack_positions
+from skimlm.format.row_codes import RowCode, code_bits
+from skimlm.quantize.codes import unpack_codes, unpack_windows
 from skimlm.quantize.kmeans import lookup
 from skimlm.runtime.ops import add_adapter, dequantize
 
@@ -130,9 +131,8 @@ class _Rounded(torch.autograd.Function):
 def _codes(layer: Layer, rows: Rows, entries: int) -> Tensor:
     """Which of the `entries` of its row each weight is, uint8 [n, c]; `entries` where pruned."""
     spec, bits = layer.spec, code_bits(rows.width)
-    codes = unpack_codes(rows.stored["weight"], bits, spec.codes).contiguous()
-    if rows.code.name == "trellis":
-        codes = windows(codes, bits)
+    unpack = unpack_windows if rows.code.name == "trellis" else unpack_codes
+    codes = unpack(rows.stored["weight"], bits, spec.codes)
     if spec.sparsity is None:
         return codes
     mask = unpack_positions(rows.stored["positions"], spec.sparsity, spec.cols)
