@@ -29,6 +29,11 @@ IMPORTED = 800_000_000  # torch and transformers themselves
 # k-means, 19 of refinement, 413 of training; fast 91, 33, 16; slim best 1,070 in all.
 REACHED = 0.42  # share of a large product's rate that passes through blocks reach
 KMEANS_PER_THREAD = 1.6e6  # weights a second
+CURVES_PER_THREAD = 0.93e6  # the same of the error curves of all trellis widths
+TRELLIS_PER_THREAD = 0.7e6  # the same of fits of trellis rows
+TRIALS = 5  # roundings of all linears, as one pass of Viterbi each, that are measured
+VITERBI_PER_THREAD = 30e6  # weights a second
+ROW = 4 + 248 + 16 + 96  # bytes that are kept of a row: its weight, centroids, scales, errors
 REFINE_PER_THREAD = 40e9  # additions and products a second
 JOINT = 16  # a sweep over mask, codes and adapter takes so many of refinement's
 SLIM_BATCH = 4  # windows that go through together
@@ -121,7 +126,7 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
     part = sums(s.inside) + 2 * s.block + 3 * states
     part += max(0 if known else activations(s.inside), 0 if known else logits, one)
     part = IMPORTED + 2 * outside + max(part, training(s.inside)) + workers * (IMPORTED + one)
-    analysed = 0 if slim else sum(4 * c * c + 2 * r * c + 316 * r for r, c in s.linears)
+    analysed = 0 if slim else sum(4 * c * c + 2 * r * c + ROW * r for r, c in s.linears)
     seconds = _seconds(s, config, known)
     scratch = analysed + (3 if plan.steps else 2) * stored + inputs + (s.blocks + 3) * states
     return Needs(whole, analysed + stored, seconds), Needs(part, scratch, seconds * 4 / 3)
@@ -150,7 +155,12 @@ def _seconds(s: Sizes, config: CompressConfig, known: bool) -> float:
     fisher = min(plan.fisher_windows * plan.seq_len, tokens)
     seconds = (2 * tokens * (2 * dense + squares) + 2 * fisher * dense) / rate
     seconds += dense / (KMEANS_PER_THREAD * threads)
+    trellises = plan.end_loss and config.options is None
+    seconds += dense / (CURVES_PER_THREAD * threads) if plan.end_loss else 0
     seconds = 0 if known else seconds
+    if trellises:
+        seconds += dense / (TRELLIS_PER_THREAD * threads)
+        seconds += TRIALS * dense / (VITERBI_PER_THREAD * threads)
     if config.options is not None:
         return seconds + 2 * joint  # with an adapter to begin with, then with the widths
     seconds += 2 * plan.rounds * (plan.sweeps + 1) * refined
