@@ -21,6 +21,7 @@ from skimlm.quantize.trellis import (
 )
 from skimlm.quantize.trellis_fit import curve, fit, learn_table, start, start_table
 
+
 @pytest.fixture(params=[1, 2, 3, 4])
 def bits(request):
     """Every width."""

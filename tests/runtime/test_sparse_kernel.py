@@ -90,7 +90,9 @@ def oracle(layer):
         if spec.group:
             value = code - (1 << (b - 1))
         elif trellis:
-            window = big_windows(torch.tensor([trellis_codes(row.tolist(), b, count)]), b)[0].numpy()
+            window = big_windows(torch.tensor([trellis_codes(row.tolist(), b, count)]), b)[
+                0
+            ].numpy()
             value = stored["trellis"][trellises.index(widths[i])].numpy().astype(np.int64)[window]
         elif b <= 5:
             value = numbers(stored, "codebook")[table : table + 2**b].astype(np.int64)[code]

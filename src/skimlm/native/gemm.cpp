@@ -463,7 +463,7 @@ void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf
   std::deque<Cutting> cuttings;  // where they stand does not change
   for (const Group& group : m.groups) {
     const bool trellis = group.code == TRELLIS;
-    cuttings.push_back({controls(group.width), plane_places(group.width),
+    cuttings.push_back({controls(group.width), trellis ? plane_places(group.width) : __m512i{},
                         trellis ? Bf16Trellis(group.levels, 1.f) : Bf16Trellis()});
     for (int64_t i = 0; i < group.rows; ++i)
       places[m.order[group.first + i]] = {&group, i, &cuttings.back()};

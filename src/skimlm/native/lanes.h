@@ -105,13 +105,17 @@ VBMI inline __m512i turned(__m512i planes, __m512i which) {
   return _mm512_gf2p8affine_epi64_epi8(which, planes, 0);
 }
 
-// Byte k of lane i, for a group 8 i + `first` (in steps of `step`): where in its row bit 7 - k of its windows is.
-inline void places_of_planes(int b, int first, int step, uint8_t (&to)[64]) {
-  for (int j = 0; j < 64; ++j) {
-    const int group = j / 8 * step + first, bit = 7 - j % 8;
-    to[j] = uint8_t(bit < b ? group * b + bit : bit < WINDOW ? (group + bit - b + 1) * b + b - 1 : 0);
+// Of a trellis row of b bits, where its planes are: byte 7 - m of lane i is the place of bit m of the windows of
+// group i * step + first.
+struct alignas(64) PlanePlaces {
+  uint8_t at[64];
+  constexpr PlanePlaces(int b, int first, int step) : at() {
+    for (int j = 0; j < 64; ++j) {
+      const int group = j / 8 * step + first, bit = 7 - j % 8;
+      at[j] = uint8_t(bit < b ? group * b + bit : bit < WINDOW ? (group + bit - b + 1) * b + b - 1 : 0);
+    }
   }
-}
+};
 
 // A trellis row as planes of bits, 64 codes at a time.
 struct Planes {
@@ -139,9 +143,8 @@ struct Planes {
 };
 
 VBMI inline __m512i plane_places(int b) {
-  uint8_t places[64];
-  places_of_planes(b, 0, 1, places);
-  return _mm512_loadu_si512(places);
+  static constexpr PlanePlaces places[] = {{1, 0, 1}, {2, 0, 1}, {3, 0, 1}, {4, 0, 1}};
+  return _mm512_load_si512(places[b - 1].at);
 }
 
 // The levels of a trellis plus 128, and the same as bfloat16, to be looked up by the low seven bits of lanes.
