@@ -171,7 +171,7 @@ struct Rows {
 
   VBMI static __m256i behind_whole(const uint8_t* row) {
     const __m256i first = _mm256_maskz_loadu_epi8(__mmask32(first_bytes(8 * B)), row);
-    return _mm256_and_si256(_mm256_srli_epi16(first, 1), _mm256_set1_epi8(127));
+    return halved(first);
   }
 
   // How many pairs need no mask: elsewhere loads may reach into what follows, and windows do.
@@ -186,7 +186,6 @@ struct Rows {
     const uint8_t* from = at + r * stride + k * 16 * B;
     const int64_t left = stride - k * 16 * B;
     if constexpr (T) {
-      const __m512i which = _mm512_set1_epi64(WHOLE);
       __m512i one, two;
       if constexpr (MASK) {
         const __m512i low = _mm512_maskz_loadu_epi8(first_bytes(left), from);
@@ -204,8 +203,8 @@ struct Rows {
         one = _mm512_permutexvar_epi8(spread[0], low);
         two = _mm512_permutexvar_epi8(spread[1], low);
       }
-      half[0] = turned(one, which);
-      half[1] = turned(two, which);
+      half[0] = turned(one);
+      half[1] = turned(two);
     } else if constexpr (B <= 4) {
       __m512i bytes;
       if constexpr (MASK)
