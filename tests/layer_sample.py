@@ -44,7 +44,7 @@ def oracle_pack(q: P.QuantizedWeight) -> dict[str, bytes]:
 
 
 def oracle_window(codes: list[int], b: int, j: int) -> int:
-    """A code and the highest bits of those behind it, every eighth, then from the next eighth on."""
+    """A code and the taps behind it: of every eighth code, then from the next eighth on."""
     eighths = [range(first, len(codes), 8) for first in range(8)]
     behind = [*eighths[j % 8][j // 8 + 1 :], *(k for rest in eighths[j % 8 + 1 :] for k in rest)]
     taps = [codes[k] >> (b - 1) for k in behind[: 7 - b]]

@@ -27,6 +27,23 @@ int skimlm_nearest_codes(const float* w, const float* codebook, const int32_t* s
   });
 }
 
+// With room for another chunk.
+#if defined(__AVX512F__)
+VBMI static void windows_vbmi(int b, const uint8_t* row, uint8_t* to, int64_t c) {
+  const Planes planes(row, b, c);
+  const __m512i places = plane_places(b), seven = _mm512_set1_epi8((1 << WINDOW) - 1);
+  for (int64_t k = 0; k * CHUNK < c; ++k)
+    _mm512_storeu_si512(to + k * CHUNK, _mm512_and_si512(turned(planes.chunk(k, places)), seven));
+}
+#endif
+
+static void windows_of_row(int b, const uint8_t* row, uint8_t* to, int64_t c) {
+#if defined(__AVX512F__)
+  if (skimlm_has_vbmi()) return windows_vbmi(b, row, to, c);
+#endif
+  cut_windows(b, row, to, c);
+}
+
 int skimlm_unpack_codes(const uint8_t* packed, uint8_t* codes, int64_t r, int64_t c, int64_t bits,
                         int threads) {
   if (bits < 1 || bits > 8) return MISFIT;
@@ -48,9 +65,9 @@ int skimlm_unpack_windows(const uint8_t* packed, uint8_t* windows, int64_t r, in
   return guarded([&] {
     const int64_t stride = (c + 7) / 8 * bits;
     parallel_rows(r, 32, threads, [&](int64_t first, int64_t last) {
-      std::vector<uint8_t> row(c + 8);
+      std::vector<uint8_t> row(c + CHUNK);
       for (int64_t i = first; i < last; ++i) {
-        cut_windows(int(bits), packed + i * stride, row.data(), c);
+        windows_of_row(int(bits), packed + i * stride, row.data(), c);
         std::copy_n(row.data(), c, windows + i * c);
       }
     });

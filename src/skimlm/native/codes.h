@@ -115,7 +115,10 @@ inline void cut_windows(int b, const uint8_t* row, uint8_t* window, int64_t c) {
   const int64_t groups = c / 8;
   uint8_t behind[8];
   taps_behind(b, row, c, behind);
-  const auto spread = [](uint64_t bits) {  // bit i to byte i
+  const auto spread = [](uint64_t bits) -> uint64_t {  // bit i to byte i
+#if defined(__BMI2__)
+    return _pdep_u64(bits, 0x0101010101010101u);
+#endif
     const uint64_t apart = bits * 0x0101010101010101u & 0x8040201008040201u;
     return (apart + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
   };

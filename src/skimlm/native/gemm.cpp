@@ -74,8 +74,8 @@ Pieces to_pieces(const void* x, bool bf16, const uint16_t* in_scale, int64_t n, 
 // How the rows of one width become bfloat16.
 struct Cutting {
   Controls controls;
-  __m512i places;       // of planes, if they are a trellis,
-  Bf16Trellis trellis;  // which they share
+  __m512i places, mixed;  // of planes, if they are a trellis,
+  Bf16Trellis trellis;    // which they share
 };
 
 // Where the codes and levels of a row stand.
@@ -102,10 +102,8 @@ struct Row {
 VBMI inline void bf16_chunk(const Row& row, __mmask64 mask, __m512i table, __m512i* low,
                             __m512i* high) {
   if (row.code == TRELLIS) {
-    const __m512i planes = row.planes.chunk(row.chunk, row.cutting->places);
-    *low = row.cutting->trellis(turned(planes, _mm512_set1_epi64(LOW)));
-    *high = row.cutting->trellis(turned(planes, _mm512_set1_epi64(HIGH)));
-    return;
+    const __m512i window = turned(row.planes.chunk(row.chunk, row.cutting->places));
+    return row.cutting->trellis(_mm512_shuffle_epi32(window, _MM_PERM_DBCA), low, high);
   }
   const Controls& c = row.cutting->controls;
   const __m512i lanes = _mm512_permutexvar_epi8(c.spread, load_chunk(row.at, mask));
@@ -202,15 +200,28 @@ VBMI void fill_pairs(const Place* places, int64_t count, int64_t first, int64_t 
   }
 }
 
+// Chunks first..last of a trellis row, in order.
+VBMI void fill_trellis(const Place& place, int64_t first, int64_t last, int64_t c, uint16_t* to) {
+  const auto& [g, at, cutting] = place;
+  const Planes planes(g->packed + at * g->stride, g->width, c);
+  for (int64_t k = first; k < last; ++k, to += CHUNK) {
+    __m512i low, high;
+    cutting->trellis(turned(planes.chunk(k, cutting->mixed)), &low, &high);
+    _mm512_store_si512(to, low);
+    _mm512_store_si512(to + 32, high);
+  }
+}
+
 // Chunks first..last of a row, in order.
 VBMI void fill_row(const Place& place, int64_t first, int64_t last, int64_t c, uint16_t* to) {
   const int64_t chunks = (c + CHUNK - 1) / CHUNK;
+  if (place.group->code == TRELLIS) return fill_trellis(place, first, last, c, to);
   Row row = row_at(place, first, chunks, c);
   const __m512i table = table_at(place);
   const __m512i begin = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
   const __m512i end = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
   const Controls& cut = place.cutting->controls;
-  for (int64_t k = first; k < last; ++k, ++row.chunk, to += CHUNK, row.at += row.step) {
+  for (int64_t k = first; k < last; ++k, to += CHUNK, row.at += row.step) {
     __m512i low, high;
     bf16_chunk(row, k + 1 == chunks ? row.last : cut.bytes, table, &low, &high);
     _mm512_store_si512(to, _mm512_permutex2var_epi64(low, begin, high));
@@ -463,7 +474,8 @@ void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf
   std::deque<Cutting> cuttings;  // where they stand does not change
   for (const Group& group : m.groups) {
     const bool trellis = group.code == TRELLIS;
-    cuttings.push_back({controls(group.width), plane_places(group.width),
+    cuttings.push_back({controls(group.width), trellis ? plane_places(group.width) : __m512i{},
+                        trellis ? mixed_places(group.width) : __m512i{},
                         trellis ? Bf16Trellis(group.levels, 1.f) : Bf16Trellis()});
     for (int64_t i = 0; i < group.rows; ++i)
       places[m.order[group.first + i]] = {&group, i, &cuttings.back()};

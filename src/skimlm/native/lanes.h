@@ -97,54 +97,75 @@ VBMI inline __m512i bf16_table(const int8_t* levels, const Controls& c) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Of eight bytes, the bits of a window of eight codes in a row (byte 7 - m has bit m): with `WHOLE` the windows as
-// bytes, with `LOW` and `HIGH` those of the first and last four codes as 16 bits. By `turned`, a product of bits.
-constexpr long long WHOLE = 0x8040201008040201, LOW = 0x0008000400020001, HIGH = 0x0080004000200010;
-
-VBMI inline __m512i turned(__m512i planes, __m512i which) {
-  return _mm512_gf2p8affine_epi64_epi8(which, planes, 0);
+// Eight planes of eight bits, turned: of a window's planes (byte 7 - m has bit m of eight codes) the windows.
+VBMI inline __m512i turned(__m512i planes) {
+  return _mm512_gf2p8affine_epi64_epi8(_mm512_set1_epi64(0x8040201008040201), planes, 0);
 }
 
-// Byte k of lane i, for a group 8 i + `first` (in steps of `step`): where in its row bit 7 - k of its windows is.
-inline void places_of_planes(int b, int first, int step, uint8_t (&to)[64]) {
-  for (int j = 0; j < 64; ++j) {
-    const int group = j / 8 * step + first, bit = 7 - j % 8;
-    to[j] = uint8_t(bit < b ? group * b + bit : bit < WINDOW ? (group + bit - b + 1) * b + b - 1 : 0);
+// Bytes shifted down by a bit.
+VBMI inline __m256i halved(__m256i bytes) {
+  return _mm256_gf2p8affine_epi64_epi8(bytes, _mm256_set1_epi64x(0x0204081020408000), 0);
+}
+
+// Of a trellis row of b bits, where its planes are: byte 7 - m of lane i is the place of bit m of the windows of
+// group i * step + first or, mixed, of groups 0 4 1 5 2 6 3 7.
+struct alignas(64) PlanePlaces {
+  uint8_t at[64];
+  constexpr PlanePlaces(int b, int first, int step, bool mixed = false) : at() {
+    for (int j = 0; j < 64; ++j) {
+      const int lane = j / 8, bit = 7 - j % 8, group = mixed ? lane / 2 + lane % 2 * 4 : lane * step + first;
+      at[j] = uint8_t(bit < b ? group * b + bit : bit < WINDOW ? (group + bit - b + 1) * b + b - 1 : 0);
+    }
   }
+};
+
+VBMI inline __m512i plane_places(int b) {
+  static constexpr PlanePlaces places[] = {{1, 0, 1}, {2, 0, 1}, {3, 0, 1}, {4, 0, 1}};
+  return _mm512_load_si512(places[b - 1].at);
+}
+
+VBMI inline __m512i mixed_places(int b) {
+  static constexpr PlanePlaces places[] = {{1, 0, 1, true}, {2, 0, 1, true}, {3, 0, 1, true}, {4, 0, 1, true}};
+  return _mm512_load_si512(places[b - 1].at);
 }
 
 // A trellis row as planes of bits, 64 codes at a time.
 struct Planes {
   const uint8_t* row;
   int b;
-  int64_t whole;  // chunks that what is stored suffices for
+  int64_t whole;      // chunks that what is stored suffices for
   uint8_t tail[192];  // from the next chunk on: what is stored, and the taps behind it
 
   Planes() {}
   VBMI Planes(const uint8_t* row, int b, int64_t c) : row(row), b(b) {
-    const int64_t groups = c / 8, stored = divide_up(c, 8);
+    const int64_t groups = c / 8;
     whole = std::max<int64_t>(groups - 6, 0) / 8;
     const int64_t left = groups - 8 * whole;  // at most 13
-    uint8_t behind[8];
-    taps_behind(b, row, c, behind);
-    std::fill_n(tail, sizeof tail, uint8_t(0));
-    std::copy_n(row + 8 * whole * b, (stored - 8 * whole) * b, tail);
-    for (int64_t i = 0; i < 8; ++i) tail[(left + i) * b + b - 1] = behind[i];
+    if (c % 8 || c < 64) {
+      add_tail(left, c);
+      return;
+    }
+    _mm512_storeu_si512(tail, _mm512_maskz_loadu_epi8(first_bytes(left * b), row + 8 * whole * b));
+    const __m256i first = _mm256_maskz_loadu_epi8(__mmask32(first_bytes(8 * b)), row);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(tail + left * b), halved(first));
   }
-  // To be turned; `places` are those of groups 0, 1, ...
+  // To be turned.
   VBMI __m512i chunk(int64_t k, __m512i places) const {
     const uint8_t* at = k < whole ? row + 8 * k * b : tail + 8 * (k - whole) * b;
     return _mm512_permutexvar_epi8(places, _mm512_maskz_loadu_epi8(first_bytes(14 * b), at));
   }
+
+ private:
+  // Of a row whose end is no group's, or that is short.
+  void add_tail(int64_t left, int64_t c) {
+    uint8_t behind[8];
+    taps_behind(b, row, c, behind);
+    std::copy_n(row + 8 * whole * b, (divide_up(c, 8) - 8 * whole) * b, tail);
+    for (int64_t i = 0; i < 8; ++i) tail[(left + i) * b + b - 1] = behind[i];
+  }
 };
 
-VBMI inline __m512i plane_places(int b) {
-  uint8_t places[64];
-  places_of_planes(b, 0, 1, places);
-  return _mm512_loadu_si512(places);
-}
-
-// The levels of a trellis plus 128, and the same as bfloat16, to be looked up by the low seven bits of lanes.
+// The levels of a trellis plus 128, by windows.
 struct ByteTrellis {
   __m512i at[2];
   VBMI explicit ByteTrellis(const int8_t* levels) {
@@ -154,18 +175,26 @@ struct ByteTrellis {
   VBMI __m512i operator()(__m512i window) const { return _mm512_permutex2var_epi8(at[0], window, at[1]); }
 };
 
+// The same times a scale as bfloat16, a byte each of them.
 struct Bf16Trellis {
-  __m512i at[4];
+  __m512i lower[2], upper[2];
   Bf16Trellis() = default;
   VBMI Bf16Trellis(const int8_t* levels, float scale) {
-    alignas(64) uint16_t entry[1 << WINDOW];
-    for (int k = 0; k < 1 << WINDOW; ++k) entry[k] = to_bf16(float(levels[k]) * scale);
-    for (int i = 0; i < 4; ++i) at[i] = _mm512_load_si512(entry + 32 * i);
+    alignas(64) uint8_t entry[2][1 << WINDOW];
+    for (int k = 0; k < 1 << WINDOW; ++k) {
+      const uint16_t bits = to_bf16(float(levels[k]) * scale);
+      entry[0][k] = uint8_t(bits);
+      entry[1][k] = uint8_t(bits >> 8);
+    }
+    for (int i = 0; i < 2; ++i)
+      lower[i] = _mm512_load_si512(entry[0] + 64 * i), upper[i] = _mm512_load_si512(entry[1] + 64 * i);
   }
-  VBMI __m512i operator()(__m512i window) const {
-    return _mm512_mask_mov_epi16(_mm512_permutex2var_epi16(at[0], window, at[1]),
-                                 _mm512_test_epi16_mask(window, _mm512_set1_epi16(64)),
-                                 _mm512_permutex2var_epi16(at[2], window, at[3]));
+  // By windows, those in the first and second halves of 128-bit lanes.
+  VBMI void operator()(__m512i window, __m512i* first, __m512i* second) const {
+    const __m512i low = _mm512_permutex2var_epi8(lower[0], window, lower[1]);
+    const __m512i high = _mm512_permutex2var_epi8(upper[0], window, upper[1]);
+    *first = _mm512_unpacklo_epi8(low, high);
+    *second = _mm512_unpackhi_epi8(low, high);
   }
 };
 

@@ -95,6 +95,15 @@ void rounded_any(const Group& g, int64_t begin, int64_t end, const Rounded& x,
 // groups are the first ones of the row, a bit further down.
 
 #if defined(__AVX512F__)
+// What is behind the stored groups of a trellis row whose end is no group's, or one that is short.
+__attribute__((noinline)) VBMI __m256i behind_any(int b, const uint8_t* row, int64_t c) {
+  alignas(32) uint8_t bytes[32] = {};
+  uint8_t taps[8];
+  taps_behind(b, row, c, taps);
+  for (int i = 0; i < 8; ++i) bytes[i * b + b - 1] = taps[i];
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
+}
+
 // R rows of width B, of a trellis if T: their tables (levels plus 128 up to 5 bits) and how to cut codes
 // out of bytes.
 template <int B, int R, bool T>
@@ -104,21 +113,23 @@ struct Rows {
   int64_t stride, c;
 
   VBMI Rows(const Group& g, int64_t i, int64_t c) : at(g.packed + i * g.stride), stride(g.stride), c(c) {
-    alignas(64) uint8_t bytes[2][64], bits[2][64], copies[64];
-    for (int h = 0; h < 2; ++h)
-      for (int j = 0; j < 64; ++j) {
-        bytes[h][j] = uint8_t(j / 8 * 2 * B + (B <= 4 ? 0 : h * B) + j % 8);
-        bits[h][j] = uint8_t((B <= 4 ? 8 * h + j % 8 : j % 8) * B);
-        copies[j] = uint8_t(j & ((1 << B) - 1));
-      }
-    for (int h = 0; T && h < 2; ++h) places_of_planes(B, h, 2, bytes[h]);
-    for (int h = 0; h < 2; ++h)
-      spread[h] = _mm512_load_si512(bytes[h]), fields[h] = _mm512_load_si512(bits[h]);
-    const __m512i copy = _mm512_load_si512(copies), half = _mm512_set1_epi8(char(128));
     if constexpr (T) {
-      table[0] = _mm512_xor_si512(_mm512_loadu_si512(g.levels), half);
-      table[1] = _mm512_xor_si512(_mm512_loadu_si512(g.levels + 64), half);
+      static constexpr PlanePlaces places[2] = {{B, 0, 2}, {B, 1, 2}};
+      for (int h = 0; h < 2; ++h) {
+        spread[h] = _mm512_load_si512(places[h].at);
+        table[h] = _mm512_xor_si512(_mm512_loadu_si512(g.levels + 64 * h), _mm512_set1_epi8(char(128)));
+      }
     } else {
+      alignas(64) uint8_t bytes[2][64], bits[2][64], copies[64];
+      for (int h = 0; h < 2; ++h)
+        for (int j = 0; j < 64; ++j) {
+          bytes[h][j] = uint8_t(j / 8 * 2 * B + (B <= 4 ? 0 : h * B) + j % 8);
+          bits[h][j] = uint8_t((B <= 4 ? 8 * h + j % 8 : j % 8) * B);
+          copies[j] = uint8_t(j & ((1 << B) - 1));
+        }
+      for (int h = 0; h < 2; ++h)
+        spread[h] = _mm512_load_si512(bytes[h]), fields[h] = _mm512_load_si512(bits[h]);
+      const __m512i copy = _mm512_load_si512(copies), half = _mm512_set1_epi8(char(128));
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         if constexpr (B <= 5) {
@@ -132,53 +143,68 @@ struct Rows {
     }
   }
 
-  // What is behind the stored groups of row r, where `ends` has it.
-  VBMI __m512i behind(int r) const {
-    alignas(32) uint8_t bytes[32] = {};
-    uint8_t taps[8];
-    taps_behind(B, at + r * stride, c, taps);
-    for (int i = 0; i < 8; ++i) bytes[i * B + B - 1] = taps[i];
-    const __m256i found = _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
-    return _mm512_inserti64x4(_mm512_setzero_si512(), found, B == 4);
-  }
+  // Where the planes of the last pairs of a trellis row are, what is behind its stored groups being from byte
+  // BEHIND on.
+  struct Ends {
+    __m512i first, second;
+  };
+  static constexpr int BEHIND = B == 4 ? 96 : 64;
+  static constexpr int GROUPS = 16 + WINDOW - B;  // that the windows of a pair reach
 
-  // Where the planes of pair k are if the row ends in it or the next.
-  VBMI void ends(int64_t k, __m512i (&places)[2]) const {
+
+  VBMI Ends ends(int64_t k) const {
     constexpr uint64_t taps = (~uint64_t(0) / 255) * ((2 << (8 - B)) - 2);  // bytes of lanes that are taps
     const int64_t end = (c / 8 - 16 * k) * B;
     const __m512i from = _mm512_set1_epi8(char(std::clamp<int64_t>(end, 0, 127)));
-    const __m512i by = _mm512_set1_epi8(char((B == 4 ? 96 : 64) - end));
-    for (int h = 0; h < 2; ++h) {
-      const __mmask64 behind = _mm512_mask_cmpge_epu8_mask(taps, spread[h], from);
-      places[h] = _mm512_mask_add_epi8(spread[h], behind, spread[h], by);
-    }
+    const __m512i by = _mm512_set1_epi8(char(BEHIND - end));
+    const __mmask64 one = _mm512_mask_cmpge_epu8_mask(taps, spread[0], from);
+    const __mmask64 two = _mm512_mask_cmpge_epu8_mask(taps, spread[1], from);
+    return {_mm512_mask_add_epi8(spread[0], one, spread[0], by), _mm512_mask_add_epi8(spread[1], two, spread[1], by)};
+  }
+
+  // What is behind the stored groups of row r, each at the last of the bytes that its group would have.
+  VBMI __m512i behind(int r) const {
+    const uint8_t* row = at + r * stride;
+    const __m256i found = c % 8 || c < 64 ? behind_any(B, row, c) : behind_whole(row);
+    return B == 4 ? _mm512_inserti64x4(_mm512_setzero_si512(), found, 1) : _mm512_zextsi256_si512(found);
+  }
+
+  VBMI static __m256i behind_whole(const uint8_t* row) {
+    const __m256i first = _mm256_maskz_loadu_epi8(__mmask32(first_bytes(8 * B)), row);
+    return halved(first);
+  }
+
+  // How many pairs need no mask: elsewhere loads may reach into what follows, and windows do.
+  int64_t inside(int64_t pairs) const {
+    return T ? std::max<int64_t>(c / 8 - GROUPS + 16, 0) / 16 : std::max<int64_t>(pairs - 2, 0);
   }
 
   // The 128 unsigned bytes of pair k of row r in two halves. MASK: the row ends in this pair or the
-  // next; elsewhere loads may reach into what follows.
+  // next.
   template <bool MASK>
-  VBMI void pair(int r, int64_t k, __m512i (&half)[2]) const {
+  VBMI void pair(int r, int64_t k, const Ends& ends, __m512i (&half)[2]) const {
     const uint8_t* from = at + r * stride + k * 16 * B;
     const int64_t left = stride - k * 16 * B;
     if constexpr (T) {
-      const __m512i which = _mm512_set1_epi64(WHOLE);
-      __m512i low, high = _mm512_setzero_si512(), places[2] = {spread[0], spread[1]};
+      __m512i one, two;
       if constexpr (MASK) {
-        ends(k, places);
-        low = _mm512_maskz_loadu_epi8(first_bytes(left), from);
-        high = behind(r);
+        const __m512i low = _mm512_maskz_loadu_epi8(first_bytes(left), from);
+        __m512i high = behind(r);
         if constexpr (B == 4) high = _mm512_mask_loadu_epi8(high, first_bytes(std::min<int64_t>(left - 64, 32)), from + 64);
+        one = _mm512_permutex2var_epi8(low, ends.first, high);
+        two = _mm512_permutex2var_epi8(low, ends.second, high);
+      } else if constexpr (B == 4) {
+        const __m512i low = _mm512_loadu_si512(from);
+        const __m512i high = _mm512_zextsi128_si512(_mm_maskz_loadu_epi8((1 << (GROUPS * B - 64)) - 1, from + 64));
+        one = _mm512_permutex2var_epi8(low, spread[0], high);
+        two = _mm512_permutex2var_epi8(low, spread[1], high);
       } else {
-        low = B == 1 ? _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))
-                     : _mm512_loadu_si512(from);
-        if constexpr (B == 4)
-          high = _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 64)));
+        const __m512i low = _mm512_maskz_loadu_epi8(first_bytes(GROUPS * B), from);
+        one = _mm512_permutexvar_epi8(spread[0], low);
+        two = _mm512_permutexvar_epi8(spread[1], low);
       }
-      for (int h = 0; h < 2; ++h) {
-        const __m512i planes = MASK || B == 4 ? _mm512_permutex2var_epi8(low, places[h], high)
-                                              : _mm512_permutexvar_epi8(places[h], low);
-        half[h] = turned(planes, which);
-      }
+      half[0] = turned(one);
+      half[1] = turned(two);
     } else if constexpr (B <= 4) {
       __m512i bytes;
       if constexpr (MASK)
@@ -231,10 +257,12 @@ VBMI inline __attribute__((always_inline)) void exact_pairs(const Rows<B, R, T>&
   for (int64_t k = begin; k < end; ++k) {
     const int8_t* xs = x + k * PLANES * PAIR;
     rows.template prefetch<FAR>(k);
+    typename Rows<B, R, T>::Ends ends;
+    if constexpr (T && MASK) ends = rows.ends(k);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __m512i half[2];
-      rows.template pair<MASK>(r, k, half);
+      rows.template pair<MASK>(r, k, ends, half);
 #pragma GCC unroll 3
       for (int p = 0; p < PLANES; ++p) {
         add_dot(sum[r][p], half[0], _mm512_load_si512(xs + p * PAIR));
@@ -252,7 +280,7 @@ VBMI void block_exact(const Group& g, int64_t i, const Integers& x, int64_t toke
   __m512i sum[R][PLANES];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_si512();
-  const int64_t pairs = x.chunks / 2, full = std::max<int64_t>(pairs - 2, 0);
+  const int64_t pairs = x.chunks / 2, full = rows.inside(pairs);
   const int8_t* xs = &x.planes[token * pairs * PLANES * PAIR];
   exact_pairs<B, R, T, false, FAR>(rows, 0, full, xs, sum);
   exact_pairs<B, R, T, true, FAR>(rows, full, pairs, xs, sum);
@@ -275,10 +303,12 @@ VBMI inline __attribute__((always_inline)) void rounded_pairs(const Rows<B, R, T
     const __m512i x1 = _mm512_loadu_si512(&x.x[at * PAIR + CHUNK]);
     const __m512 scale = _mm512_set1_ps(x.scales[at]);
     rows.template prefetch<FAR>(k);
+    typename Rows<B, R, T>::Ends ends;
+    if constexpr (T && MASK) ends = rows.ends(k);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       __m512i half[2], dot = _mm512_setzero_si512();
-      rows.template pair<MASK>(r, k, half);
+      rows.template pair<MASK>(r, k, ends, half);
       add_dot(dot, half[0], x0);
       add_dot(dot, half[1], x1);
       sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, sum[r]);
@@ -293,7 +323,7 @@ VBMI void block_rounded(const Group& g, int64_t i, const Rounded& x, int64_t tok
   __m512 sum[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
-  const int64_t full = std::max<int64_t>(x.pairs - 2, 0);
+  const int64_t full = rows.inside(x.pairs);
   rounded_pairs<B, R, T, false, FAR>(rows, 0, full, x, token, sum);
   rounded_pairs<B, R, T, true, FAR>(rows, full, x.pairs, x, token, sum);
 #pragma GCC unroll 4

@@ -27,9 +27,9 @@ VBMI void bytes_of(const Matrix& m, const Group& g, int64_t i, const Bytes& cut,
   if (g.code == TRELLIS) {
     const ByteTrellis trellis(g.levels);
     const Planes planes(at, g.width, m.kept);
-    const __m512i places = plane_places(g.width), which = _mm512_set1_epi64(WHOLE);
+    const __m512i places = plane_places(g.width);
     for (int64_t k = 0; k < m.kept; k += CHUNK)
-      _mm512_storeu_si512(to + k, trellis(turned(planes.chunk(k / CHUNK, places), which)));
+      _mm512_storeu_si512(to + k, trellis(turned(planes.chunk(k / CHUNK, places))));
     return;
   }
   if (g.code == TABLE) {

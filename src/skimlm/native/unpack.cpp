@@ -21,23 +21,25 @@ struct Bf16Table {
   VBMI __m512i operator()(__m512i code) const { return _mm512_permutexvar_epi16(code, at); }
 };
 
-// Columns 0 to 3, and 4 to 7, of every eight, the last `left` of a row.
-VBMI inline void put_chunk(__m512i low, __m512i high, int64_t left, uint16_t* to) {
-  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
-  const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+// 64 columns, or the last `left` of a row.
+VBMI inline void put_chunk(__m512i first, __m512i second, int64_t left, uint16_t* to) {
   const __mmask64 keep = first_bytes(left);
-  _mm512_mask_storeu_epi16(to, __mmask32(keep), _mm512_permutex2var_epi64(low, first, high));
-  _mm512_mask_storeu_epi16(to + 32, __mmask32(keep >> 32), _mm512_permutex2var_epi64(low, second, high));
+  _mm512_mask_storeu_epi16(to, __mmask32(keep), first);
+  _mm512_mask_storeu_epi16(to + 32, __mmask32(keep >> 32), second);
 }
 
 // One row of width b <= 5 as bfloat16: its levels, scaled and rounded once, are looked up.
 VBMI void dense_row(const uint8_t* row, const Bf16Table& table, int b, uint16_t* to, int64_t c, const Controls& k) {
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
   const int64_t stride = (c * b + 7) / 8, chunks = (c + CHUNK - 1) / CHUNK;
   for (int64_t i = 0; i < chunks; ++i, row += 8 * b, to += CHUNK) {
     const bool last = i + 1 == chunks;
     const __mmask64 mask = last ? last_mask(stride, chunks, b) : k.bytes;
     const __m512i lanes = _mm512_permutexvar_epi8(k.spread, load_chunk(row, mask));
-    put_chunk(table(_mm512_multishift_epi64_epi8(k.low, lanes)), table(_mm512_multishift_epi64_epi8(k.high, lanes)),
+    const __m512i low = table(_mm512_multishift_epi64_epi8(k.low, lanes));
+    const __m512i high = table(_mm512_multishift_epi64_epi8(k.high, lanes));
+    put_chunk(_mm512_permutex2var_epi64(low, first, high), _mm512_permutex2var_epi64(low, second, high),
               c - i * CHUNK, to);
   }
 }
@@ -45,10 +47,11 @@ VBMI void dense_row(const uint8_t* row, const Bf16Table& table, int b, uint16_t*
 // The same of a trellis.
 VBMI void trellis_row(const uint8_t* row, const Bf16Trellis& table, int b, uint16_t* to, int64_t c) {
   const Planes planes(row, b, c);
-  const __m512i places = plane_places(b), low = _mm512_set1_epi64(LOW), high = _mm512_set1_epi64(HIGH);
+  const __m512i places = mixed_places(b);
   for (int64_t k = 0; k * CHUNK < c; ++k, to += CHUNK) {
-    const __m512i bits = planes.chunk(k, places);
-    put_chunk(table(turned(bits, low)), table(turned(bits, high)), c - k * CHUNK, to);
+    __m512i low, high;
+    table(turned(planes.chunk(k, places)), &low, &high);
+    put_chunk(low, high, c - k * CHUNK, to);
   }
 }
 #endif

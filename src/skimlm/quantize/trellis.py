@@ -52,10 +52,10 @@ def descend(
 ) -> Tensor:
     """Symbols after `sweeps` passes under `h` [c, c]; `codes` uint8 [r, c] is the start.
 
-    At every eighth place of the stream sixteen symbols are chosen anew by Viterbi's algorithm, all others fixed.
-    The one path that is kept for a class of windows carries its own errors, so that its cost is
-    exact; that no other path of its class could do better later on is a heuristic. A row takes a
-    choice only if it is strictly better.
+    At every eighth place of the stream sixteen symbols are chosen anew by Viterbi's algorithm, all
+    others fixed. The one path that is kept for a class of windows carries its own errors, so that
+    its cost is exact; that no other path of its class could do better later on is a heuristic. A
+    row takes a choice only if it is strictly better.
     """
     r, c = w.shape
     native.require("h", h, torch.float32, (c, c))
