@@ -1,9 +1,9 @@
 """A model in, a compressed folder out: calibrate -> analyse -> allocate -> fit -> (train) -> write.
 
-    skim     statistics   bit pool    scaling vector   refinement   end-loss training
-    paper    F and H      per linear  one step         none         none   (as published)
-    fast     F and H~     the model   none             yes          none
-    best     F and H~     the model   none             yes          codebooks, norm weights
+    skim     statistics   rows             bit pool    scale      refined  end-loss training
+    paper    F and H      codebooks        per linear  one step   no       none   (as published)
+    fast     F and H~     trellises too    measured    none       yes      none
+    best     F and H~     trellises too    measured    none       yes      levels, scales, norms
 
     slim     of a linear                               inputs from the compressed blocks before
     paper    mask, grid, adapter in one pass           of the block as it was   (as published)
@@ -12,7 +12,8 @@
 
 skim goes over the linears with plain values: statistics, curve, fit, quantized weight. What a
 new width needs again (statistics, centroids, error curves) goes to the analysis cache, so that a
-second budget for the same model and text needs no calibration. With sparsity or adapters its rows
+second budget for the same model and text needs no calibration. One pool over the model, one per
+linear and others are tried on text of their own (measure.py). With sparsity or adapters its rows
 lose and gain those first, and what they cost is paid from the same bits. slim goes block by block
 (steps.py): every block is fitted to what the compressed ones before it give it.
 
