@@ -115,6 +115,21 @@ def test_one_token_is_exact_to_the_bit_everywhere(isa, widths, scaled):
             assert torch.equal(got, exact_product(x, q).to(dtype)), (rows, cols, dtype)
 
 
+def test_trellis_rows_of_every_length_end_where_their_stream_does(isa):
+    for cols in (*range(8, 400, 8), *range(1, 300, 23)):
+        q = random_quantized(20, cols, seed=cols, widths=[17, 18, 19, 20])
+        layer, x = pack(q), inputs(3, cols, torch.bfloat16)
+        for row in x:
+            want = exact_product(row[None], q).bfloat16()
+            assert torch.equal(ops.matmul(row[None], layer), want), cols
+        weight = dequantize(q)
+        assert torch.equal(ops.dequantize(layer, torch.bfloat16), weight.bfloat16()), cols
+        assert torch.equal(ops.dequantize(layer, torch.float32), weight), cols
+        close = x.double() @ weight.double().T
+        size = x.double().abs() @ weight.double().abs().T
+        assert ((ops.matmul(x, layer).double() - close).abs() <= 2**-7 * size).all(), cols
+
+
 def test_a_product_for_each_of_several_layers_is_that_of_each_alone(pool):
     kinds = [dict(), dict(), *OPTIONS[::7], dict()]
     widths = {0: [19, 3, 18], len(kinds) - 1: [20, 7, 17, 19, 18]}

@@ -149,7 +149,6 @@ struct Rows {
     __m512i first, second;
   };
   static constexpr int BEHIND = B == 4 ? 96 : 64;
-  static constexpr int GROUPS = 16 + WINDOW - B;  // that the windows of a pair reach
 
 
   VBMI Ends ends(int64_t k) const {
@@ -174,9 +173,11 @@ struct Rows {
     return halved(first);
   }
 
-  // How many pairs need no mask: elsewhere loads may reach into what follows, and windows do.
-  int64_t inside(int64_t pairs) const {
-    return T ? std::max<int64_t>(c / 8 - GROUPS + 16, 0) / 16 : std::max<int64_t>(pairs - 2, 0);
+  // How many pairs need no mask: where windows do not reach behind the stored groups, and loads not behind what is
+  // stored at all; there may be `more` rows.
+  int64_t inside(int64_t pairs, bool more) const {
+    constexpr int windows = 16 + WINDOW - B, loads = B == 1 ? 32 : B == 2 ? 32 : B == 3 ? 22 : 20;  // groups
+    return T ? std::max<int64_t>(c / 8 - (more ? windows : loads) + 16, 0) / 16 : std::max<int64_t>(pairs - 2, 0);
   }
 
   // The 128 unsigned bytes of pair k of row r in two halves. MASK: the row ends in this pair or the
@@ -195,11 +196,13 @@ struct Rows {
         two = _mm512_permutex2var_epi8(low, ends.second, high);
       } else if constexpr (B == 4) {
         const __m512i low = _mm512_loadu_si512(from);
-        const __m512i high = _mm512_zextsi128_si512(_mm_maskz_loadu_epi8((1 << (GROUPS * B - 64)) - 1, from + 64));
+        const __m512i high = _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 64)));
         one = _mm512_permutex2var_epi8(low, spread[0], high);
         two = _mm512_permutex2var_epi8(low, spread[1], high);
       } else {
-        const __m512i low = _mm512_maskz_loadu_epi8(first_bytes(GROUPS * B), from);
+        __m512i low = B == 1 ? _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))
+                             : _mm512_loadu_si512(from);
+        asm("" : "+v"(low));  // else GCC 12 loads it twice
         one = _mm512_permutexvar_epi8(spread[0], low);
         two = _mm512_permutexvar_epi8(spread[1], low);
       }
@@ -280,7 +283,7 @@ VBMI void block_exact(const Group& g, int64_t i, const Integers& x, int64_t toke
   __m512i sum[R][PLANES];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_si512();
-  const int64_t pairs = x.chunks / 2, full = rows.inside(pairs);
+  const int64_t pairs = x.chunks / 2, full = rows.inside(pairs, i + R < g.rows);
   const int8_t* xs = &x.planes[token * pairs * PLANES * PAIR];
   exact_pairs<B, R, T, false, FAR>(rows, 0, full, xs, sum);
   exact_pairs<B, R, T, true, FAR>(rows, full, pairs, xs, sum);
@@ -323,7 +326,7 @@ VBMI void block_rounded(const Group& g, int64_t i, const Rounded& x, int64_t tok
   __m512 sum[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
-  const int64_t full = rows.inside(x.pairs);
+  const int64_t full = rows.inside(x.pairs, i + R < g.rows);
   rounded_pairs<B, R, T, false, FAR>(rows, 0, full, x, token, sum);
   rounded_pairs<B, R, T, true, FAR>(rows, full, x.pairs, x, token, sum);
 #pragma GCC unroll 4
