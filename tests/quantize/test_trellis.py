@@ -29,7 +29,6 @@ from skimlm.quantize.trellis_fit import (
 )
 
 
-
 @pytest.fixture(params=[1, 2, 3, 4])
 def bits(request):
     """Every width."""
