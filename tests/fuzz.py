@@ -132,7 +132,9 @@ def main():
                 done["right"] += 1
             except (ValueError, RuntimeError, TypeError, IndexError, AttributeError) as error:
                 text = str(error)
-                assert re.search(r"\d|missing|belong|together|None", text), f"call {i}: {text}"
+                assert re.search(r"\d|missing|belong|together|None|range", text), (
+                    f"call {i}: {text}"
+                )
                 done["refused"] += 1
     print(f"{calls} calls for each of {', '.join(native.ISAS)}: {done}")
 

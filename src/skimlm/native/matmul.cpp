@@ -176,7 +176,7 @@ struct Rows {
   // How many pairs need no mask: where windows do not reach behind the stored groups, and loads not behind what is
   // stored at all; there may be `more` rows.
   int64_t inside(int64_t pairs, bool more) const {
-    constexpr int windows = 16 + WINDOW - B, loads = B == 1 ? 32 : B == 2 ? 32 : B == 3 ? 22 : 20;  // groups
+    constexpr int windows = 16 + WINDOW - B, loads = B <= 2 ? 32 : B == 3 ? 22 : 20;  // groups
     return T ? std::max<int64_t>(c / 8 - (more ? windows : loads) + 16, 0) / 16 : std::max<int64_t>(pairs - 2, 0);
   }
 
@@ -191,7 +191,8 @@ struct Rows {
       if constexpr (MASK) {
         const __m512i low = _mm512_maskz_loadu_epi8(first_bytes(left), from);
         __m512i high = behind(r);
-        if constexpr (B == 4) high = _mm512_mask_loadu_epi8(high, first_bytes(std::min<int64_t>(left - 64, 32)), from + 64);
+        if constexpr (B == 4)
+          high = _mm512_mask_loadu_epi8(high, first_bytes(std::min<int64_t>(left - 64, 32)), from + 64);
         one = _mm512_permutex2var_epi8(low, ends.first, high);
         two = _mm512_permutex2var_epi8(low, ends.second, high);
       } else if constexpr (B == 4) {

@@ -1,7 +1,8 @@
 // Descent over the symbols of trellis rows under a full matrix H, a run of them at once (quantize/trellis.py).
 //
-// Columns stand in the order of the stream. As in refine.cpp many rows go through a tile of H: the runs that begin in a stripe of 48 columns change weights
-// in 64, and what changes there goes to the gradient of all columns afterwards.
+// Columns stand in the order of the stream. As in refine.cpp many rows go through a tile of H: the runs that begin
+// in a stripe of 48 columns change weights in 64, and what changes there goes to the gradient of all columns
+// afterwards.
 #include <cmath>
 #include <vector>
 
