@@ -194,7 +194,8 @@ def test_a_size_on_disk_is_met_from_below(run, tmp_path, family, recipe):
         files = everything(tmp_path / f"{share}")
         assert sum(map(len, files.values())) == report.bytes <= size
         pools = 1 if recipe == "fast" else 12
-        assert size - report.bytes <= max(pools * 32 + 64, budget.NEAR * size)
+        # tables of trellises are bought whole, 128 bytes each: a few may be given up at a time
+        assert size - report.bytes <= max(pools * 32 + 64, 4 * 128)
 
 
 def test_a_size_above_what_8_bits_take_is_refused(run, tmp_path):

@@ -503,7 +503,8 @@ def test_a_dry_run_tells_size_and_plan_without_work(run, tmp_path, monkeypatch, 
     planned = run("p", dry_run=True, **options)
     # what config.json says of widths is a good part of so small a folder
     assert abs(planned.bytes - done.bytes) < 0.03 * done.bytes
-    assert abs(planned.bits_per_weight - done.bits_per_weight) < 0.2
+    # of a size, what embedding and head get of it is known only once the model is analysed
+    assert "size" in options or abs(planned.bits_per_weight - done.bits_per_weight) < 0.2
     assert planned.streamed and planned.planned["scratch"] > 0
     assert not (tmp_path / "p").exists() and not journal.place(tmp_path / "p").exists()
 
