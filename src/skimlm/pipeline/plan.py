@@ -36,6 +36,7 @@ VITERBI_PER_THREAD = 30e6  # weights a second
 ROW = 4 + 248 + 16 + 96  # bytes that are kept of a row: its weight, centroids, scales, errors
 REFINE_PER_THREAD = 40e9  # additions and products a second
 JOINT = 16  # a sweep over mask, codes and adapter takes so many of refinement's
+TERMS = 2**28  # bytes of logits, probabilities and their variances at a time (tables.py)
 SLIM_BATCH = 4  # windows that go through together
 MOVING = (
     16 * 4 * 7
@@ -119,13 +120,17 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
         at_work = max(6 * r * c for r, c in s.linears)
         return stored + moving + states + activations(shapes) + logits + at_work
 
-    whole = IMPORTED + 2 * s.weights + sums(s.inside if slim else s.linears)
+    # embedding and head in the pool: made dense for a product, and the terms of their logits
+    tables = 4 * s.vocabulary * s.width + TERMS if config.pools_tables else 0
+    whole = IMPORTED + tables + 2 * s.weights + sums(s.inside if slim else s.linears)
     whole += kept + inputs + (stored if slim else 0)
     busy = 0 if known else activations(s.inside if slim else s.linears) + logits
     whole += max(busy, one + (0 if slim else stored), training(s.linears))
     part = sums(s.inside) + 2 * s.block + 3 * states
     part += max(0 if known else activations(s.inside), 0 if known else logits, one)
-    part = IMPORTED + 2 * outside + max(part, training(s.inside)) + workers * (IMPORTED + one)
+    part = (
+        IMPORTED + tables + 2 * outside + max(part, training(s.inside)) + workers * (IMPORTED + one)
+    )
     analysed = 0 if slim else sum(4 * c * c + 2 * r * c + ROW * r for r, c in s.linears)
     seconds = _seconds(s, config, known)
     scratch = analysed + (3 if plan.steps else 2) * stored + inputs + (s.blocks + 3) * states
