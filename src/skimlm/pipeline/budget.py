@@ -181,11 +181,13 @@ def choose(
     low, high = (price.bits(widths) / price.total for widths in ends)
     narrow, wide = (planned_bytes(widths) for widths in ends)
     bits = low + (high - low) * (target.size - narrow) / max(wide - narrow, 1) + 0.05
+    over = high
     for attempt in itertools.count():
         widths = for_bits(errors, price, min(max(bits, low), high), pooled)
         excess = planned_bytes(widths) - target.size
         if excess <= 0:
-            return widths
+            return _filled(target.size, errors, price, pooled, planned_bytes, (bits, over), widths)
+        over = bits
         if bits <= low:
             break
         closer = (price.bits(widths) - 8 * excess) / price.total
@@ -194,6 +196,32 @@ def choose(
         f"{target.size:,} bytes cannot be reached: the folder takes {narrow:,} bytes at 1 bit "
         f"and {wide:,} at {code_bits(price.ends[1])}"
     )
+
+
+def _filled(
+    size: int,
+    errors: Mapping[str, Tensor],
+    price: Prices,
+    pooled: bool,
+    planned_bytes: Callable[[Widths], int],
+    between: tuple[float, float],
+    widths: Widths,
+) -> Widths:
+    """`widths`, or wider ones where much of the size is left: what rows share is bought whole.
+
+    `between` bits per weight at which the folder fits and does not.
+    """
+    fits, over = between
+    for _ in range(EXACT):
+        if size - planned_bytes(widths) <= NEAR * size:
+            break
+        bits = (fits + over) / 2
+        wider = for_bits(errors, price, bits, pooled)
+        if planned_bytes(wider) <= size:
+            fits, widths = bits, max(widths, wider, key=planned_bytes)
+        else:
+            over = bits
+    return widths
 
 
 def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: bool) -> Widths:

@@ -24,6 +24,7 @@ from skimlm.pipeline.tables import TableSums, analysis, uses
 from skimlm.pipeline.walk import Walk, analyse
 
 SPARE = 1e-4  # bits per weight that other widths leave, for the headers to grow
+TRIED = "tried"  # what is kept of it, so that a run that goes on does not try again
 FREE = 0.1  # bits per weight above the least, below which there is nothing to try
 
 
@@ -115,9 +116,9 @@ def allocate(given: Given, config: CompressConfig, tools: Tools, walk: Walk) -> 
         if _can_try(given, config):
             found, tried = _tried(given, walk, stored, errors, price, widths)
             # headers grow with histograms: what is over a size stays as it was
-            over = target.size is not None and planned_bytes(widths | found) > target.size
-            widths = widths if over else widths | found
-            _say(tried, tools)
+            if target.size is None or planned_bytes(widths | found) <= target.size:
+                widths = widths | found
+                _say(tried, tools)
     return made(widths, key, kept, stored, sharing, tried)
 
 
@@ -145,10 +146,16 @@ def _tried(
     def spend(errors: Mapping[str, Tensor], pooled: bool) -> budget.Widths:
         return budget.for_bits(errors, linears, bits, pooled)
 
-    own = {n: errors[n] for n in given.linears}
-    columns = {width: column for column, width in enumerate(price.widths)}
-    unseen = dataclasses.replace(walk, ids=given.unseen)
-    return tried_widths(unseen, stored, own, spend, columns)
+    if not walk.store.has(TRIED, 0):
+        own = {n: errors[n] for n in given.linears}
+        columns = {width: column for column, width in enumerate(price.widths)}
+        unseen = dataclasses.replace(walk, ids=given.unseen)
+        found, tried = tried_widths(unseen, stored, own, spend, columns)
+        told = {f"{TRIED}:{way}": torch.tensor(kl).double() for way, kl in tried.items()}
+        walk.store.keep(TRIED, 0, found | told)
+    kept = walk.store.read(TRIED, 0)
+    found = {name: kept[name] for name in given.linears}
+    return found, {n.split(":")[1]: float(kl) for n, kl in kept.items() if n not in found}
 
 
 def _say(tried: Mapping[str, float], tools: Tools) -> None:
