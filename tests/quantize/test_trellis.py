@@ -278,3 +278,10 @@ def test_bad_input_is_a_value_error(changes, match):
     good = dict(w=W, h=H, table=TABLE, scale=SCALE, codes=CODES, bits=3, sweeps=1)
     with pytest.raises(ValueError, match=match):
         descend(**(good | changes))
+
+
+def test_a_symbol_of_more_bits_than_its_row_is_an_error():
+    w, h, table, scale, codes = realistic(13, 2)
+    codes[3, 5] = 4
+    with pytest.raises(ValueError, match="a symbol of 2 bits is below 4, got 4"):
+        descend(w, h, table, scale, codes, 2, 1)

@@ -60,6 +60,8 @@ def descend(
     r, c = w.shape
     native.require("h", h, torch.float32, (c, c))
     _check(w, table, scale, codes, bits)
+    if codes.numel() and int(codes.max()) >> bits:
+        raise ValueError(f"a symbol of {bits} bits is below {1 << bits}, got {int(codes.max())}")
     if native.missing():
         return descend_reference(w, h, table, scale, codes, bits, sweeps)
     order = stream_order(c)
