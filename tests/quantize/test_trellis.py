@@ -259,7 +259,7 @@ def test_normal_weights_lose_less_than_the_best_quantizer_of_each_alone():
     f = torch.ones_like(w)
     alone = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
     for bits, most in {1: 0.9, 2: 0.82, 3: 0.8, 4: 0.8}.items():
-        assert float(curve(w, f, None, bits)[1].mean()) / 600 < most * alone[bits]
+        assert float(curve(w, f, None, bits)[2].mean()) / 600 < most * alone[bits]
 
 
 W, H, TABLE, SCALE, CODES = integers(0, 3)
