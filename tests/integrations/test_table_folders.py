@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from conftest import FAMILIES, quantized_linears, random_quantized, tiny_model
+from folder_sample import IDS, assert_same_logits, config_of, logits, open_folder, stored
 from layer_sample import mixed, spoil, with_options
 from skimlm.errors import FormatError, SkimError
 from skimlm.evaluate.report import inspect, inspect_text
@@ -24,7 +25,6 @@ from skimlm.runtime import decode
 from skimlm.runtime.tables import PackedEmbedding, PackedHead
 from skimlm.storage.folder import folder_bytes
 
-IDS = torch.arange(40).view(2, 20)
 TABLE, HEAD, UP = "model.embed_tokens", "lm_head", "model.layers.0.mlp.up_proj"
 
 
@@ -43,24 +43,6 @@ def compress(out, model, tokenizer=None, **options):
     return quantized
 
 
-def open_folder(path, dtype=torch.float32, cls=AutoModelForCausalLM):
-    """from_pretrained, with nothing missing, surplus or random."""
-    model, info = cls.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    assert not any(info.values()), info
-    return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def assert_same_logits(got, want):
-    """The same numbers summed in another order; in bfloat16 dense weights are rounded besides."""
-    most = 4e-2 if got.dtype == torch.bfloat16 else 2e-5
-    assert float((got - want).float().norm() / want.float().norm()) < most
-
-
 def made_dense(model, quantized):
     """The dense model with the numbers of the compressed layers."""
     for name, q in quantized.items():
@@ -68,18 +50,6 @@ def made_dense(model, quantized):
         weight.data = effective(q).to(weight.dtype)
     model.tie_weights()
     return model
-
-
-def config_of(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
-def stored(folder):
-    """Every tensor of a folder as comparable bytes."""
-    return {
-        name: (tensor.dtype, tuple(tensor.shape), tensor.view(torch.uint8).numpy().tobytes())
-        for name, tensor in load_file(folder / "model.safetensors").items()
-    }
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from conftest import FAMILIES, quantized_linears, tiny_model
+from folder_sample import IDS, assert_same_logits, config_of, logits, open_folder, stored
 from layer_sample import mixed
 from skimlm.errors import FormatError
 from skimlm.format import effective, pack
@@ -23,8 +24,6 @@ from skimlm.runtime import decode
 from skimlm.runtime.linear import CompressedLinear
 from skimlm.runtime.tables import CompressedEmbedding, CompressedHead
 from skimlm.storage.folder import folder_bytes
-
-IDS = torch.arange(40).view(2, 20)
 
 
 def compress(out, model, tokenizer=None, embed_bits=8, **kwargs):
@@ -39,24 +38,6 @@ def compress_mixed(out, model, tokenizer=None, **kwargs):
     quantized = mixed(quantized_linears(model, **kwargs))
     save(out, model, tokenizer, quantized, embed_bits=8, bits=3.2)
     return quantized
-
-
-def open_folder(path, dtype=torch.float32, cls=AutoModelForCausalLM):
-    """from_pretrained, with nothing missing, surplus or random."""
-    model, info = cls.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    assert not any(info.values()), info
-    return model
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def assert_same_logits(got, want):
-    """The same numbers summed in another order; in bfloat16 dense weights are rounded besides."""
-    most = 4e-2 if got.dtype == torch.bfloat16 else 2e-5
-    assert float((got - want).float().norm() / want.float().norm()) < most
 
 
 def make_dense(model, quantized, loaded):
@@ -105,33 +86,30 @@ def test_save_pretrained_round_trip_is_bit_equal(tmp_path, family, embed_bits):
     assert old == new
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_linears_of_version_2_load_run_and_come_back(tmp_path, family):
-    model = tiny_model(family)
-    quantized = compress_mixed(tmp_path / "out", model, in_scale=True)
+def check_comes_back(tmp_path, model, quantized, version):
+    """The folder `out` loads, runs, is saved again as it is, and becomes dense again."""
     loaded = open_folder(tmp_path / "out")
     want = logits(loaded)
     assert_same_logits(want, logits(make_dense(model, quantized, loaded)))
     loaded.save_pretrained(tmp_path / "again")
     assert stored(tmp_path / "again") == stored(tmp_path / "out")
     assert config_of(tmp_path / "again") == config_of(tmp_path / "out")
-    assert config_of(tmp_path / "out")["format_version"] == 2
+    assert config_of(tmp_path / "out")["format_version"] == version
     assert torch.equal(logits(open_folder(tmp_path / "again")), want)
     assert_same_logits(logits(loaded.dequantize()), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_of_version_2_load_run_and_come_back(tmp_path, family):
+    model = tiny_model(family)
+    check_comes_back(tmp_path, model, compress_mixed(tmp_path / "out", model, in_scale=True), 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_trellis_rows_load_run_and_come_back_in_a_folder_of_version_3(tmp_path, family):
     model, widths = tiny_model(family), [19, 3, 18, 17, 7, 20]
     quantized = compress(tmp_path / "out", model, in_scale=True, widths=widths)
-    loaded = open_folder(tmp_path / "out")
-    want = logits(loaded)
-    assert_same_logits(want, logits(make_dense(model, quantized, loaded)))
-    loaded.save_pretrained(tmp_path / "again")
-    assert stored(tmp_path / "again") == stored(tmp_path / "out")
-    assert config_of(tmp_path / "again") == config_of(tmp_path / "out")
-    assert config_of(tmp_path / "out")["format_version"] == 3
-    assert_same_logits(logits(loaded.dequantize()), want)
+    check_comes_back(tmp_path, model, quantized, 3)
 
 
 def test_linears_of_version_1_keep_a_folder_at_version_1(tmp_path):
@@ -164,18 +142,6 @@ def test_the_plan_of_linears_of_version_2_is_exact_to_the_byte(
     rest = plan_bytes(model, tokenizer, specs, **options)
     out = save(tmp_path / "out", model, tokenizer, quantized, **options)
     assert folder_bytes(out) == rest + sum(pack(q).nbytes for q in quantized.values())
-
-
-def config_of(folder):
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
-
-
-def stored(folder):
-    """Every tensor of a folder as comparable bytes."""
-    return {
-        name: (tensor.dtype, tuple(tensor.shape), tensor.view(torch.uint8).numpy().tobytes())
-        for name, tensor in load_file(folder / "model.safetensors").items()
-    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)

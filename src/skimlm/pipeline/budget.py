@@ -8,6 +8,7 @@ tokenizer. The answer never exceeds the target and lies within one edge of a row
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ class Prices:
         """The widths of the fewest and of the most bits whose rows share nothing."""
         return self.alone[0], self.alone[-1]
 
-    @property
+    @cached_property
     def alone(self) -> tuple[int, ...]:
         """The widths whose rows share nothing."""
         spec = next(iter(self.specs.values()))
@@ -176,51 +177,52 @@ def choose(
         return uniform(price.specs, target.index_bits)
     if target.size is None:
         return for_bits(errors, price, target.bits, pooled)
-    # Headers and config grow with the histograms: begin a little high, then correct downwards.
+
+    def spend(bits: float) -> Widths:
+        return for_bits(errors, price, bits, pooled)
+
+    return _for_size(target.size, price, spend, planned_bytes)
+
+
+def _for_size(
+    size: int,
+    price: Prices,
+    spend: Callable[[float], Widths],
+    planned_bytes: Callable[[Widths], int],
+) -> Widths:
+    """Of what is bought for some bits per weight the largest that `size` bytes have room for."""
     ends = [uniform(price.specs, width) for width in price.ends]
     low, high = (price.bits(widths) / price.total for widths in ends)
     narrow, wide = (planned_bytes(widths) for widths in ends)
-    bits = low + (high - low) * (target.size - narrow) / max(wide - narrow, 1) + 0.05
+    # Headers and config grow with the histograms: begin a little high, then correct downwards.
+    bits = low + (high - low) * (size - narrow) / max(wide - narrow, 1) + 0.05
     over = high
     for attempt in itertools.count():
-        widths = for_bits(errors, price, min(max(bits, low), high), pooled)
-        excess = planned_bytes(widths) - target.size
+        widths = spend(min(max(bits, low), high))
+        excess = planned_bytes(widths) - size
         if excess <= 0:
-            return _filled(target.size, errors, price, pooled, planned_bytes, (bits, over), widths)
-        over = bits
-        if bits <= low:
             break
+        if bits <= low:
+            raise SkimError(
+                f"{size:,} bytes cannot be reached: the folder takes {narrow:,} bytes at 1 bit "
+                f"and {wide:,} at {code_bits(price.ends[1])}"
+            )
+        over = bits
         closer = (price.bits(widths) - 8 * excess) / price.total
         bits = closer if attempt < EXACT else min(closer, bits - LESS)
-    raise SkimError(
-        f"{target.size:,} bytes cannot be reached: the folder takes {narrow:,} bytes at 1 bit "
-        f"and {wide:,} at {code_bits(price.ends[1])}"
-    )
-
-
-def _filled(
-    size: int,
-    errors: Mapping[str, Tensor],
-    price: Prices,
-    pooled: bool,
-    planned_bytes: Callable[[Widths], int],
-    between: tuple[float, float],
-    widths: Widths,
-) -> Widths:
-    """`widths`, or wider ones where much of the size is left: what rows share is bought whole.
-
-    `between` bits per weight at which the folder fits and does not.
-    """
-    fits, over = between
-    for _ in range(EXACT):
-        if size - planned_bytes(widths) <= NEAR * size:
+    fits = bits
+    for _ in range(EXACT):  # what rows share is bought whole: where much is left, more may fit
+        if -excess <= NEAR * size:
             break
         bits = (fits + over) / 2
-        wider = for_bits(errors, price, bits, pooled)
-        if planned_bytes(wider) <= size:
-            fits, widths = bits, max(widths, wider, key=planned_bytes)
-        else:
+        wider = spend(bits)
+        more = planned_bytes(wider) - size
+        if more > 0:
             over = bits
+            continue
+        fits = bits
+        if more > excess:
+            widths, excess = wider, more
     return widths
 
 
@@ -235,9 +237,8 @@ def for_bits(errors: Mapping[str, Tensor], price: Prices, bits: float, pooled: b
     shared = {name: price.per_row(name) for name in errors}
     first = _spend(errors, price, shared, every, price.base, bits * price.total, pooled)
     allowed = {name: price.paying(name, widths) for name, widths in first.items()}
-    fixed = price.shared(allowed)
     least = sum(price.rows[n][0] * spec.rows for n, spec in price.specs.items())
-    if least + fixed > bits * price.total:
+    if least + price.shared(allowed) > bits * price.total:
         allowed = {name: price.alone for name in errors}
     while True:
         fixed = price.shared(allowed)

@@ -44,7 +44,7 @@ from skimlm.pipeline.config import CompressConfig
 from skimlm.pipeline.given import Given, Progress, Tools, check_disk, load, provenance
 from skimlm.pipeline.recipes import packed_linear
 from skimlm.pipeline.walk import Walk, each, packed
-from skimlm.pipeline.widths import Plan, allocate, as_if_alike, table_analyses
+from skimlm.pipeline.widths import Plan, allocate, as_if_alike
 from skimlm.pipeline.workers import Submit, here, pool
 from skimlm.progress import Clock, peak_rss_bytes
 from skimlm.storage import journal
@@ -234,7 +234,7 @@ def _fit(
             each(walk, "fit", "packed", packed_linear, lambda n: (known[n], widths[n], plan))
             if given.tables:
                 weights = {n: table.weight.detach() for n, table in given.tables.items()}
-                steps.pack_tables(walk, weights, table_analyses(given, known), widths, plan)
+                steps.pack_tables(walk, weights, chosen.tables, widths, plan)
     if not plan.steps:
         return []
     with tools.clock("train"):

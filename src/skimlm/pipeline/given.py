@@ -1,7 +1,7 @@
 """What a run works on: the model, its linears, the calibration windows; and with what."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,7 @@ class Given:
 
     def key(self, config: CompressConfig) -> str:
         """The name of its analysis."""
-        names = [*sorted(self.linears), *self.tables]
-        return sensitivity.key(self.path, self.ids, config.settings, names)
+        return _key(self.path, self.ids, config, self.linears, self.tables)
 
     def walk(self, work: Path | None, progress: Progress, submit: Submit) -> Walk:
         """The walk over the blocks; what a streamed one keeps lies in `work`."""
@@ -110,7 +109,7 @@ def load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) ->
         ids, unseen = windows(documents, tokenizer, *both, origin).tensor_split([plan.samples])
         check_ids(shape, ids, tokenizer)
         tables = list(uses(shape)) if pooled else []
-        analysis = sensitivity.key(opened.path, ids, plan, [*sorted(linears), *tables])
+        analysis = _key(opened.path, ids, config, linears, tables)
         left = sensitivity.missing(tools.cache, analysis, linears)
         needs, streamed = _way(shape, linears, config, config.method == "skim" and not left)
         source = open_source(opened, streamed, tokenizer)
@@ -138,6 +137,13 @@ def load(model: str | os.PathLike[str], config: CompressConfig, tools: Tools) ->
             covered,
             opened.left_out,
         )
+
+
+def _key(
+    path: Path, ids: Tensor, config: CompressConfig, linears: Iterable[str], tables: Iterable[str]
+) -> str:
+    """The name of the analysis of these linears and tables."""
+    return sensitivity.key(path, ids, config.settings, [*sorted(linears), *tables])
 
 
 def _way(

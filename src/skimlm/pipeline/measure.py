@@ -25,6 +25,7 @@ from skimlm.format.row_codes import TRELLIS, code_bits
 from skimlm.models.carried import State
 from skimlm.models.hooks import forwards_replaced, frozen
 from skimlm.models.source import Span
+from skimlm.pipeline.budget import Widths
 from skimlm.pipeline.recipes import rounded_linear
 from skimlm.pipeline.sensitivity import Analysis
 from skimlm.pipeline.walk import Walk, batches
@@ -91,7 +92,6 @@ GROUPS = 6  # of blocks that follow each other, whose prediction is held against
 FAR = 8.0  # a group's errors are corrected by no more than this factor
 POOLED, CORRECTED = "one budget", "one budget, corrected by groups of blocks"
 APART, ALIKE = "one budget per linear", "all rows alike"
-Widths = dict[str, Tensor]
 
 
 def tried_widths(

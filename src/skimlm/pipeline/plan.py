@@ -38,9 +38,8 @@ REFINE_PER_THREAD = 40e9  # additions and products a second
 JOINT = 16  # a sweep over mask, codes and adapter takes so many of refinement's
 TERMS = 2**28  # bytes of logits, probabilities and their variances at a time (tables.py)
 SLIM_BATCH = 4  # windows that go through together
-MOVING = (
-    16 * 4 * 7
-)  # bytes of a row that is trained: 16 entries as values, gradients, moments, best
+# bytes of a row that is trained: 16 entries as values, gradients, moments, best
+MOVING = 16 * 4 * 7
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,8 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
     whole += max(busy, one + (0 if slim else stored), training(s.linears))
     part = sums(s.inside) + 2 * s.block + 3 * states
     part += max(0 if known else activations(s.inside), 0 if known else logits, one)
-    part = (
-        IMPORTED + tables + 2 * outside + max(part, training(s.inside)) + workers * (IMPORTED + one)
-    )
+    part = max(part, training(s.inside)) + workers * (IMPORTED + one)
+    part += IMPORTED + tables + 2 * outside
     analysed = 0 if slim else sum(4 * c * c + 2 * r * c + ROW * r for r, c in s.linears)
     seconds = _seconds(s, config, known)
     scratch = analysed + (3 if plan.steps else 2) * stored + inputs + (s.blocks + 3) * states
@@ -160,10 +158,9 @@ def _seconds(s: Sizes, config: CompressConfig, known: bool) -> float:
     fisher = min(plan.fisher_windows * plan.seq_len, tokens)
     seconds = (2 * tokens * (2 * dense + squares) + 2 * fisher * dense) / rate
     seconds += dense / (KMEANS_PER_THREAD * threads)
-    trellises = plan.end_loss and config.options is None
     seconds += dense / (CURVES_PER_THREAD * threads) if plan.end_loss else 0
     seconds = 0 if known else seconds
-    if trellises:
+    if plan.end_loss and config.options is None:
         seconds += dense / (TRELLIS_PER_THREAD * threads)
         seconds += TRIALS * dense / (VITERBI_PER_THREAD * threads)
     if config.options is not None:

@@ -15,22 +15,22 @@ from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.sensitivity import Analysis
 from skimlm.quantize import fit as fitting
 from skimlm.quantize import slim, trellis_fit
-from skimlm.quantize.fit import GRIDS, TRELLISES, WIDTHS, Fit
+from skimlm.quantize.fit import GRIDS, WIDTHS, Fit
 from skimlm.quantize.kmeans import kmeans_rows
 from skimlm.quantize.refine import damped
 from skimlm.quantize.scale import normalise, scale_step, scaled_error
 
+SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of as many tokens
+
 
 def widths_of(plan: Recipe, options: slim.Options | None) -> Sequence[int]:
-    """The widths that rows can have: the published method knows no trellis, and sparse rows and
-    rows with adapters have codebooks.
+    """The widths that rows can have.
+
+    The published method knows no trellis; sparse rows and rows with adapters have codebooks.
     """
     if options is not None:
         return WIDTHS[:MAX_TABLE_WIDTH]
     return WIDTHS if plan.end_loss else GRIDS
-
-
-SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of as many tokens
 
 
 def fit_linear(
@@ -38,9 +38,8 @@ def fit_linear(
 ) -> Fit:
     """Codebooks and codes of W float32 [r, c] at its widths, scaled or refined as the plan says.
 
-    `fixed`: trellises have the tables that are known.
-
-    The published method uses H as it is: nothing there needs it to be positive definite.
+    `fixed`: trellises have the tables that are known. The published method uses H as it is: nothing
+    there needs it to be positive definite.
     """
     h = known.hessian if plan.scale else damped(known.hessian)
     fit = fitting.start(w, known.fisher.float(), widths, known.centroids)
@@ -57,11 +56,9 @@ def rounded_linear(w: Tensor, known: Analysis, widths: Tensor) -> Tensor:
     """W float32 [r, c] at its widths as it is before refinement: what the error curves are of."""
     f = known.fisher.float()
     out = fitting.start(w, f, widths, known.centroids).dense()
-    for table, scale, width in zip(known.tables, known.scales.T, TRELLISES, strict=False):
-        own = widths == width
-        if bool(own.any()):
-            bits = code_bits(width)
-            out[own] = trellis_fit.rounded(w[own], f[own], table, scale[own], bits)
+    starts = fitting.trellis_starts(widths, known.tables, known.scales)
+    for width, own, table, scale in starts:
+        out[own] = trellis_fit.rounded(w[own], f[own], table, scale, code_bits(width))
     return out
 
 

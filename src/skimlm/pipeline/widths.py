@@ -40,6 +40,8 @@ class Plan:
     key: str  # of the analysis, empty for slim
     kept: bool  # the analysis was there
     stored: sensitivity.Stored | None = None
+    # the same of embedding and head, where they share the budget
+    tables: Mapping[str, sensitivity.Analysis] = field(default_factory=dict)
     sharing: int = 0  # experts that calibration hardly visited
     tried: Mapping[str, float] = field(default_factory=dict)  # KL of ways to spend the bits
 
@@ -109,7 +111,8 @@ def allocate(given: Given, config: CompressConfig, tools: Tools, walk: Walk) -> 
         sharing = sum(stored.tokens(n) < FEW for n in routed(given.model, linears))
         if config.options is not None:
             errors = steps.decompose(walk, stored, config.options)
-        errors |= {n: known.errors for n, known in table_analyses(given, stored).items()}
+        tables = _table_analyses(given, stored)
+        errors |= {name: known.errors for name, known in tables.items()}
     with tools.clock("allocate"):
         widths = budget.choose(target, errors, price, plan.end_loss, planned_bytes)
         tried: dict[str, float] = {}
@@ -119,7 +122,7 @@ def allocate(given: Given, config: CompressConfig, tools: Tools, walk: Walk) -> 
             if target.size is None or planned_bytes(widths | found) <= target.size:
                 widths = widths | found
                 _say(tried, tools)
-    return made(widths, key, kept, stored, sharing, tried)
+    return made(widths, key, kept, stored, tables, sharing, tried)
 
 
 def _can_try(given: Given, config: CompressConfig) -> bool:
@@ -167,7 +170,7 @@ def _say(tried: Mapping[str, float], tools: Tools) -> None:
         )
 
 
-def table_analyses(given: Given, stored: sensitivity.Stored) -> dict[str, sensitivity.Analysis]:
+def _table_analyses(given: Given, stored: sensitivity.Stored) -> dict[str, sensitivity.Analysis]:
     """What is known of embedding and head where they share the linears' budget."""
     if not given.tables:
         return {}

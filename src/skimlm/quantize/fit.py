@@ -4,7 +4,7 @@
 widths, `finish` rounds the codebooks to what is stored (8-bit levels, one bfloat16 scale per row).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -184,11 +184,19 @@ def fit_trellises(
 
     `fixed`: the tables stay.
     """
+    for width, own, table, scale in trellis_starts(fit.widths, tables, scales):
+        rows = w[own], f[own], h, row_weight[own], table, scale
+        fit.trellis[width] = trellis_fit.fit(*rows, code_bits(width), fixed)
+
+
+def trellis_starts(
+    widths: Tensor, tables: Tensor, scales: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Of the trellis widths in use: (width, which rows have it [r], their table, their scales)."""
     for table, scale, width in zip(tables, scales.T, TRELLISES, strict=False):
-        own = fit.widths == width
+        own = widths == width
         if bool(own.any()):
-            rows = w[own], f[own], h, row_weight[own], table, scale[own]
-            fit.trellis[width] = trellis_fit.fit(*rows, code_bits(width), fixed)
+            yield width, own, table, scale[own]
 
 
 def finish(w: Tensor, h: Tensor | None, fit: Fit, sweeps: int = 1) -> QuantizedWeight:

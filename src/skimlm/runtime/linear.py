@@ -127,8 +127,7 @@ class CompressedLinear(Watched, Packed):
         super().__init__(spec, device)
         self.in_features, self.out_features = spec.cols, spec.rows
         self.adapter: tuple[Tensor, Tensor] | None = None
-        room = torch.empty(self.out_features, dtype=dtype, device=device) if bias else None
-        self.bias = None if room is None else nn.Parameter(room, requires_grad=False)
+        self.bias = bias_room(spec.rows, dtype, device) if bias else None
 
     @classmethod
     def from_quantized(cls, q: QuantizedWeight, bias: Tensor | None = None) -> CompressedLinear:
@@ -204,6 +203,13 @@ class _Product(torch.autograd.Function):
     def backward(ctx, gradient):
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return gradient @ ctx.layer.base_weight(gradient.dtype), bias, None
+
+
+def bias_room(
+    rows: int, dtype: torch.dtype | None, device: torch.device | str | None
+) -> nn.Parameter:
+    """Room for a bias that is stored as the model has it."""
+    return nn.Parameter(torch.empty(rows, dtype=dtype, device=device), requires_grad=False)
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

@@ -20,7 +20,7 @@ from skimlm.format.layer import NAMES, Layer, LayerSpec
 from skimlm.format.pack import QuantizedWeight, pack
 from skimlm.format.table import table_layout, table_values
 from skimlm.runtime import ops
-from skimlm.runtime.linear import Packed, Stored, dense_linear
+from skimlm.runtime.linear import Packed, Stored, bias_room, dense_linear
 
 
 class _Table(Stored):
@@ -156,8 +156,7 @@ class CompressedHead(_Table):
         self.owns_scale = not tied
         if tied:  # transformers ties `weight`; `tie` brings the scale along
             self.register_buffer("scale", self.scale, persistent=False)
-        room = torch.empty(rows, dtype=dtype, device=device) if bias else None
-        self.bias = None if room is None else nn.Parameter(room, requires_grad=False)
+        self.bias = bias_room(rows, dtype, device) if bias else None
 
     def tie(self, embedding: CompressedEmbedding) -> None:
         """Share the embedding's table."""
@@ -198,8 +197,7 @@ class PackedHead(_PackedTable):
         self.owns_layer = not tied
         if tied:  # transformers ties `weight`; `tie` brings the rest along
             self._buffers.update(dict.fromkeys(self._buffers))
-        room = torch.empty(spec.rows, dtype=dtype, device=device) if bias else None
-        self.bias = None if room is None else nn.Parameter(room, requires_grad=False)
+        self.bias = bias_room(spec.rows, dtype, device) if bias else None
 
     def tie(self, embedding: PackedEmbedding) -> None:
         """Use the embedding's layer."""
