@@ -30,12 +30,12 @@ from skimlm.train.adapters import (
     CHECKS,
     HELD_OUT,
     _placed,
-    _Rounded,
     adapted,
     next_token_loss,
     stored_adapter,
     train,
 )
+from skimlm.train.straight_through import rounded_factor
 
 KINDS = [  # of linears, in turn
     slim.Options(4, Sparsity(2, 4), 0.2, 4, group=16),
@@ -174,7 +174,7 @@ def test_gradients_are_those_of_a_layer_of_the_stored_numbers(kind):
     moved = [v + 0.1 * v.std() * torch.randn(v.shape, generator=g) for v in adapter.values()]
     leaves = [v.clone().requires_grad_() for v in moved]
     scales = adapter.a_scale, adapter.b_scale
-    values = [_Rounded.apply(v, s) for v, s in zip(leaves, scales, strict=True)]
+    values = [rounded_factor(v, s) for v, s in zip(leaves, scales, strict=True)]
     layer.adapter = values[0], values[1]
     out = layer(x)
     out.backward(probe)

@@ -64,10 +64,7 @@ def dense(layer: Layer, tensors) -> torch.Tensor:
             row = row.new_zeros(COLS).masked_scatter(q.mask[i], row)
         rows.append(row if q.in_scale is None else row * q.in_scale.float())
     w = torch.stack(rows)
-    if q.adapter is None:
-        return w
-    a, b = q.adapter.values()
-    return w + b.T @ a
+    return w if q.adapter is None else w + tensors["lora_b"].T @ tensors["lora_a"]
 
 
 def changed(tensors, seed=3) -> dict[str, torch.Tensor]:
@@ -77,12 +74,22 @@ def changed(tensors, seed=3) -> dict[str, torch.Tensor]:
     return {n: t + torch.randn(t.shape, generator=g) * size[n] for n, t in tensors.items()}
 
 
-def rounded(tensors) -> dict[str, torch.Tensor]:
-    """Levels as integers, scales as bfloat16."""
-    return {
-        n: t.bfloat16().float() if n.startswith("row_scale") else t.round().clamp(-127, 127)
-        for n, t in tensors.items()
-    }
+def rounded(layer, tensors) -> dict[str, torch.Tensor]:
+    """Levels as integers, scales as bfloat16, factors to the scales that the layer has."""
+    return {n: stored_values(layer, n, t) for n, t in tensors.items()}
+
+
+def stored_values(layer, name, t) -> torch.Tensor:
+    """The values of one tensor, number by number for a factor of an adapter."""
+    if name.startswith("row_scale") or (name.startswith("lora") and layer.spec.adapter_bits == 16):
+        return t.bfloat16().float()
+    if not name.startswith("lora"):
+        return t.round().clamp(-127, 127)
+    scale, out = layer.tensors[f"{name}_scale"].float(), torch.empty_like(t)
+    for k, j in torch.cartesian_prod(*map(torch.arange, t.shape)).tolist():
+        step = scale[k, j // 128]
+        out[k, j] = (t[k, j] / step).round().clamp(-8, 7) * step
+    return out
 
 
 def inputs(seed=1):
@@ -98,10 +105,11 @@ def test_a_product_and_its_gradients_are_those_of_the_dense_weight(chosen, in_sc
     layer = layer_of(chosen, in_scale)
     start = K.moving(layer)
     names = [f"codebook.{b}" for b in TABLES] + [f"trellis.{w}" for w in TRELLISES]
+    names += ["lora_a", "lora_b"] if layer.spec.rank else []
     assert set(start) == {*names, *(f"row_scale.{w}" for w in layer.spec.counts)}
     moved = changed(start)
     ours = {n: t.clone().requires_grad_() for n, t in moved.items()}
-    theirs = {n: t.clone().requires_grad_() for n, t in rounded(moved).items()}
+    theirs = {n: t.clone().requires_grad_() for n, t in rounded(layer, moved).items()}
     x, y = (inputs().requires_grad_() for _ in range(2))
     got, want = K.product(x, layer, ours), y @ dense(layer, theirs).T
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -127,7 +135,8 @@ def test_unmoved_it_is_the_weight_that_is_stored(chosen):
     else:
         assert torch.equal(w, want)
     moving = K.moving(layer)
-    assert bool(moving) == (chosen["group"] is None)
+    assert bool(moving) == (chosen["group"] is None or chosen["rank"] > 0)
+    assert all(n.startswith("lora") for n in moving if chosen["group"] is not None)
     assert torch.equal(K.product(identity, layer, moving).T, w)
 
 
@@ -160,7 +169,7 @@ def test_what_is_stored_is_what_was_computed_with_and_all_else_as_it_was(chosen)
     assert made.spec == layer.spec
     before, after = unpack(layer), unpack(made)
     assert torch.equal(before.codes, after.codes) and torch.equal(before.widths, after.widths)
-    got, want = K.moving(made), rounded(moved)
+    got, want = K.moving(made), rounded(layer, moved)
     assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want)
     same = K.stored(layer, {})
     assert all(torch.equal(t, same.tensors[n]) for n, t in layer.tensors.items())

@@ -8,7 +8,8 @@
     slim     of a linear                               inputs from the compressed blocks before
     paper    mask, grid, adapter in one pass           of the block as it was   (as published)
     fast     all that is stored jointly, codebooks     of the block as it was
-    best     the same, more rounds                     of the block so far; original outputs
+    best     the same, more rounds, then end-loss      of the block so far; original outputs
+             training of adapters too
 
 skim goes over the linears with plain values: statistics, curve, fit, quantized weight. What a
 new width needs again (statistics, centroids, error curves) goes to the analysis cache, so that a
@@ -23,6 +24,7 @@ the folder is the same, byte for byte.
 
 import dataclasses
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -31,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import skimlm
 from skimlm.errors import SkimError
@@ -187,7 +188,7 @@ def _run(
     _say_sharing(chosen.sharing, tools)
     report = _report(given, config, tools, out, chosen)
     # A run that was interrupted during the training finds its state here and goes on.
-    state = tools.cache / f"{chosen.key}-{_digest(chosen.widths)}.state"
+    state = tools.cache / f"{given.key(config)}-{_digest(chosen)}.state"
     report.held_out_kl = _fit(given, walk, config, tools, chosen, state)
     if config.method == "slim":  # which knows only now
         report.experts_sharing = steps.sharing(walk)
@@ -227,6 +228,8 @@ def _fit(
     with tools.clock("fit"):
         if known is None:
             assert options is not None
+            if plan.steps:  # while the model is what it was
+                steps.final_states(walk)
             steps.fit_slim(walk, plan, options, published=config.recipe == "paper")
         elif options is not None:
             steps.compose(walk, known, widths, options)
@@ -252,5 +255,10 @@ def _facts(config: CompressConfig, given: Given) -> dict[str, Any]:
     }
 
 
-def _digest(widths: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(torch.cat(list(widths.values())).numpy().tobytes()).hexdigest()[:16]
+def _digest(chosen: Plan) -> str:
+    """How all layers are stored, in a few letters."""
+    digest = hashlib.sha256()
+    for name, spec in chosen.specs.items():
+        digest.update(json.dumps([name, spec.entry()]).encode())
+        digest.update(chosen.widths[name].numpy().tobytes())
+    return digest.hexdigest()[:16]

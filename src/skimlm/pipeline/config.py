@@ -58,7 +58,7 @@ RECIPES = {
 SLIM_RECIPES = {
     "paper": Recipe(),
     "fast": Recipe(samples=64, iterations=2),
-    "best": Recipe(staged=True, matched=True, iterations=4),
+    "best": Recipe(staged=True, matched=True, iterations=4, steps=64),
 }
 
 

@@ -19,6 +19,7 @@ NORMAL, TAILS = 80, 0.1  # rounds of the table all begin with, and how far its t
 ALIKE, WEIGHTED = 4, 2  # rounds in which a table is learnt: all weights alike, then under F
 SCALES = (0.75, 1.0, 1.25, 1.5, 1.8, 2.2, 2.8)  # of the rms of a row, from which its own is found
 ROUNDS = 4  # of symbols, scales and table under H
+LEARN = 256  # rows, those that count most, from which a table learns under H
 SETTLE = 3  # passes over the symbols once all else is rounded
 LEVELS = 127  # the largest entry of a stored table
 
@@ -145,7 +146,10 @@ def fit(
     for _ in range(ROUNDS):
         codes = descend(w, h, table, scale, codes, bits, 1)
         scale = scale_step(w, h, table, scale, codes, bits)
-        table = table if fixed else table_step(w, h, row_weight, table, scale, codes, bits)
+        if not fixed:
+            some = (row_weight * scale * scale).topk(min(len(w), LEARN)).indices
+            known = w[some], h, row_weight[some], table, scale[some], codes[some], bits
+            table = table_step(*known)
     return finish(w, h, table, scale, codes, bits)
 
 

@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from skimlm.format.layer import ADAPTER_GROUP
-from skimlm.format.pack import Adapter, factor_values, spread, unpack_adapter
+from skimlm.format.pack import Adapter, unpack_adapter
 from skimlm.models.head import final_hidden
 from skimlm.models.hooks import frozen
 from skimlm.runtime.linear import CompressedLinear
@@ -24,6 +23,7 @@ from skimlm.train.losses import (
     loss_sum,
     next_tokens,
 )
+from skimlm.train.straight_through import factor_codes, rounded_factor
 
 Progress = Callable[[str, int, int], None]
 HELD_OUT = 16  # windows, at most an eighth of all
@@ -69,7 +69,7 @@ def train(
     done = list(itertools.accumulate(map(len, order)))
 
     def factor(name: str, theta: Tensor) -> Tensor:
-        return _Rounded.apply(theta * units[name], scales[name])
+        return rounded_factor(theta * units[name], scales[name])
 
     with frozen(model):
         tests = [(part, loss_of(part)) for part in unseen.split(len(order[0]))]
@@ -95,7 +95,7 @@ def train(
             file=state_file,
             progress=lambda step: progress("finetune", done[step - 1], total),
         )
-    best = {n: rounded(v * units[n], scales[n]) for n, v in state.best.items()}
+    best = {n: factor_codes(v * units[n], scales[n]) for n, v in state.best.items()}
     adapters = {
         n: dataclasses.replace(q, a=best[f"a.{n}"], b=best[f"b.{n}"]) for n, q in before.items()
     }
@@ -116,26 +116,6 @@ def _placed(layers: Mapping[str, CompressedLinear], values: Values) -> Iterator[
     finally:
         for layer in layers.values():
             layer.adapter = None
-
-
-def rounded(x: Tensor, scale: Tensor | None) -> Tensor:
-    """A factor [k, n] as it is stored: bfloat16, or int8 codes -8..7 to the scales it has."""
-    if scale is None:
-        return x.bfloat16()
-    step = spread(scale, ADAPTER_GROUP, x.shape[1])
-    return (x / torch.where(step == 0, 1.0, step)).round_().clamp_(-8, 7).to(torch.int8)
-
-
-class _Rounded(torch.autograd.Function):
-    """The value of a factor as it is stored, with the gradient of one that is not rounded."""
-
-    @staticmethod
-    def forward(ctx, x, scale):
-        return factor_values(rounded(x, scale), scale)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
 
 
 def next_token_loss(model: Any) -> Callable[[Tensor], Loss]:

@@ -32,7 +32,7 @@ from skimlm.models.head import final_hidden
 from skimlm.models.hooks import forwards_replaced, frozen
 from skimlm.train.loop import Objective, descend, evenly, passes
 from skimlm.train.losses import backward, kl_divergence, loss_sum
-from skimlm.train.packed import ROW_SCALE, moving, product, stored
+from skimlm.train.packed import FACTORS, ROW_SCALE, moving, product, stored
 from skimlm.train.student import Student
 
 HELD_OUT = 8  # windows
@@ -40,6 +40,7 @@ BATCH = 2  # windows of a step
 CHECKS = 3  # times the held-out loss is measured along the way
 LR = 1e-3  # of a codebook or a trellis relative to its spread, of a row's scale to itself
 NORM_LR = 5e-4  # relative to each norm weight
+ADAPTER_LR = 1e-3  # relative to the size of an adapter's component
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,14 @@ def _parameters(
     found = {}
     for name, layer in layers.items():
         for own, start in moving(layer).items():
-            spread = start.std(-1, keepdim=True, correction=0).clamp(min=1e-12)
-            unit = start if own.startswith(ROW_SCALE) else spread
-            found[f"{name}:{own}"] = _Parameter(start, unit, lr)
+            if own in FACTORS:
+                unit = start.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+            elif own.startswith(ROW_SCALE):
+                unit = start
+            else:
+                unit = start.std(-1, keepdim=True, correction=0).clamp(min=1e-12)
+            rate = ADAPTER_LR if own in FACTORS else lr
+            found[f"{name}:{own}"] = _Parameter(start, unit, rate)
     for name, norm in norms.items():
         start = norm.detach().float()
         found[name] = _Parameter(start, start, norm_lr)

@@ -1,6 +1,7 @@
 """A stored layer while it is trained: its codes stay packed, what they point at moves.
 
-    tensors = moving(layer)               what can move: levels and scales, float32, by name
+    tensors = moving(layer)               what can move: levels, scales, factors of an adapter,
+                                          float32, by name
     product(x, layer, tensors)            x W^T, differentiable in x and in them
     stored(layer, tensors)                the layer with their values, rounded as a file has them
 
@@ -13,21 +14,23 @@ entry of a book.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from skimlm import native
 from skimlm.format.layer import Layer, stored_groups
-from skimlm.format.pack import unpack_positions
+from skimlm.format.pack import pack_adapter, unpack_adapter, unpack_positions
 from skimlm.format.row_codes import RowCode, code_bits
 from skimlm.quantize.codes import unpack_codes, unpack_windows
 from skimlm.quantize.kmeans import lookup
-from skimlm.runtime.ops import add_adapter, dequantize
+from skimlm.runtime.ops import dequantize
+from skimlm.train.straight_through import factor_codes, rounded_factor, straight_through
 
 Tensors = Mapping[str, Tensor]
 ROW_SCALE = "row_scale"
+FACTORS = ("lora_a", "lora_b")
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,13 @@ def rows_of(layer: Layer) -> list[Rows]:
 
 
 def moving(layer: Layer) -> dict[str, Tensor]:
-    """What can move of a layer, by width: the scales [n] of its rows, and levels.
+    """What can move of a layer: by width the scales [n] of its rows, and levels; its adapter.
 
-    Those of codebooks [n, 2^b], or of a trellis [128]. Nothing of a layer moves whose columns share
-    scales in groups.
+    Levels are those of codebooks [n, 2^b], or of a trellis [128], factors [rank, c] and [rank, r].
+    Where columns share scales in groups only the adapter moves.
     """
-    found = {}
+    adapter = unpack_adapter(layer)
+    found = {} if adapter is None else dict(zip(FACTORS, adapter.values(), strict=True))
     for rows in [] if layer.spec.group else rows_of(layer):
         found[rows.name(ROW_SCALE)] = rows.stored["row_scale"][:, 0].float()
         if rows.code.name == "table":
@@ -81,6 +85,11 @@ def stored(layer: Layer, tensors: Tensors) -> Layer:
                     place.copy_(value[:, None])
                 else:
                     (place[0] if value.dim() == 1 else place).copy_(_level(value))
+    adapter = unpack_adapter(layer)
+    if adapter is not None and FACTORS[0] in tensors:
+        scales = adapter.a_scale, adapter.b_scale
+        a, b = (factor_codes(tensors[n], s) for n, s in zip(FACTORS, scales, strict=True))
+        new |= pack_adapter(replace(adapter, a=a, b=b))
     return Layer(layer.spec, new)
 
 
@@ -89,7 +98,15 @@ def product(x: Tensor, layer: Layer, tensors: Tensors) -> Tensor:
     grid, scale = layer.spec.group is not None, layer.tensors.get("in_scale")
     scaled = x if grid or scale is None else x * scale.to(x.dtype)
     books = [] if grid else [_book(rows, tensors) for rows in rows_of(layer)]
-    return add_adapter(_Product.apply(scaled, layer, *books), x, layer)
+    out = _Product.apply(scaled, layer, *books)
+    adapter = unpack_adapter(layer)
+    if adapter is None:
+        return out
+    a, b = adapter.values()
+    if FACTORS[0] in tensors:
+        scales = adapter.a_scale, adapter.b_scale
+        a, b = (rounded_factor(tensors[n], s) for n, s in zip(FACTORS, scales, strict=True))
+    return out + torch.nn.functional.linear(x, a.to(x.dtype)) @ b.to(x.dtype)
 
 
 def _book(rows: Rows, tensors: Tensors) -> Tensor:
@@ -99,7 +116,7 @@ def _book(rows: Rows, tensors: Tensors) -> Tensor:
     """
     scale = rows.stored["row_scale"].float()
     if (own := tensors.get(rows.name(ROW_SCALE))) is not None:
-        scale = _Rounded.apply(own, lambda x: x.bfloat16().float()).unsqueeze(1)
+        scale = straight_through(own, lambda x: x.bfloat16().float()).unsqueeze(1)
     if rows.code.name == "affine":
         every = torch.arange(2 ** code_bits(rows.width), dtype=torch.uint8)
         every = every.expand(len(rows.index), -1)
@@ -107,25 +124,13 @@ def _book(rows: Rows, tensors: Tensors) -> Tensor:
     name = "codebook" if rows.code.name == "table" else "trellis"
     levels = rows.stored[name][: 1 if name == "trellis" else None].float()
     if (own := tensors.get(rows.name(name))) is not None:
-        levels = _Rounded.apply(own, _level)
+        levels = straight_through(own, _level)
     return levels * scale
 
 
 def _level(x: Tensor) -> Tensor:
     """Levels as int8 holds them."""
     return x.round().clamp(-127, 127)
-
-
-class _Rounded(torch.autograd.Function):
-    """A rounded value, with the gradient of one that is not rounded."""
-
-    @staticmethod
-    def forward(ctx, x, rounding):
-        return rounding(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
 
 
 def _codes(layer: Layer, rows: Rows, entries: int) -> Tensor:
