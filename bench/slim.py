@@ -39,7 +39,7 @@ from skimlm.pipeline import (
     read_documents,
     windows,
 )
-from skimlm.quantize import Options, Sparsity, fit_paper, lowrank, slim, wanda
+from skimlm.quantize import Options, Sparsity, damped, fit_paper, lowrank, slim, wanda
 from skimlm.storage import folder_bytes, read_json
 
 TASKS = ("piqa", "arc_easy", "winogrande", "openbookqa")
@@ -146,7 +146,7 @@ class Bench:
 
         def one(name, w, gram):
             if method in JOINT:
-                fits[name] = slim.fit(w, gram.h, options, gram.target(w))
+                fits[name] = slim.fit(w, damped(gram.h, shrink=0.0), options, gram.target(w))
             else:
                 fits[name] = fit_paper(w, gram.h, options)
             return effective(fits[name])

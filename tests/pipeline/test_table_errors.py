@@ -165,11 +165,13 @@ def test_the_matrix_of_a_tied_table_is_the_mean_over_its_rows():
         a * (x.T @ (x * s.mean(1, keepdim=True))) / s.sum(0).mean() + k * g.T @ g
         for a, k in zip(s.sum(0), often / often.sum(), strict=True)
     ]
-    torch.testing.assert_close(known.hessian, torch.stack(of_rows).mean(0))
+    mean = torch.stack(of_rows).mean(0)
+    torch.testing.assert_close(known.hessian, damped(mean))
     weight = torch.stack([m.trace() for m in of_rows])
     torch.testing.assert_close(known.row_weight, weight / weight.mean())
-    diagonal = known.hessian.diagonal().bfloat16()
-    assert torch.equal(known.fisher, diagonal.expand(40, 24)) and known.tokens == 100
+    diagonal = mean.diagonal().expand(40, 24)
+    torch.testing.assert_close(known.fisher.float(), diagonal, rtol=0.01, atol=0)
+    assert known.tokens == 100
 
 
 def test_the_matrix_of_the_errors_is_damped():

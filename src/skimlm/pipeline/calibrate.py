@@ -27,6 +27,7 @@ from skimlm.models.hooks import forwards_replaced
 from skimlm.storage.safetensors import finite
 
 BATCH = 2  # windows that go through the model together
+TILE = 512  # rows of a sum of squares at a time: what lies left of a tile is not computed
 FEW = 64  # tokens, below which an expert has no statistics of its own
 Observe = Callable[[str, Tensor, Tensor], None]
 
@@ -166,10 +167,10 @@ class Sums:
         x, g = x.flatten(0, 1), g.flatten(0, 1)
         squares = g.float().square()
         weighted = (x * squares.mean(1, keepdim=True).sqrt()).to(x.dtype)
-        s.end_hessian += (weighted.T @ weighted).float().cpu()
+        _add_square(s.end_hessian, weighted)
         s.row_weight += squares.sum(0).cpu()
         if s.hessian is not None:
-            s.hessian += (x.T @ x).float().cpu()
+            _add_square(s.hessian, x)
 
     def finished(self, dtype: torch.dtype) -> dict[str, Statistics]:
         """The sums, row weights with mean 1; SkimError where the model overflowed its `dtype`."""
@@ -177,6 +178,9 @@ class Sums:
             share([self.of[n] for n in names])
         check_seen(self.of, self.stacks)
         for name, s in self.of.items():
+            for square in (s.end_hessian, s.hessian):
+                if square is not None:
+                    _mirror(square)
             mean = s.row_weight.mean()
             s.row_weight = s.row_weight / mean if mean > 0 else torch.ones_like(s.row_weight)
             for matrix in (s.end_hessian, s.fisher, s.hessian):
@@ -186,3 +190,17 @@ class Sums:
                         f"not fit {dtype}; use other text"
                     )
         return self.of
+
+
+def _add_square(total: Tensor, x: Tensor) -> None:
+    """Add x^T x to its sum, but for what lies left of tiles on the diagonal."""
+    for begin in range(0, x.shape[1], TILE):
+        rows = slice(begin, begin + TILE)
+        total[rows, begin:] += (x[:, rows].T @ x[:, begin:]).float().cpu()
+
+
+def _mirror(total: Tensor) -> None:
+    """Fill in what `_add_square` leaves out."""
+    for begin in range(0, len(total), TILE):
+        rows, right = slice(begin, begin + TILE), slice(begin + TILE, None)
+        total[right, rows] = total[rows, right].T

@@ -38,8 +38,8 @@ REFINE_PER_THREAD = 40e9  # additions and products a second
 JOINT = 16  # a sweep over mask, codes and adapter takes so many of refinement's
 TERMS = 2**28  # bytes of logits, probabilities and their variances at a time (tables.py)
 SLIM_BATCH = 4  # windows that go through together
-# bytes of a row that is trained: 16 entries as values, gradients, moments, best
-MOVING = 16 * 4 * 7
+MOVING = 4 * 7  # bytes of a number that is trained, as value, gradient, moments, best
+ENTRIES = 16  # of a row with a codebook that move
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,8 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
     tokens = plan.samples * plan.seq_len
     at_once = (SLIM_BATCH if slim else BATCH) * plan.seq_len
     states = 2 * tokens * s.width
-    logits = 0 if slim else 12 * min(HEAD_TOKENS, at_once) * s.vocabulary
-    # H~ beside its factor, in refinement, and as the bytes of a file: 24 c^2 where c is 8960
-    one = max(16 * r * c + 24 * c * c for r, c in s.linears)
+    logits = 12 * min(HEAD_TOKENS, at_once) * s.vocabulary
+    one = max(_at_work(r, c) for r, c in s.linears)
     codes = sum(r * c for r, c in s.linears)
     stored = round(codes * _widest(config) / 8)
 
@@ -115,7 +114,8 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
         """Packed layers and what moves of them, the original's outputs, one linear at work."""
         if not plan.steps:
             return 0
-        moving = MOVING * sum(r for r, _ in s.linears)
+        entries = 1 if config.options is None else ENTRIES  # but for scales: trellises share theirs
+        moving = MOVING * (1 + entries) * sum(r for r, _ in s.linears)
         at_work = max(6 * r * c for r, c in s.linears)
         return stored + moving + states + activations(shapes) + logits + at_work
 
@@ -123,16 +123,29 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
     tables = 4 * s.vocabulary * s.width + TERMS if config.pools_tables else 0
     whole = IMPORTED + tables + 2 * s.weights + sums(s.inside if slim else s.linears)
     whole += kept + inputs + (stored if slim else 0)
-    busy = 0 if known else activations(s.inside if slim else s.linears) + logits
+    busy = 0 if known else activations(s.inside if slim else s.linears) + (0 if slim else logits)
     whole += max(busy, one + (0 if slim else stored), training(s.linears))
-    part = sums(s.inside) + 2 * s.block + 3 * states
-    part += max(0 if known else activations(s.inside), 0 if known else logits, one)
+    # statistics are dropped one after the other; slim has hidden states of both models
+    left = [sums(s.inside[i:]) for i in range(len(s.inside))]
+    if slim or workers:
+        left = [left[0]] * len(left)
+    analysing = max(rest + _at_work(*shape) for rest, shape in zip(left, s.inside, strict=True))
+    running = 0 if known else sums(s.inside) + activations(s.inside) + (0 if slim else logits)
+    part = 2 * s.block + (3 if slim else 2) * states + max(analysing, running)
     part = max(part, training(s.inside)) + workers * (IMPORTED + one)
     part += IMPORTED + tables + 2 * outside
     analysed = 0 if slim else sum(4 * c * c + 2 * r * c + ROW * r for r, c in s.linears)
     seconds = _seconds(s, config, known)
     scratch = analysed + (3 if plan.steps else 2) * stored + inputs + (s.blocks + 3) * states
     return Needs(whole, analysed + stored, seconds), Needs(part, scratch, seconds * 4 / 3)
+
+
+def _at_work(r: int, c: int) -> int:
+    """Bytes while a linear [r, c] is analysed or fitted.
+
+    H twice, damped and not, or in its own order and the stream's, and half of it in bfloat16.
+    """
+    return 16 * r * c + 10 * c * c
 
 
 def _widest(config: CompressConfig) -> float:

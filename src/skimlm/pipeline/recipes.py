@@ -17,10 +17,7 @@ from skimlm.quantize import fit as fitting
 from skimlm.quantize import slim, trellis_fit
 from skimlm.quantize.fit import GRIDS, WIDTHS, Fit
 from skimlm.quantize.kmeans import kmeans_rows
-from skimlm.quantize.refine import damped
 from skimlm.quantize.scale import normalise, scale_step, scaled_error
-
-SHRINK = 0.3  # of H~ towards its diagonal: it is noisier than a Gram matrix of as many tokens
 
 
 def widths_of(plan: Recipe, options: slim.Options | None) -> Sequence[int]:
@@ -38,10 +35,9 @@ def fit_linear(
 ) -> Fit:
     """Codebooks and codes of W float32 [r, c] at its widths, scaled or refined as the plan says.
 
-    `fixed`: trellises have the tables that are known. The published method uses H as it is: nothing
-    there needs it to be positive definite.
+    `fixed`: trellises have the tables that are known.
     """
-    h = known.hessian if plan.scale else damped(known.hessian)
+    h = known.hessian
     fit = fitting.start(w, known.fisher.float(), widths, known.centroids)
     if plan.scale:
         fit = _published_scale(w, h, known, widths, fit)
@@ -64,7 +60,7 @@ def rounded_linear(w: Tensor, known: Analysis, widths: Tensor) -> Tensor:
 
 def settled(w: Tensor, known: Analysis, fit: Fit, plan: Recipe) -> QuantizedWeight:
     """A fit rounded to what is stored; refined codes settle on it."""
-    return fitting.finish(w, damped(known.hessian) if plan.rounds else None, fit)
+    return fitting.finish(w, known.hessian if plan.rounds else None, fit)
 
 
 def packed_linear(w: Tensor, known: Analysis, widths: Tensor, plan: Recipe) -> dict[str, Tensor]:
@@ -80,7 +76,7 @@ def first_fit(w: Tensor, known: Analysis, options: slim.Options) -> dict[str, Te
     adapter lose is the same at every width.
     """
     w = w.float()
-    q = slim.fit(w, known.hessian, options, shrink=SHRINK, row_weight=known.row_weight)
+    q = slim.fit(w, known.hessian, options, row_weight=known.row_weight)
     left = slim.rest(w, q.adapter)
     fisher = known.fisher.float()
     weight = fisher if q.mask is None else fisher * q.mask
@@ -100,7 +96,6 @@ def composed_linear(
         options,
         widths=widths,
         adapter=Adapter(**factors) if factors else None,
-        shrink=SHRINK,
         row_weight=known.row_weight,
     )
     return dict(pack(q).tensors)

@@ -1,10 +1,10 @@
 """The analysis of a model: what every bit budget starts from, computed once and kept on disk.
 
-Per linear [r, c]: H~ (or H) float32 [c, c], F bfloat16 [r, c], the row weights, the k-means
-centroids of 1..5 bits, tables of trellises and the error curve E[i, width], in a file of its own; a
-folder of them is kept under a key of model, text, windows and version, so that another width of the
-same model skips calibration. It is read a linear at a time: no more than one needs to be in memory.
-The files are a cache: they can be deleted any time.
+Per linear [r, c]: H~ damped (or H as it is) float32 [c, c], F bfloat16 [r, c], the row weights, the
+k-means centroids of 1..5 bits, tables of trellises and the error curve E[i, width], in a file of
+its own; a folder of them is kept under a key of model, text, windows and version, so that another
+width of the same model skips calibration. It is read a linear at a time: no more than one needs to
+be in memory. The files are a cache: they can be deleted any time.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from skimlm.quantize.fit import analyse
 from skimlm.quantize.refine import damped
 from skimlm.storage.safetensors import write_file
 
-VERSION = 6
+VERSION = 7
 PARTS = ("hessian", "fisher", "row_weight", "centroids", "tables", "scales", "errors")
 SUMS = "tables"  # the file beside those of the linears
 EDGES = 1024  # of k-means on rows of over 2048: within 5e-4 of the optimum, 5 times as fast
@@ -41,7 +41,7 @@ EDGES = 1024  # of k-means on rows of over 2048: within 5e-4 of the optimum, 5 t
 class Analysis:
     """What is known about one linear before a width is chosen."""
 
-    hessian: Tensor  # float32 [c, c]
+    hessian: Tensor  # float32 [c, c], positive definite but for the published method
     fisher: Tensor  # bfloat16 [r, c]
     row_weight: Tensor  # float32 [r], mean 1
     centroids: list[Tensor]  # float32 [r, 2^b] for b = 1..5
@@ -200,12 +200,11 @@ def missing(cache: Path, name: str, linears: Mapping[str, nn.Linear]) -> list[st
 def of(weight: Tensor, s: Statistics, end_loss: bool) -> Analysis:
     """The analysis of a linear from its statistics."""
     weight = weight.float()
-    h = s.end_hessian if s.hessian is None else s.hessian
+    # H~ is noisier than a Gram matrix of as many tokens; the published method uses H as it is
+    h = damped(s.end_hessian) if s.hessian is None else s.hessian
     # In units of the end loss a row counts by its own gradients, which the mean in H~ hides.
     row_weight = s.row_weight if end_loss else torch.ones(len(weight))
-    # the published method (not in units of the end loss) uses H as it is
-    known = damped(h) if end_loss else h
-    curve = analyse(weight, s.fisher, known, EDGES if end_loss else 0, trellises=end_loss)
+    curve = analyse(weight, s.fisher, h, EDGES if end_loss else 0, trellises=end_loss)
     errors = curve.errors * row_weight[:, None].double()
     start = curve.centroids, curve.tables, curve.scales
     return Analysis(h, s.fisher.bfloat16(), row_weight, *start, errors, s.tokens)

@@ -50,6 +50,13 @@ class StateStore:
         with self._open(kind, i) as stream:
             return stream.get_tensor(name)
 
+    def read_rows(self, kind: str, i: int, rows: slice) -> dict[str, Tensor]:
+        """Copies of some rows of the tensors that were kept; no more than they is in memory."""
+        if self.place is None:
+            return {name: tensor[rows].clone() for name, tensor in self.held[kind, i].items()}
+        with self._open(kind, i) as stream:
+            return {name: stream.get_slice(name)[rows].clone() for name in stream.keys()}
+
     def names(self, kind: str, i: int) -> list[str]:
         """Names of the tensors that were kept."""
         if self.place is None:

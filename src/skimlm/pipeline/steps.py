@@ -25,6 +25,7 @@ from skimlm.pipeline.recipes import composed_linear, first_fit
 from skimlm.pipeline.tables import packed_table
 from skimlm.pipeline.walk import TABLES, Walk, apart, each, follow
 from skimlm.quantize import slim
+from skimlm.quantize.refine import damped
 from skimlm.train.codebooks import train
 from skimlm.train.student import Student
 
@@ -97,7 +98,7 @@ def slim_linear(w: Tensor, inputs: Gram, options: slim.Options, published: bool)
     w = w.float()
     if published:
         return slim.fit_paper(w, inputs.h, options)
-    return slim.fit(w, inputs.h, options, inputs.target(w))
+    return slim.fit(w, damped(inputs.h, shrink=0.0), options, inputs.target(w))
 
 
 # ---- sparsity and adapters under the analysis

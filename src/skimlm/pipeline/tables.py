@@ -173,7 +173,7 @@ def analysis(weight: Tensor, sums: TableSums, use: str) -> Analysis:
     share = torch.stack([rows * matrix.diagonal().sum() for matrix, rows in known]).sum(0)
     whole = [torch.cat(tables) for tables in zip(*centroids, strict=True)]
     weights = share / share.mean()
-    return Analysis(mixed, fisher, weights, whole, tables, scales, errors, sums.tokens)
+    return Analysis(damped(mixed), fisher, weights, whole, tables, scales, errors, sums.tokens)
 
 
 def _learnt(weight: Tensor, fisher: Tensor) -> Tensor:

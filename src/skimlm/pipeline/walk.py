@@ -78,6 +78,13 @@ class Walk:
         """Hidden states, and what goes with them, that are kept; None before the first block."""
         return self.store.read(kind, i) if i else None
 
+    def leaves(self, kind: str, i: int, rows: slice) -> State | None:
+        """Copies of the windows `rows` of `state`, that get gradients where they can have one."""
+        if not i:
+            return None
+        kept = self.store.read_rows(kind, i, rows)
+        return {n: t.requires_grad_(t.is_floating_point()) for n, t in kept.items()}
+
     @cached_property
     def before(self) -> list[int]:
         """How many linears stand before each block, and before the end."""
@@ -236,15 +243,15 @@ def statistics(
     `gradient` is that of its outputs, None behind the last block: the loss follows. An expert
     that saw hardly a token gets the sums of its stack. `layerwise` also collects H.
     """
-    source, inputs = walk.source, walk.state("inputs", k)
-    passed: dict[str, list[Tensor]] = {}
+    source = walk.source
+    passed: dict[str, Tensor] = {}
     spans, count = source.spans, len(walk.ids)
     linears = walk.inside(spans[k])
     sums = Sums(linears, layerwise, fisher_windows, stacks(source.model, linears))
     with observed(linears, sums.observe), frozen(source.model), torch.enable_grad():
         for rows in batches(count, batch or walk.batch):
             ids = walk.ids[rows]
-            state = None if inputs is None else {n: _leaf(t[rows]) for n, t in inputs.items()}
+            state = walk.leaves("inputs", k, rows)
             sums.begin(rows.start, len(ids))
             out, final = source.run(spans[k], ids, state)
             if gradient is None:
@@ -255,16 +262,13 @@ def statistics(
                 torch.autograd.backward(ends, [gradient[name][rows] for name in names])
             for name, tensor in (state or {}).items():
                 if tensor.grad is not None:
-                    passed.setdefault(name, []).append(tensor.grad)
+                    if name not in passed:
+                        passed[name] = tensor.new_zeros(len(walk.ids), *tensor.shape[1:])
+                    passed[name][rows] = tensor.grad
             done = (len(spans) - 1 - k) * count + rows.stop
             walk.progress("calibrate", done, len(spans) * count)
     found = sums.finished(source.model.dtype)
-    return found, {name: torch.cat(parts) for name, parts in passed.items()} or None
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """A copy that gets a gradient if it can have one."""
-    return tensor.clone().requires_grad_(tensor.is_floating_point())
+    return found, passed or None
 
 
 # ---- fit

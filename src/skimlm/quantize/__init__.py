@@ -13,6 +13,7 @@ HOMES = {
     "rank_of": "lowrank",
     "Sparsity": "mask",
     "wanda": "mask",
+    "damped": "refine",
     "dense": "refine",
     "Options": "slim",
     "fit_paper": "slim",

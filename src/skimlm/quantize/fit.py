@@ -21,6 +21,7 @@ from skimlm.format.row_codes import (
 )
 from skimlm.quantize import refine, trellis, trellis_fit
 from skimlm.quantize.kmeans import kmeans_rows, nearest
+from skimlm.quantize.trellis import in_stream
 from skimlm.quantize.trellis_fit import TrellisRows
 
 GRIDS = range(1, MAX_WIDTH + 1)  # widths of codebooks, and of affine grids
@@ -184,9 +185,10 @@ def fit_trellises(
 
     `fixed`: the tables stay.
     """
+    ordered = in_stream(h) if bool((fit.widths >= TRELLIS).any()) else None
     for width, own, table, scale in trellis_starts(fit.widths, tables, scales):
         rows = w[own], f[own], h, row_weight[own], table, scale
-        fit.trellis[width] = trellis_fit.fit(*rows, code_bits(width), fixed)
+        fit.trellis[width] = trellis_fit.fit(*rows, code_bits(width), fixed, ordered)
 
 
 def trellis_starts(

@@ -32,9 +32,10 @@ def damped(h: Tensor, shrink: float = 0.3, damp: float = 0.01) -> Tensor:
     against it.
     """
     diagonal = h.diagonal()
-    out = (h + h.T) * ((1 - shrink) / 2)  # bfloat16 products are not symmetric to the last bit
+    out = h + h.T  # products of bfloat16 are not symmetric to the last bit
+    out *= (1 - shrink) / 2
     out.diagonal().copy_(diagonal + damp * diagonal.mean())
-    return out.contiguous()
+    return out
 
 
 def dense(codes: Tensor, codebook: Tensor) -> Tensor:

@@ -84,18 +84,15 @@ def fit(
     widths: Tensor | None = None,
     adapter: Adapter | None = None,
     row_weight: Tensor | None = None,
-    shrink: float = 0.0,
 ) -> QuantizedWeight:
-    """S and adapter of least error under `h` [c, c], the Gram matrix of the inputs.
+    """S and adapter of least error under `h` [c, c], the damped Gram matrix of the inputs.
 
     `target` [r, c] replaces W where the inputs at hand differ from the original's. `widths` uint8
     [r], up to 5, gives rows codebooks of their own sizes. `adapter` is one to begin with; a new one
-    counts the errors of row i `row_weight[i]` times. For `shrink` see `damped`. Of all turns the
-    best is kept.
+    counts the errors of row i `row_weight[i]` times. Of all turns the best is kept.
     """
     goal = w if target is None else target
     r, c = w.shape
-    h = damped(h, shrink)
     k = lowrank.rank_of(options.rank, r, c)
     if widths is None:
         widths = torch.full((r,), options.bits, dtype=torch.uint8)

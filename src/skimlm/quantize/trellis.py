@@ -47,10 +47,27 @@ def viterbi(w: Tensor, f: Tensor, table: Tensor, scale: Tensor, bits: int) -> Te
     return codes
 
 
+def in_stream(h: Tensor) -> Tensor:
+    """A matrix [c, c] with rows and columns in the order of the stream."""
+    order, out = stream_order(len(h)), torch.empty_like(h)
+    for rows in _some(len(h)):  # or a third copy would stand for a moment
+        out[rows] = h[order[rows]][:, order]
+    return out
+
+
 def descend(
-    w: Tensor, h: Tensor, table: Tensor, scale: Tensor, codes: Tensor, bits: int, sweeps: int
+    w: Tensor,
+    h: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    bits: int,
+    sweeps: int,
+    ordered: Tensor | None = None,
 ) -> Tensor:
     """Symbols after `sweeps` passes under `h` [c, c]; `codes` uint8 [r, c] is the start.
+
+    `ordered` is `in_stream(h)`, which many rows can share.
 
     At every eighth place of the stream sixteen symbols are chosen anew by Viterbi's algorithm, all
     others fixed. The one path that is kept for a class of windows carries its own errors, so that
@@ -66,9 +83,10 @@ def descend(
         return descend_reference(w, h, table, scale, codes, bits, sweeps)
     order = stream_order(c)
     gradient = ((values(codes, bits, table, scale) - w) @ h)[:, order].contiguous()
-    h, found = h[order][:, order].contiguous(), codes[:, order].contiguous()
+    ordered, found = in_stream(h) if ordered is None else ordered, codes[:, order].contiguous()
+    native.require("ordered", ordered, torch.float32, (c, c))
     native.call(
-        "trellis_descend", h, gradient, table, scale, found, r, c, bits, RUN, STRIDE, sweeps
+        "trellis_descend", ordered, gradient, table, scale, found, r, c, bits, RUN, STRIDE, sweeps
     )
     return torch.empty_like(codes).index_copy_(1, order, found)
 
@@ -76,11 +94,14 @@ def descend(
 def scale_step(
     w: Tensor, h: Tensor, table: Tensor, scale: Tensor, codes: Tensor, bits: int
 ) -> Tensor:
-    """The scale [r] of least error under `h`, symbols fixed; rows of levels 0 keep theirs."""
+    """The scale [r] of least error under `h`, symbols fixed; rows of levels 0 keep theirs.
+
+    Products have the precision of `h`, sums are of float32; so in `table_step`.
+    """
     out = scale.clone()
     for rows in _some(len(w)):
         v = table[windows(codes[rows], bits).int()]
-        vh = v @ h
+        vh = (v.to(h.dtype) @ h).float()
         square = (vh * v).sum(1)
         out[rows] = torch.where(square > 0, (vh * w[rows]).sum(1) / square, scale[rows])
     return out
@@ -102,9 +123,10 @@ def table_step(
     slope = torch.zeros(WINDOWS, dtype=DOUBLE)
     for rows in _some(len(w)):
         window, size = windows(codes[rows], bits).int(), scale[rows].unsqueeze(1)
-        gradient = ((table[window] * size - w[rows]) @ h) * size * row_weight[rows].unsqueeze(1)
+        product = ((table[window] * size - w[rows]).to(h.dtype) @ h).float()
+        gradient = product * size * row_weight[rows].unsqueeze(1)
         slope.index_add_(0, window.flatten(), gradient.flatten().double())
-    a = _normal(h, codes, row_weight * scale * scale, bits)
+    a = _normal(h.float(), codes, row_weight * scale * scale, bits)
     if not a.trace() > 0:
         return table
     pull = torch.where(a.diagonal() > 0, RIDGE, 1.0) * a.trace() / WINDOWS

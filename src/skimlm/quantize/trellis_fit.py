@@ -135,31 +135,39 @@ def fit(
     scale: Tensor,
     bits: int,
     fixed: bool = False,
+    ordered: Tensor | None = None,
 ) -> TrellisRows:
     """Rows of one width under `h`, from a table float32 [128] and scales [r].
 
     `w`, `f` float32 [r, c], `h` [c, c] symmetric and positive definite, `row_weight` [r]. `fixed`:
-    the table stays.
+    the table stays. For `ordered` see `descend`.
     """
     codes, scale = start(w, f, table, scale, bits)
-    scale = scale_step(w, h, table, scale, codes, bits)
+    coarse = h.bfloat16()  # enough for scales, and three times as fast
+    scale = scale_step(w, coarse, table, scale, codes, bits)
     for _ in range(ROUNDS):
-        codes = descend(w, h, table, scale, codes, bits, 1)
-        scale = scale_step(w, h, table, scale, codes, bits)
+        codes = descend(w, h, table, scale, codes, bits, 1, ordered)
+        scale = scale_step(w, coarse, table, scale, codes, bits)
         if not fixed:
             some = (row_weight * scale * scale).topk(min(len(w), LEARN)).indices
             known = w[some], h, row_weight[some], table, scale[some], codes[some], bits
             table = table_step(*known)
-    return finish(w, h, table, scale, codes, bits)
+    return finish(w, h, table, scale, codes, bits, ordered)
 
 
 def finish(
-    w: Tensor, h: Tensor, table: Tensor, scale: Tensor, codes: Tensor, bits: int
+    w: Tensor,
+    h: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    codes: Tensor,
+    bits: int,
+    ordered: Tensor | None = None,
 ) -> TrellisRows:
     """Table and scales rounded to what is stored, on which symbols then settle under `h`."""
     levels, size = round_table(table, scale)
-    size = scale_step(w, h, levels.float(), size.float(), codes, bits).bfloat16()
-    codes = descend(w, h, levels.float(), size.float(), codes, bits, SETTLE)
+    size = scale_step(w, h.bfloat16(), levels.float(), size.float(), codes, bits).bfloat16()
+    codes = descend(w, h, levels.float(), size.float(), codes, bits, SETTLE, ordered)
     return TrellisRows(codes, levels, size, bits)
 
 
