@@ -7,6 +7,7 @@ from conftest import FAMILIES, statistics_of, tiny_model
 from skimlm.errors import SkimError
 from skimlm.models.blocks import decoder_linears
 from skimlm.models.head import final_hidden, head_logits
+from skimlm.pipeline import calibrate
 
 
 def tokens(n: int = 3, t: int = 20, seed: int = 0) -> torch.Tensor:
@@ -69,6 +70,19 @@ def test_statistics_are_autograds(family, batch, fisher_windows):
         close(s.row_weight, want[name]["rho"] / want[name]["rho"].mean())
         assert s.tokens == ids.numel()
         close(s.input_rms, (want[name]["h"].diagonal() / ids.numel()).sqrt())
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64])
+def test_squares_summed_by_tiles_are_whole_and_symmetric(tile, monkeypatch):
+    want = statistics_of(tiny_model(), tokens(), layerwise=True)
+    monkeypatch.setattr(calibrate, "TILE", tile)
+    for name, s in statistics_of(tiny_model(), tokens(), layerwise=True).items():
+        for got, whole in (
+            (s.hessian, want[name].hessian),
+            (s.end_hessian, want[name].end_hessian),
+        ):
+            close(got, whole.double())
+            assert tile > 1 or torch.equal(got, got.T)
 
 
 def test_bfloat16_statistics_are_near_the_float32_ones():

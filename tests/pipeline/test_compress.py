@@ -20,7 +20,7 @@ from skimlm.models.blocks import decoder_linears
 from skimlm.pipeline import budget, sensitivity, walk
 from skimlm.pipeline.budget import specs_of
 from skimlm.pipeline.compress import compress
-from skimlm.pipeline.config import RECIPES, CompressConfig
+from skimlm.pipeline.config import RECIPES, SLIM_RECIPES, CompressConfig
 from skimlm.pipeline.recipes import fit_linear, packed_linear, settled, widths_of
 from skimlm.pipeline.steps import train_packed
 from skimlm.quantize.fit import finish
@@ -62,7 +62,8 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def run(folders, text, cache, tmp_path, monkeypatch):
     """`compress` with few short windows and training steps; OUT is `tmp_path / name`."""
-    monkeypatch.setitem(RECIPES, "best", dataclasses.replace(RECIPES["best"], steps=STEPS))
+    for recipes in (RECIPES, SLIM_RECIPES):
+        monkeypatch.setitem(recipes, "best", dataclasses.replace(recipes["best"], steps=STEPS))
 
     def go(family="llama", name="out", **options):
         defaults = dict(recipe="fast", bits=4.0, text=text, samples=8, seq_len=32, cache_dir=cache)

@@ -169,6 +169,15 @@ def test_the_matched_target_is_least_squares_on_the_outputs():
     assert torch.equal(Gram(known.h, None, 400).target(w), w)
 
 
+def test_some_rows_of_what_is_kept_are_read_as_copies(store):
+    x = torch.arange(24.0).view(6, 4).bfloat16()
+    store.keep("inputs", 1, {"x": x, "y": x.float()})
+    got = store.read_rows("inputs", 1, slice(2, 4))
+    assert torch.equal(got["x"], x[2:4]) and torch.equal(got["y"], x[2:4].float())
+    got["x"].zero_()
+    assert torch.equal(store.read("inputs", 1)["x"], x)
+
+
 def test_rms_is_of_the_inputs():
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
     known = Gram(x.T @ x, None, 50)

@@ -20,7 +20,7 @@ from skimlm.models.checkpoint import load
 from skimlm.pipeline import compress, sensitivity, steps, walk, widths
 from skimlm.pipeline import plan as resources
 from skimlm.pipeline.calibrate import BATCH
-from skimlm.pipeline.config import RECIPES, CompressConfig
+from skimlm.pipeline.config import RECIPES, SLIM_RECIPES, CompressConfig
 from skimlm.pipeline.workers import pool
 from skimlm.storage import folder as outputs
 from skimlm.storage import journal
@@ -52,8 +52,10 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _three_windows_for_the_fisher_diagonal(monkeypatch):
+def _few_windows_and_steps(monkeypatch):
     monkeypatch.setitem(RECIPES, "fast", dataclasses.replace(RECIPES["fast"], fisher_windows=3))
+    few = dataclasses.replace(SLIM_RECIPES["best"], steps=6)
+    monkeypatch.setitem(SLIM_RECIPES, "best", few)
 
 
 @pytest.fixture

@@ -114,6 +114,23 @@ def test_descent_makes_the_choices_of_the_reference(isa_or_none, bits, columns):
     assert torch.equal(codes, before)  # the start is left alone
 
 
+def test_a_matrix_in_the_streams_order_can_be_shared(isa_or_none, bits):
+    w, h, table, scale, codes = integers(2, bits, r=300, c=30)
+    order = [j for first in range(8) for j in range(first, 30, 8)]
+    ordered = trellis.in_stream(h)
+    assert all(ordered[i, j] == h[a, b] for i, a in enumerate(order) for j, b in enumerate(order))
+    want = descend(w, h, table, scale, codes, bits, 1)
+    assert torch.equal(descend(w, h, table, scale, codes, bits, 1, ordered), want)
+
+
+def test_scales_do_not_need_an_exact_matrix(bits):
+    w, h, table, scale, _ = realistic(5, bits)
+    codes, scale = start(w, h.diagonal().expand(w.shape).contiguous(), table, scale, bits)
+    exact, coarse = (scale_step(w, x, table, scale, codes, bits) for x in (h, h.bfloat16()))
+    assert not torch.equal(exact, coarse)
+    torch.testing.assert_close(coarse, exact, rtol=5e-3, atol=0)
+
+
 def test_descent_never_raises_the_error_of_a_row(isa_or_none, bits):
     w, h, table, scale, codes = realistic(3, bits)
     before = errors(w, h, table, scale, codes, bits)

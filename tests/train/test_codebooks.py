@@ -7,11 +7,13 @@ import torch
 
 from conftest import statistics_of, tiny_model
 from skimlm.format.layer import Layer
-from skimlm.format.pack import dequantize, pack, unpack
+from skimlm.format.pack import dequantize, effective, pack, unpack
 from skimlm.models.blocks import decoder_blocks, decoder_linears
 from skimlm.models.head import final_hidden
+from skimlm.quantize import slim
 from skimlm.quantize.fit import finish, start
 from skimlm.quantize.kmeans import kmeans_rows
+from skimlm.quantize.mask import Sparsity
 from skimlm.train import codebooks as T
 from skimlm.train import loop
 from skimlm.train.loop import passes
@@ -79,6 +81,35 @@ def test_training_lowers_the_loss_on_windows_it_does_not_see(family, widths, rat
     last = divergence(model, dense(model, made.layers, made.norms), ids[-6:])
     assert last == pytest.approx(min(made.losses), rel=1e-4)  # what is kept was measured
     assert last < first * (0.8 if family == "opt" else 0.995)
+
+
+@pytest.mark.parametrize("bits, rate", [(16, 1e-2), (4, 1e-2)])
+def test_adapters_move_with_the_rest(bits, rate, monkeypatch):
+    """Of zeros after pruning only an adapter can make something: what it learns counts."""
+    model, ids = tiny_model(), tokens()
+    options = slim.Options(3, Sparsity(2, 4), 0.2, bits, rounds=1, sweeps=1)
+    layers = {
+        name: pack(slim.fit(linear.weight.detach().float(), torch.eye(linear.in_features), options))
+        for name, linear in decoder_linears(model).items()
+    }
+    monkeypatch.setattr(T, "ADAPTER_LR", rate)
+    made = train(model, layers, ids, steps=24, lr=0.0, norm_lr=0.0)
+    assert min(made.losses) < made.losses[0] * (0.99 if bits == 16 else 1)
+    for name, layer in made.layers.items():
+        changed = {
+            t for t, x in layer.tensors.items() if not torch.equal(x, layers[name].tensors[t])
+        }
+        assert changed <= {"lora_a", "lora_b"}
+    assert any(
+        not torch.equal(m.tensors["lora_b"], layers[n].tensors["lora_b"])
+        for n, m in made.layers.items()
+    )
+    weights = {n: effective(unpack(layer)) for n, layer in made.layers.items()}
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            student.get_submodule(name).weight.copy_(weight)
+    assert divergence(model, student, ids[-6:]) == pytest.approx(min(made.losses), rel=1e-4)
 
 
 def test_the_first_step_goes_down_the_gradient_of_the_divergence(case):
