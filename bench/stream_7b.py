@@ -126,6 +126,7 @@ def main():
     parser.add_argument("--scratch", type=Path, required=True, help="some 75 GB for all blocks")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--blocks", type=int, default=BLOCKS)
+    parser.add_argument("--recipe", default="fast")
     parser.add_argument("--bits", default="3")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -133,12 +134,12 @@ def main():
     parser.add_argument("--new-tokens", type=int, default=16)
     args = parser.parse_args()
     folder = args.scratch / f"shape7b-{args.blocks}"
-    out = args.scratch / f"shape7b-{args.blocks}-{args.bits}bits"
+    out = args.scratch / f"shape7b-{args.blocks}-{args.recipe}-{args.bits}bits"
     make(folder, args.blocks)
     facts = {"provenance": provenance(), "blocks": args.blocks, "bits": args.bits}
     report, seconds, peak = measured(
         [
-            *("compress", folder, out, "--recipe", "fast", "--bits", args.bits, "--resume"),
+            *("compress", folder, out, "--recipe", args.recipe, "--bits", args.bits, "--resume"),
             *("--text", args.data / "calib/c4_1480docs.jsonl", "--samples", args.samples),
             *("--seq-len", args.seq_len, "--max-memory", args.max_memory),
             *("--cache-dir", args.scratch / "cache"),

@@ -1,8 +1,7 @@
 """What a run will take, said before it starts: memory, disk and time.
 
 Memory is counted from shapes, in bytes: an upper estimate that measured peaks stay below
-(docs/results.md). Time is arithmetic over what this processor does in a fifth of a second: within
-a factor of two.
+(docs/results.md). Time is arithmetic over what this processor does in a fifth of a second.
 """
 
 import time
@@ -25,17 +24,23 @@ from skimlm.train.codebooks import CHECKS, HELD_OUT
 from skimlm.train.losses import CHUNK as HEAD_TOKENS
 
 IMPORTED = 800_000_000  # torch and transformers themselves
-# Against SmolLM2-135M on 2 cores, AMD EPYC (docs/results.md): best 281 s of calibration, 36 of
-# k-means, 19 of refinement, 413 of training; fast 91, 33, 16; slim best 1,070 in all.
-REACHED = 0.42  # share of a large product's rate that passes through blocks reach
-KMEANS_PER_THREAD = 1.6e6  # weights a second
-CURVES_PER_THREAD = 0.93e6  # the same of the error curves of all trellis widths
-TRELLIS_PER_THREAD = 0.7e6  # the same of fits of trellis rows
+# Against SmolLM2-135M and blocks of the shapes of Qwen2.5-0.5B, 1.5B and LLaMA-2-7B on 2 cores,
+# AMD EPYC (docs/log.md). Seconds are of one thread.
+REACHED = 0.8  # share of a large product's rate that the linears of a pass reach
+ACTIVATION = 2.2e-9  # seconds of a number that a linear reads or writes: attention, norms and so on
+HALF = 0.56  # of a square of inputs is computed (calibrate.py)
+KMEANS = 450e-9  # seconds of a weight: codebooks of five widths
+CURVES = 850e-9  # the same of the error curves of all trellis widths
+CURVE_PRODUCTS = 5  # with H, half of it, for ten widths
+TRELLIS = 1100e-9  # seconds of a weight: fits of trellis rows
+TRELLIS_PRODUCTS = 6  # with H in float32
 TRIALS = 5  # roundings of all linears, as one pass of Viterbi each, that are measured
-VITERBI_PER_THREAD = 30e6  # weights a second
+VITERBI = 30e-9  # seconds of a weight
+UNPACK = 4e-9  # seconds of a weight that is trained, for each pass
 ROW = 4 + 248 + 16 + 96  # bytes that are kept of a row: its weight, centroids, scales, errors
-REFINE_PER_THREAD = 40e9  # additions and products a second
-JOINT = 16  # a sweep over mask, codes and adapter takes so many of refinement's
+PRODUCT_PER_THREAD = 80e9  # additions and products in float32 a second
+SWEEP = 2  # products of a weight with H that a sweep over codes takes
+JOINT = 32  # the same of a sweep over mask, codes and adapter
 TERMS = 2**28  # bytes of logits, probabilities and their variances at a time (tables.py)
 SLIM_BATCH = 4  # windows that go through together
 MOVING = 4 * 7  # bytes of a number that is trained, as value, gradient, moments, best
@@ -135,9 +140,9 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
     part = max(part, training(s.inside)) + workers * (IMPORTED + one)
     part += IMPORTED + tables + 2 * outside
     analysed = 0 if slim else sum(4 * c * c + 2 * r * c + ROW * r for r, c in s.linears)
-    seconds = _seconds(s, config, known)
     scratch = analysed + (3 if plan.steps else 2) * stored + inputs + (s.blocks + 3) * states
-    return Needs(whole, analysed + stored, seconds), Needs(part, scratch, seconds * 4 / 3)
+    seconds = [_seconds(s, config, known, streamed) for streamed in (False, True)]
+    return Needs(whole, analysed + stored, seconds[0]), Needs(part, scratch, seconds[1])
 
 
 def _at_work(r: int, c: int) -> int:
@@ -154,37 +159,49 @@ def _widest(config: CompressConfig) -> float:
     return config.target.bits if exact else MAX_WIDTH
 
 
-def _seconds(s: Sizes, config: CompressConfig, known: bool) -> float:
-    """Walks over the blocks, k-means, refinement, joint fits and training, on these threads."""
+def _seconds(s: Sizes, config: CompressConfig, known: bool, streamed: bool) -> float:
+    """Walks over the blocks, curves, fits and training, on these threads."""
     plan, slim = config.settings, config.method == "slim"
     threads = min(torch.get_num_threads(), processors())
     rate = REACHED * _rate()
     dense = sum(r * c for r, c in s.linears)
     squares = sum(c * c for _, c in s.linears)
+    sides = sum(r + c for r, c in s.linears)
     tokens = plan.samples * plan.seq_len
-    refined = sum(r * c * c for r, c in s.linears) / (REFINE_PER_THREAD * threads)
-    joint = 2 * plan.iterations * (plan.sweeps + 1) * JOINT * refined  # one fit of every linear
+
+    def passes(count: float, tokens: int) -> float:
+        """Forward passes through all blocks, or backward passes, which cost as much."""
+        return count * tokens * (2 * dense / rate + sides * ACTIVATION / threads)
+
+    products = sum(2 * r * c * c for r, c in s.linears)  # of all weights with the H of theirs
+    refined = products / (PRODUCT_PER_THREAD * threads)
+    joint = plan.iterations * (plan.sweeps + 1) * JOINT * refined  # one fit of every linear
+    seconds = 0.0
     if slim:
-        passes = 2 + (3 if plan.staged else 0) + (2 if plan.matched else 0)
+        walks = 2 + (3 if plan.staged else 0) + (2 if plan.matched else 0)
         gram = (3 if plan.matched else 1.5) * squares  # in float32, where a pass is in bfloat16
-        return 2 * tokens * (passes * dense + gram) / rate + joint
-    fisher = min(plan.fisher_windows * plan.seq_len, tokens)
-    seconds = (2 * tokens * (2 * dense + squares) + 2 * fisher * dense) / rate
-    seconds += dense / (KMEANS_PER_THREAD * threads)
-    seconds += dense / (CURVES_PER_THREAD * threads) if plan.end_loss else 0
-    seconds = 0 if known else seconds
-    if plan.end_loss and config.options is None:
-        seconds += dense / (TRELLIS_PER_THREAD * threads)
-        seconds += TRIALS * dense / (VITERBI_PER_THREAD * threads)
-    if config.options is not None:
-        return seconds + 2 * joint  # with an adapter to begin with, then with the widths
-    seconds += 2 * plan.rounds * (plan.sweeps + 1) * refined
-    head = s.vocabulary * s.width
-    seen = STEP * plan.seq_len * plan.steps
-    checked = plan.steps and (CHECKS + 1) * HELD_OUT * plan.seq_len
-    original = 2 * tokens * dense if plan.steps else 0
-    work = original + seen * (6 * dense + 8 * head) + checked * (2 * dense + 4 * head)
-    return seconds + work / rate
+        seconds += passes(walks, tokens) + 2 * tokens * gram / rate + joint
+    elif not known:
+        fisher = min(plan.fisher_windows * plan.seq_len, tokens)
+        seconds += passes(2 + streamed, tokens)
+        seconds += 2 * (tokens * HALF * squares + fisher * dense) / rate
+        seconds += dense * KMEANS / threads
+        if plan.end_loss:
+            seconds += dense * CURVES / threads + CURVE_PRODUCTS * products / rate
+    if not slim and config.options is not None:
+        seconds += 2 * joint  # with an adapter to begin with, then with the widths
+    elif not slim and plan.end_loss and config.index_bits is None:
+        seconds += dense * (TRELLIS + TRIALS * VITERBI) / threads + TRELLIS_PRODUCTS * refined
+    elif not slim:
+        seconds += plan.rounds * (plan.sweeps + 1) * SWEEP * refined
+    if plan.steps:
+        seen = STEP * plan.seq_len * plan.steps
+        checked = (CHECKS + 1) * HELD_OUT * plan.seq_len
+        head = s.vocabulary * s.width
+        seconds += passes(1, tokens) + passes(3 + streamed, seen) + passes(1, checked)
+        seconds += (8 * seen + 4 * checked) * head / rate
+        seconds += dense * plan.steps * (3 + streamed) * UNPACK / threads
+    return seconds
 
 
 def _rate() -> float:
