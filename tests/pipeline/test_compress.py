@@ -134,6 +134,8 @@ def test_every_family_compresses_loads_and_generates(run, folders, tmp_path, fam
     pools = count if recipe == "paper" else 1
     assert 0 <= 4.0 - report.bits_per_weight <= pools * 256 / report.weights
     assert report.bytes == sum(len(data) for data in everything(out).values())
+    parameters = sum(p.numel() for p in tiny_model(family).parameters())
+    assert report.to_json()["bits_per_parameter"] == 8 * report.bytes / parameters
     assert sum(report.rows_by_width.values()) == sum(
         m.out_features for m in decoder_linears(tiny_model(family)).values()
     )

@@ -158,7 +158,7 @@ def facts_text(facts: Mapping[str, Any]) -> str:
     for key, value in facts.items():
         if key == "seconds" and isinstance(value, Mapping):
             value = ", ".join(f"{phase} {spent:.1f}" for phase, spent in value.items())
-        elif key == "bits_per_weight":
+        elif key in ("bits_per_weight", "bits_per_parameter"):
             value = f"{value:.4f}"
         lines.append(f"{key.replace('_', ' '):<18} {_short(value)}")
     return "\n".join(lines)

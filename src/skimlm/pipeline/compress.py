@@ -77,15 +77,24 @@ class Report:
     held_out_kl: list[float] = field(default_factory=list)  # nats per token along the training
     peak_rss_bytes: int = 0
 
+    @property
+    def bits_per_parameter(self) -> float:
+        """The whole folder, every file in it, over all parameters of the model."""
+        return 8 * self.bytes / self.coverage["parameters"]
+
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
-        return dataclasses.asdict(self)
+        facts = dataclasses.asdict(self)
+        place = list(facts).index("bits_per_weight") + 1
+        more = {"bits_per_parameter": self.bits_per_parameter}
+        return dict([*facts.items()][:place]) | more | facts
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "Report":
         """The report again."""
-        widths = {int(width): rows for width, rows in facts["rows_by_width"].items()}
-        return cls(**{**facts, "rows_by_width": widths})
+        known = {f.name: facts[f.name] for f in dataclasses.fields(cls)}
+        known["rows_by_width"] = {int(w): rows for w, rows in known["rows_by_width"].items()}
+        return cls(**known)
 
 
 def compress(
