@@ -163,7 +163,7 @@ class Bench:
             each(walk, "fit", "packed", packed_linear, lambda n: (known[n], widths[n], plan))
         if plan.steps:
             with clock("train"):
-                losses = train_packed(walk, specs, plan.steps)
+                losses = train_packed(walk, specs, plan.steps, plan.rate)
         read = packed(walk)
         layers = {n: Layer(s, {k: read(f"{n}.{k}") for k in layout(s)}) for n, s in specs.items()}
         weights = {n: dequantize(unpack(layer)) for n, layer in layers.items()}

@@ -544,7 +544,7 @@ def test_what_is_trained_is_what_is_written(tmp_path):
     walk.each(steps, "fit", "packed", packed_linear, lambda n: (known[n], widths[n], plan))
     specs = specs_of(steps.linears, None, plan.scale)
     specs = {n: specs[n].with_widths(w) for n, w in widths.items()}
-    losses = train_packed(steps, specs, plan.steps)
+    losses = train_packed(steps, specs, plan.steps, plan.rate)
     read = walk.packed(steps)
     quantized = {
         n: unpack(Layer(spec, {part: read(f"{n}.{part}") for part in layout(spec)}))

@@ -250,7 +250,7 @@ def _fit(
     if not plan.steps:
         return []
     with tools.clock("train"):
-        return steps.train_packed(walk, chosen.specs, plan.steps, state)
+        return steps.train_packed(walk, chosen.specs, plan.steps, plan.rate, state)
 
 
 def _facts(config: CompressConfig, given: Given) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Recipe:
     rounds: int = 2
     sweeps: int = 3
     steps: int = 0
+    rate: float = 1e-3  # of a step; 6e-3 diverges where half of the weights are pruned
     iterations: int = 3  # of mask, codes and adapter, where there is more than codes
     staged: bool = False  # slim: linears of a block see what the earlier ones made of the inputs
     matched: bool = False  # slim: the target is the original model's output
@@ -58,7 +59,7 @@ RECIPES = {
 SLIM_RECIPES = {
     "paper": Recipe(),
     "fast": Recipe(samples=64, iterations=2),
-    "best": Recipe(staged=True, matched=True, iterations=4, steps=64),
+    "best": Recipe(staged=True, matched=True, iterations=4, steps=64, rate=2e-3),
 }
 
 

@@ -153,7 +153,11 @@ def pack_tables(
 
 
 def train_packed(
-    walk: Walk, specs: Mapping[str, LayerSpec], steps: int, state_file: Path | None = None
+    walk: Walk,
+    specs: Mapping[str, LayerSpec],
+    steps: int,
+    rate: float,
+    state_file: Path | None = None,
 ) -> list[float]:
     """Train what the packed blocks can still move against the loss at the end; held-out losses.
 
@@ -176,6 +180,7 @@ def train_packed(
             walk.ids,
             known,
             steps=steps,
+            rate=rate,
             state_file=state_file,
             progress=lambda done, total: walk.progress("train", done, total),
         )

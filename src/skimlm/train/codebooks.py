@@ -38,9 +38,7 @@ from skimlm.train.student import Student
 HELD_OUT = 8  # windows
 BATCH = 2  # windows of a step
 CHECKS = 3  # times the held-out loss is measured along the way
-LR = 1e-3  # of a codebook or a trellis relative to its spread, of a row's scale to itself
-NORM_LR = 5e-4  # relative to each norm weight
-ADAPTER_LR = 1e-3  # relative to the size of an adapter's component
+NORMS = 0.5  # share of the rate that norms take
 
 
 @dataclass(frozen=True)
@@ -70,21 +68,22 @@ def train(
     known: Tensor,
     *,
     steps: int,
+    rate: float,
     batch: int = BATCH,
-    lr: float = LR,
-    norm_lr: float = NORM_LR,
     state_file: Path | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Trained:
     """Train on all windows `ids` [n, t] but the last `HELD_OUT`, towards `known` [n, t, d].
 
+    A step moves a codebook or a trellis by about `rate` of its spread, a component of an adapter by
+    that of its size, the scale of a row by that of itself.
     `known` are the original's final hidden states. The model and the layers are left as they were.
     With `state_file` the state is kept there, and a run that finds one goes on to the same result.
     """
     model, held = student.model, min(HELD_OUT, len(ids) // 2)
     seen = len(ids) - held
     norms = norm_parameters(student.original)
-    parameters = _parameters(student.layers, norms, lr, norm_lr)
+    parameters = _parameters(student.layers, norms, rate)
     order = passes(seen, batch * steps, batch)
 
     def loss_of(rows: list[int]) -> Any:
@@ -133,7 +132,7 @@ def norm_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _parameters(
-    layers: Mapping[str, Layer], norms: Mapping[str, nn.Parameter], lr: float, norm_lr: float
+    layers: Mapping[str, Layer], norms: Mapping[str, nn.Parameter], rate: float
 ) -> dict[str, _Parameter]:
     """Everything that moves: tensors of layers as LAYER:TENSOR, norms by their names."""
     found = {}
@@ -145,11 +144,10 @@ def _parameters(
                 unit = start
             else:
                 unit = start.std(-1, keepdim=True, correction=0).clamp(min=1e-12)
-            rate = ADAPTER_LR if own in FACTORS else lr
             found[f"{name}:{own}"] = _Parameter(start, unit, rate)
     for name, norm in norms.items():
         start = norm.detach().float()
-        found[name] = _Parameter(start, start, norm_lr)
+        found[name] = _Parameter(start, start, rate * NORMS)
     return found
 
 
