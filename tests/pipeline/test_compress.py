@@ -18,9 +18,11 @@ from skimlm.format.layer import Layer, layout
 from skimlm.format.pack import dequantize, unpack
 from skimlm.models.blocks import decoder_linears
 from skimlm.pipeline import budget, sensitivity, walk
+from skimlm.pipeline import steps as pipeline_steps
 from skimlm.pipeline.budget import specs_of
 from skimlm.pipeline.compress import compress
 from skimlm.pipeline.config import RECIPES, SLIM_RECIPES, CompressConfig
+from skimlm.pipeline.measure import divergences
 from skimlm.pipeline.recipes import fit_linear, packed_linear, settled, widths_of
 from skimlm.pipeline.steps import train_packed
 from skimlm.quantize.fit import finish
@@ -567,6 +569,27 @@ def test_what_is_trained_is_what_is_written(tmp_path):
     for name, p in norms.items():
         p.data.copy_(original.get_parameter(name))
     assert abs(loss() - min(losses)) > 1e-6
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_refinement_that_is_measured_worse_is_left_out(run, tmp_path, monkeypatch, worse):
+    with monkeypatch.context() as patch:
+        patch.setitem(RECIPES, "fast", dataclasses.replace(RECIPES["fast"], rounds=0))
+        run(name="plain", bits=2.5)
+    seen = []
+
+    def measured(walk, trials):
+        usual = divergences(walk, trials)
+        seen.append((len(walk.ids), usual, {n for trial in trials.values() for n in trial.names}))
+        return {"refined": 9.0 if worse else 1e-9}
+
+    monkeypatch.setattr(pipeline_steps, "divergences", measured)
+    report = run(bits=2.5)
+    assert report.tried["refined"] == (9.0 if worse else 1e-9)
+    ((windows, found, names),) = seen
+    assert windows == 4 and names == set(decoder_linears(tiny_model())) and found["refined"] > 0
+    plain, out = (everything(tmp_path / name) for name in ("plain", "out"))
+    assert (plain["model.safetensors"] == out["model.safetensors"]) == worse
 
 
 # ---- sparsity and adapters

@@ -43,8 +43,7 @@ from skimlm.pipeline import sensitivity, steps
 from skimlm.pipeline.calibrate import FEW
 from skimlm.pipeline.config import CompressConfig
 from skimlm.pipeline.given import Given, Progress, Tools, check_disk, load, provenance
-from skimlm.pipeline.recipes import packed_linear
-from skimlm.pipeline.walk import Walk, each, packed
+from skimlm.pipeline.walk import Walk, packed
 from skimlm.pipeline.widths import Plan, allocate, as_if_alike
 from skimlm.pipeline.workers import Submit, here, pool
 from skimlm.progress import Clock, peak_rss_bytes
@@ -73,7 +72,8 @@ class Report:
     coverage: dict[str, Any]  # how much of the model is compressed, what stays as it is and why
     planned: dict[str, float]  # memory and scratch in bytes, seconds
     seconds: dict[str, float]  # per phase
-    tried: dict[str, float] = field(default_factory=dict)  # KL of ways to spend the bits, by name
+    # KL of ways to spend the bits, by name, and of what was refined then
+    tried: dict[str, float] = field(default_factory=dict)
     held_out_kl: list[float] = field(default_factory=list)  # nats per token along the training
     peak_rss_bytes: int = 0
 
@@ -198,7 +198,7 @@ def _run(
     report = _report(given, config, tools, out, chosen)
     # A run that was interrupted during the training finds its state here and goes on.
     state = tools.cache / f"{given.key(config)}-{_digest(chosen)}.state"
-    report.held_out_kl = _fit(given, walk, config, tools, chosen, state)
+    report.held_out_kl = _fit(given, walk, config, tools, chosen, state, report.tried)
     if config.method == "slim":  # which knows only now
         report.experts_sharing = steps.sharing(walk)
         _say_sharing(report.experts_sharing, tools)
@@ -230,7 +230,13 @@ def _say_sharing(count: int, tools: Tools) -> None:
 
 
 def _fit(
-    given: Given, walk: Walk, config: CompressConfig, tools: Tools, chosen: Plan, state: Path
+    given: Given,
+    walk: Walk,
+    config: CompressConfig,
+    tools: Tools,
+    chosen: Plan,
+    state: Path,
+    tried: dict[str, float],
 ) -> list[float]:
     """Keep what OUT holds of every block; the held-out losses of a training."""
     known, widths, plan, options = chosen.stored, chosen.widths, config.settings, config.options
@@ -243,7 +249,15 @@ def _fit(
         elif options is not None:
             steps.compose(walk, known, widths, options)
         else:
-            each(walk, "fit", "packed", packed_linear, lambda n: (known[n], widths[n], plan))
+            rounded = chosen.rounded
+            refined = steps.fit_skim(walk, given.unseen, known, widths, chosen.specs, plan, rounded)
+            if refined is not None and rounded is not None:
+                tried["refined"] = refined
+                if refined > rounded:
+                    tools.notice(
+                        f"refinement is left out, for it was measured worse: {refined:.4f} nats a "
+                        f"token against {rounded:.4f}; more --samples, or other text, may help"
+                    )
             if given.tables:
                 weights = {n: table.weight.detach() for n, table in given.tables.items()}
                 steps.pack_tables(walk, weights, chosen.tables, widths, plan)

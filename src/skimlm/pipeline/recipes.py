@@ -44,7 +44,8 @@ def fit_linear(
     if plan.rounds:
         fitting.refine_fit(w, h, fit, plan.rounds, plan.sweeps)
     start = known.row_weight, known.tables, known.scales
-    fitting.fit_trellises(w, known.fisher.float(), h, *start, fit, fixed)
+    rounds = trellis_fit.ROUNDS if plan.rounds else 0
+    fitting.fit_trellises(w, known.fisher.float(), h, *start, fit, fixed, rounds)
     return fit
 
 

@@ -1,10 +1,12 @@
-"""What methods do on the walk: SLiM, training, sparsity and adapters.
+"""What methods do on the walk: SLiM, skim, sparsity and adapters, training.
 
 fit_slim             every linear fitted to the inputs at hand, block after block
+fit_skim             every linear under the analysis, held against windows that nothing saw
 decompose, compose   skim with sparsity or adapters: a first fit, then codebooks over it
 train_packed         codebooks and norms of packed blocks, trained against the loss at the end
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,18 @@ from skimlm.pipeline import gram, sensitivity
 from skimlm.pipeline.calibrate import FEW
 from skimlm.pipeline.config import Recipe
 from skimlm.pipeline.gram import Gram
-from skimlm.pipeline.recipes import composed_linear, first_fit
+from skimlm.pipeline.measure import Trial, divergences
+from skimlm.pipeline.recipes import composed_linear, first_fit, packed_linear
 from skimlm.pipeline.tables import packed_table
-from skimlm.pipeline.walk import TABLES, Walk, apart, each, follow
+from skimlm.pipeline.walk import TABLES, Walk, apart, each, follow, packed
 from skimlm.quantize import slim
 from skimlm.quantize.refine import damped
+from skimlm.runtime.ops import dequantize
 from skimlm.train.codebooks import train
 from skimlm.train.student import Student
 
 SHARED = "experts-sharing"  # how many of a block
+PLAIN = "unrefined"  # kept where refinement was measured to be worse, with what was measured
 WINDOWS = 4  # that go through together where blocks are fitted to their inputs
 # (name, W, inputs) -> (what replaces W, what is stored of it), begun at once
 FitLinear = Callable[[str, Tensor, Gram], Callable[[], tuple[Tensor, dict[str, Tensor]]]]
@@ -99,6 +104,49 @@ def slim_linear(w: Tensor, inputs: Gram, options: slim.Options, published: bool)
     if published:
         return slim.fit_paper(w, inputs.h, options)
     return slim.fit(w, damped(inputs.h, shrink=0.0), options, inputs.target(w))
+
+
+# ---- skim
+
+
+def fit_skim(
+    walk: Walk,
+    unseen: Tensor,
+    known: Mapping[str, sensitivity.Analysis],
+    chosen: Mapping[str, Tensor],
+    specs: Mapping[str, LayerSpec],
+    plan: Recipe,
+    rounded: float | None,
+) -> float | None:
+    """Keep what OUT holds of every block, refined; the KL of that on windows that nothing saw.
+
+    `chosen` are the widths. `rounded` is the KL of rows that are only rounded, where that was
+    measured: if refinement is worse, its H~ tells nothing of other text, and rows stay rounded.
+    """
+    store = walk.store
+
+    def fit() -> None:
+        used = dataclasses.replace(plan, rounds=0) if store.has(PLAIN, 0) else plan
+        each(walk, "fit", "packed", packed_linear, lambda n: (known[n], chosen[n], used))
+
+    fit()
+    if rounded is None:
+        return None
+    if not store.has(PLAIN, 0):
+        read = packed(walk)
+
+        def weight(name: str, _w: Tensor) -> Tensor:
+            spec = specs[name]
+            return dequantize(Layer(spec, {t: read(f"{name}.{t}") for t in layout(spec)}))
+
+        trial = {"refined": Trial(frozenset(walk.linears), weight)}
+        refined = divergences(dataclasses.replace(walk, ids=unseen), trial)["refined"]
+        if refined <= rounded:
+            return refined
+        store.keep(PLAIN, 0, {"refined": torch.tensor(refined).double()})
+        store.drop_all("packed")
+        fit()
+    return float(store.read_one(PLAIN, 0, "refined"))
 
 
 # ---- sparsity and adapters under the analysis

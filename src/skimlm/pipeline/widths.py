@@ -44,6 +44,7 @@ class Plan:
     tables: Mapping[str, sensitivity.Analysis] = field(default_factory=dict)
     sharing: int = 0  # experts that calibration hardly visited
     tried: Mapping[str, float] = field(default_factory=dict)  # KL of ways to spend the bits
+    rounded: float | None = None  # that of these widths: rows rounded, but not refined
 
 
 def _prices(
@@ -116,13 +117,15 @@ def allocate(given: Given, config: CompressConfig, tools: Tools, walk: Walk) -> 
     with tools.clock("allocate"):
         widths = budget.choose(target, errors, price, plan.end_loss, planned_bytes)
         tried: dict[str, float] = {}
+        rounded = None
         if _can_try(given, config):
             found, tried = _tried(given, walk, stored, errors, price, widths)
             # headers grow with histograms: what is over a size stays as it was
+            rounded = tried.get(POOLED)
             if target.size is None or planned_bytes(widths | found) <= target.size:
-                widths = widths | found
+                widths, rounded = widths | found, min(tried.values(), default=None)
                 _say(tried, tools)
-    return made(widths, key, kept, stored, tables, sharing, tried)
+    return made(widths, key, kept, stored, tables, sharing, tried, rounded)
 
 
 def _can_try(given: Given, config: CompressConfig) -> bool:

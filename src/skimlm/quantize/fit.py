@@ -180,15 +180,16 @@ def fit_trellises(
     scales: Tensor,
     fit: Fit,
     fixed: bool = False,
+    rounds: int = trellis_fit.ROUNDS,
 ) -> None:
     """Fit the trellis rows of `fit` under `h`, from tables and scales of their curves.
 
-    `fixed`: the tables stay.
+    `fixed`: the tables stay. Without `rounds` only `f` counts.
     """
-    ordered = in_stream(h) if bool((fit.widths >= TRELLIS).any()) else None
+    ordered = in_stream(h) if rounds and bool((fit.widths >= TRELLIS).any()) else None
     for width, own, table, scale in trellis_starts(fit.widths, tables, scales):
         rows = w[own], f[own], h, row_weight[own], table, scale
-        fit.trellis[width] = trellis_fit.fit(*rows, code_bits(width), fixed, ordered)
+        fit.trellis[width] = trellis_fit.fit(*rows, code_bits(width), fixed, ordered, rounds)
 
 
 def trellis_starts(

@@ -136,16 +136,19 @@ def fit(
     bits: int,
     fixed: bool = False,
     ordered: Tensor | None = None,
+    rounds: int = ROUNDS,
 ) -> TrellisRows:
     """Rows of one width under `h`, from a table float32 [128] and scales [r].
 
     `w`, `f` float32 [r, c], `h` [c, c] symmetric and positive definite, `row_weight` [r]. `fixed`:
-    the table stays. For `ordered` see `descend`.
+    the table stays. For `ordered` see `descend`. Without `rounds` nothing is looked at but `f`.
     """
     codes, scale = start(w, f, table, scale, bits)
+    if not rounds:
+        return TrellisRows(codes, *round_table(table, scale), bits)
     coarse = h.bfloat16()  # enough for scales, and three times as fast
     scale = scale_step(w, coarse, table, scale, codes, bits)
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         codes = descend(w, h, table, scale, codes, bits, 1, ordered)
         scale = scale_step(w, coarse, table, scale, codes, bits)
         if not fixed:
