@@ -37,7 +37,8 @@ def main():
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bits", nargs="+", default=["4", "3.2"])
-    parser.add_argument("--samples", default="32")
+    parser.add_argument("--recipe", default="best")
+    parser.add_argument("--samples", default="128")
     parser.add_argument("--seq-len", default="512")
     parser.add_argument("--windows", default="8", help="of 2048 tokens for the perplexity")
     parser.add_argument("--max-memory", default=None)
@@ -51,7 +52,8 @@ def main():
         model = args.model
         if bits is not None:
             model = args.scratch / f"{args.model.stem}-{bits}"
-            command = ["compress", args.model, model, "--recipe", "fast", "--bits", bits, "--force"]
+            command = ["compress", args.model, model, "--bits", bits, "--force"]
+            command += ["--recipe", args.recipe]
             command += ["--samples", args.samples, "--seq-len", args.seq_len]
             command += ["--text", args.data / "calib/c4_1480docs.jsonl"]
             command += ["--cache-dir", args.scratch / "cache"]

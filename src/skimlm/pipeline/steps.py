@@ -125,9 +125,9 @@ def fit_skim(
     """
     store = walk.store
 
-    def fit() -> None:
+    def fit(phase: str = "fit") -> None:
         used = dataclasses.replace(plan, rounds=0) if store.has(PLAIN, 0) else plan
-        each(walk, "fit", "packed", packed_linear, lambda n: (known[n], chosen[n], used))
+        each(walk, phase, "packed", packed_linear, lambda n: (known[n], chosen[n], used))
 
     fit()
     if rounded is None:
@@ -140,12 +140,15 @@ def fit_skim(
             return dequantize(Layer(spec, {t: read(f"{name}.{t}") for t in layout(spec)}))
 
         trial = {"refined": Trial(frozenset(walk.linears), weight)}
-        refined = divergences(dataclasses.replace(walk, ids=unseen), trial)["refined"]
+        check = dataclasses.replace(
+            walk, ids=unseen, progress=lambda _, *done: walk.progress("check", *done)
+        )
+        refined = divergences(check, trial)["refined"]
         if refined <= rounded:
             return refined
         store.keep(PLAIN, 0, {"refined": torch.tensor(refined).double()})
         store.drop_all("packed")
-        fit()
+        fit("fit again")
     return float(store.read_one(PLAIN, 0, "refined"))
 
 
