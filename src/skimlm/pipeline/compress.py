@@ -196,9 +196,14 @@ def _run(
     chosen = allocate(given, config, tools, walk)
     _say_sharing(chosen.sharing, tools)
     report = _report(given, config, tools, out, chosen)
+    with tools.clock("fit"):
+        report.tried |= _fit(given, walk, config, tools, chosen)
     # A run that was interrupted during the training finds its state here and goes on.
     state = tools.cache / f"{given.key(config)}-{_digest(chosen)}.state"
-    report.held_out_kl = _fit(given, walk, config, tools, chosen, state, report.tried)
+    if (plan := config.settings).steps:
+        with tools.clock("train"):
+            trained = steps.train_packed(walk, chosen.specs, plan.steps, plan.rate, state)
+            report.held_out_kl = trained
     if config.method == "slim":  # which knows only now
         report.experts_sharing = steps.sharing(walk)
         _say_sharing(report.experts_sharing, tools)
@@ -230,41 +235,32 @@ def _say_sharing(count: int, tools: Tools) -> None:
 
 
 def _fit(
-    given: Given,
-    walk: Walk,
-    config: CompressConfig,
-    tools: Tools,
-    chosen: Plan,
-    state: Path,
-    tried: dict[str, float],
-) -> list[float]:
-    """Keep what OUT holds of every block; the held-out losses of a training."""
+    given: Given, walk: Walk, config: CompressConfig, tools: Tools, chosen: Plan
+) -> dict[str, float]:
+    """Keep what OUT holds of every block; the KL of what was refined, where it was measured."""
     known, widths, plan, options = chosen.stored, chosen.widths, config.settings, config.options
-    with tools.clock("fit"):
-        if known is None:
-            assert options is not None
-            if plan.steps:  # while the model is what it was
-                steps.final_states(walk)
-            steps.fit_slim(walk, plan, options, published=config.recipe == "paper")
-        elif options is not None:
-            steps.compose(walk, known, widths, options)
-        else:
-            rounded = chosen.rounded
-            refined = steps.fit_skim(walk, given.unseen, known, widths, chosen.specs, plan, rounded)
-            if refined is not None and rounded is not None:
-                tried["refined"] = refined
-                if refined > rounded:
-                    tools.notice(
-                        f"refinement is left out, for it was measured worse: {refined:.4f} nats a "
-                        f"token against {rounded:.4f}; more --samples, or other text, may help"
-                    )
-            if given.tables:
-                weights = {n: table.weight.detach() for n, table in given.tables.items()}
-                steps.pack_tables(walk, weights, chosen.tables, widths, plan)
-    if not plan.steps:
-        return []
-    with tools.clock("train"):
-        return steps.train_packed(walk, chosen.specs, plan.steps, plan.rate, state)
+    if known is None:
+        assert options is not None
+        if plan.steps:  # while the model is what it was
+            steps.final_states(walk)
+        steps.fit_slim(walk, plan, options, published=config.recipe == "paper")
+        return {}
+    if options is not None:
+        steps.compose(walk, known, widths, options)
+        return {}
+    if given.tables:
+        weights = {n: table.weight.detach() for n, table in given.tables.items()}
+        steps.pack_tables(walk, weights, chosen.tables, widths, plan)
+    rounded = chosen.rounded
+    refined = steps.fit_skim(walk, given.unseen, known, widths, chosen.specs, plan, rounded)
+    if refined is None or rounded is None:
+        return {}
+    if refined > rounded:
+        tools.notice(
+            f"refinement is left out, for it was measured worse: {refined:.4f} nats a token "
+            f"against {rounded:.4f}; more --samples, or other text, may help"
+        )
+    return {"refined": refined}
 
 
 def _facts(config: CompressConfig, given: Given) -> dict[str, Any]:
