@@ -160,7 +160,8 @@ def table(facts, args):
     """What was measured, and for fewer blocks what 32 would take."""
     report, share = facts["compress"], BLOCKS / args.blocks
     lines = [
-        f"{args.blocks} blocks of LLaMA-2-7B's shapes, {report['bits_per_weight']:.3f} bits,"
+        f"{args.blocks} blocks of LLaMA-2-7B's shapes, {args.recipe},"
+        f" {report['bits_per_weight']:.3f} bits,"
         f" calibration {args.samples} x {args.seq_len} tokens",
         facts["provenance"],
         f"planned: {report['planned']['memory'] / 1e9:.2f} GB of memory,"

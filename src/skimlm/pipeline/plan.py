@@ -36,7 +36,8 @@ TRELLIS = 1100e-9  # seconds of a weight: fits of trellis rows
 TRELLIS_PRODUCTS = 6  # with H in float32
 TRIALS = 5  # roundings of all linears, as one pass of Viterbi each, that are measured
 VITERBI = 30e-9  # seconds of a weight
-UNPACK = 4e-9  # seconds of a weight that is trained, for each pass
+UNPACK = 1.5e-9  # seconds of a weight that is trained, for each pass
+LOGIT = 10e-9  # seconds of a logit that is trained: two softmaxes and what goes back
 ROW = 4 + 248 + 16 + 96  # bytes that are kept of a row: its weight, centroids, scales, errors
 PRODUCT_PER_THREAD = 80e9  # additions and products in float32 a second
 SWEEP = 2  # products of a weight with H that a sweep over codes takes
@@ -173,6 +174,7 @@ def _seconds(s: Sizes, config: CompressConfig, known: bool, streamed: bool) -> f
         """Forward passes through all blocks, or backward passes, which cost as much."""
         return count * tokens * (2 * dense / rate + sides * ACTIVATION / threads)
 
+    head = s.vocabulary * s.width
     products = sum(2 * r * c * c for r, c in s.linears)  # of all weights with the H of theirs
     refined = products / (PRODUCT_PER_THREAD * threads)
     joint = plan.iterations * (plan.sweeps + 1) * JOINT * refined  # one fit of every linear
@@ -183,8 +185,8 @@ def _seconds(s: Sizes, config: CompressConfig, known: bool, streamed: bool) -> f
         seconds += passes(walks, tokens) + 2 * tokens * gram / rate + joint
     elif not known:
         fisher = min(plan.fisher_windows * plan.seq_len, tokens)
-        seconds += passes(2 + streamed, tokens)
-        seconds += 2 * (tokens * HALF * squares + fisher * dense) / rate
+        seconds += passes(2 + streamed * (1 - 1 / s.blocks), tokens)
+        seconds += (2 * (tokens * HALF * squares + fisher * dense) + 4 * tokens * head) / rate
         seconds += dense * KMEANS / threads
         if plan.end_loss:
             seconds += dense * CURVES / threads + CURVE_PRODUCTS * products / rate
@@ -197,9 +199,9 @@ def _seconds(s: Sizes, config: CompressConfig, known: bool, streamed: bool) -> f
     if plan.steps:
         seen = STEP * plan.seq_len * plan.steps
         checked = (CHECKS + 1) * HELD_OUT * plan.seq_len
-        head = s.vocabulary * s.width
         seconds += passes(1, tokens) + passes(3 + streamed, seen) + passes(1, checked)
-        seconds += (8 * seen + 4 * checked) * head / rate
+        seconds += (6 * seen + 4 * checked) * head / rate
+        seconds += (seen + checked) * s.vocabulary * LOGIT / threads
         seconds += dense * plan.steps * (3 + streamed) * UNPACK / threads
     return seconds
 
