@@ -74,7 +74,7 @@ def run(model, repeats, parts):
 
 def parts_of_a_token(decode_seconds):
     """{part: seconds per token} of what `decode_seconds` times."""
-    from skimlm.runtime import decode, linear
+    from skimlm.runtime import decode, tables
 
     spent = {}
 
@@ -89,8 +89,9 @@ def parts_of_a_token(decode_seconds):
 
         setattr(module, name, call)
 
-    timed(decode, "_one_token", "blocks, native")
-    timed(linear, "table_packed", "head, native")
+    timed(decode.OneToken, "_one_token", "blocks, native")
+    for head in (tables.CompressedHead, tables.PackedHead):
+        timed(head, "forward", "head, native")
     total = decode_seconds()
     found = {k: v / (TOKENS - 1) for k, v in spent.items()}
     found["the rest: Python"] = total / (TOKENS - 1) - sum(found.values())
