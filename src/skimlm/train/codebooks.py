@@ -75,10 +75,9 @@ def train(
 ) -> Trained:
     """Train on all windows `ids` [n, t] but the last `HELD_OUT`, towards `known` [n, t, d].
 
-    A step moves a codebook or a trellis by about `rate` of its spread, a component of an adapter by
-    that of its size, the scale of a row by that of itself.
-    `known` are the original's final hidden states. The model and the layers are left as they were.
-    With `state_file` the state is kept there, and a run that finds one goes on to the same result.
+    `rate` is Adam's, of theta; `known` are the original's final hidden states. Model and layers are
+    left as they were. With `state_file` the state is kept there, and a run that finds one goes on
+    to the same result.
     """
     model, held = student.model, min(HELD_OUT, len(ids) // 2)
     seen = len(ids) - held
