@@ -54,7 +54,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _few_windows_and_steps(monkeypatch):
     monkeypatch.setitem(RECIPES, "fast", dataclasses.replace(RECIPES["fast"], fisher_windows=3))
-    few = dataclasses.replace(SLIM_RECIPES["best"], steps=6)
+    few = dataclasses.replace(SLIM_RECIPES["best"], steps=2)
     monkeypatch.setitem(SLIM_RECIPES, "best", few)
 
 
@@ -214,7 +214,7 @@ def check_kills(run, tmp_path, monkeypatch, again, step):
 def test_resume_wherever_it_was_killed(run, tmp_path, monkeypatch):
     run("whole", whole=True)
     # at most the block at work is done again: 7 linears and what goes with them
-    check_kills(run, tmp_path, monkeypatch, again=9, step=4)
+    check_kills(run, tmp_path, monkeypatch, again=9, step=7)
 
 
 @pytest.mark.parametrize("name", ["slim-paper", "slim-best", "sparse-adapters"])
@@ -222,7 +222,7 @@ def test_sparsity_adapters_and_slim_resume_wherever_killed(run, tmp_path, monkey
     how = METHODS[name] | dict(cache_dir=tmp_path / "cache")
     run("whole", whole=True, **how)  # the analysis is at hand from here on
     # of a block: states before and after, inputs of the original's linears by batch, what is packed
-    check_kills(functools.partial(run, **how), tmp_path, monkeypatch, again=6, step=9)
+    check_kills(functools.partial(run, **how), tmp_path, monkeypatch, again=6, step=14)
 
 
 # ---- trained against the loss at the end

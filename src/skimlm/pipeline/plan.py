@@ -44,6 +44,8 @@ SWEEP = 2  # products of a weight with H that a sweep over codes takes
 JOINT = 32  # the same of a sweep over mask, codes and adapter
 TERMS = 2**28  # bytes of logits, probabilities and their variances at a time (tables.py)
 SLIM_BATCH = 4  # windows that go through together
+# of logits in float32 that stand at once: cross entropy and its gradient, KL and its gradient
+ENTROPY, DIVERGENCE = 3, 7
 MOVING = 4 * 7  # bytes of a number that is trained, as value, gradient, moments, best
 ENTRIES = 16  # of a row with a codebook that move
 
@@ -97,7 +99,7 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
     tokens = plan.samples * plan.seq_len
     at_once = (SLIM_BATCH if slim else BATCH) * plan.seq_len
     states = 2 * tokens * s.width
-    logits = 12 * min(HEAD_TOKENS, at_once) * s.vocabulary
+    logits = 4 * min(HEAD_TOKENS, at_once) * s.vocabulary
     one = max(_at_work(r, c) for r, c in s.linears)
     codes = sum(r * c for r, c in s.linears)
     stored = round(codes * _widest(config) / 8)
@@ -120,23 +122,26 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
         """Packed layers and what moves of them, the original's outputs, one linear at work."""
         if not plan.steps:
             return 0
+        borders = 2 * s.blocks * STEP * plan.seq_len * s.width
         entries = 1 if config.options is None else ENTRIES  # but for scales: trellises share theirs
         moving = MOVING * (1 + entries) * sum(r for r, _ in s.linears)
         at_work = max(6 * r * c for r, c in s.linears)
-        return stored + moving + states + activations(shapes) + logits + at_work
+        kept = states + borders + activations(shapes) + DIVERGENCE * logits
+        return stored + moving + kept + at_work
 
     # embedding and head in the pool: made dense for a product, and the terms of their logits
     tables = 4 * s.vocabulary * s.width + TERMS if config.pools_tables else 0
     whole = IMPORTED + tables + 2 * s.weights + sums(s.inside if slim else s.linears)
     whole += kept + inputs + (stored if slim else 0)
-    busy = 0 if known else activations(s.inside if slim else s.linears) + (0 if slim else logits)
+    busy = 0 if known else activations(s.inside if slim else s.linears)
+    busy += 0 if known or slim else ENTROPY * logits
     whole += max(busy, one + (0 if slim else stored), training(s.linears))
     # statistics are dropped one after the other; slim has hidden states of both models
-    left = [sums(s.inside[i:]) for i in range(len(s.inside))]
-    if slim or workers:
-        left = [left[0]] * len(left)
-    analysing = max(rest + _at_work(*shape) for rest, shape in zip(left, s.inside, strict=True))
-    running = 0 if known else sums(s.inside) + activations(s.inside) + (0 if slim else logits)
+    left = [sums(s.inside[0 if slim or workers else i :]) for i in range(len(s.inside))]
+    at_work = [rest + _at_work(*shape) for rest, shape in zip(left, s.inside, strict=True)]
+    analysing = max(one, *at_work)
+    running = 0 if known else sums(s.inside) + activations(s.inside)
+    running += 0 if known or slim else ENTROPY * logits
     part = 2 * s.block + (3 if slim else 2) * states + max(analysing, running)
     part = max(part, training(s.inside)) + workers * (IMPORTED + one)
     part += IMPORTED + tables + 2 * outside
