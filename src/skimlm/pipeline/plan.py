@@ -139,7 +139,7 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
     # statistics are dropped one after the other; slim has hidden states of both models
     left = [sums(s.inside[0 if slim or workers else i :]) for i in range(len(s.inside))]
     at_work = [rest + _at_work(*shape) for rest, shape in zip(left, s.inside, strict=True)]
-    analysing = max(one, *at_work)
+    analysing = max([one, *at_work])
     running = 0 if known else sums(s.inside) + activations(s.inside)
     running += 0 if known or slim else ENTROPY * logits
     part = 2 * s.block + (3 if slim else 2) * states + max(analysing, running)
