@@ -214,7 +214,7 @@ def check_kills(run, tmp_path, monkeypatch, again, step):
 def test_resume_wherever_it_was_killed(run, tmp_path, monkeypatch):
     run("whole", whole=True)
     # at most the block at work is done again: 7 linears and what goes with them
-    check_kills(run, tmp_path, monkeypatch, again=9, step=7)
+    check_kills(run, tmp_path, monkeypatch, again=9, step=11)
 
 
 @pytest.mark.parametrize("name", ["slim-paper", "slim-best", "sparse-adapters"])
@@ -222,7 +222,7 @@ def test_sparsity_adapters_and_slim_resume_wherever_killed(run, tmp_path, monkey
     how = METHODS[name] | dict(cache_dir=tmp_path / "cache")
     run("whole", whole=True, **how)  # the analysis is at hand from here on
     # of a block: states before and after, inputs of the original's linears by batch, what is packed
-    check_kills(functools.partial(run, **how), tmp_path, monkeypatch, again=6, step=14)
+    check_kills(functools.partial(run, **how), tmp_path, monkeypatch, again=6, step=20)
 
 
 # ---- trained against the loss at the end
@@ -280,7 +280,7 @@ def test_what_is_aimed_at_is_what_the_original_gives_its_head(best, folders, mon
 def test_a_trained_run_resumes_wherever_it_was_killed(best, tmp_path, monkeypatch):
     how = dict(cache_dir=tmp_path / "cache")
     best("whole", **how)
-    check_kills(functools.partial(best, **how), tmp_path, monkeypatch, again=3, step=2)
+    check_kills(functools.partial(best, **how), tmp_path, monkeypatch, again=3, step=4)
 
 
 SCRIPT = """
