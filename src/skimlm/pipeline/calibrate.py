@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from skimlm.errors import SkimError
 from skimlm.models.hooks import forwards_replaced
 from skimlm.storage.safetensors import finite
+from skimlm.train.losses import chunks
 
 BATCH = 2  # windows that go through the model together
 PART = 2**20  # numbers of a product that are squared at a time
@@ -195,21 +196,18 @@ class Sums:
 
 def _add_square(total: Tensor, x: Tensor) -> None:
     """Add x^T x to its sum, but for what lies left of tiles on the diagonal."""
-    for begin in range(0, x.shape[1], TILE):
-        rows = slice(begin, begin + TILE)
-        total[rows, begin:] += (x[:, rows].T @ x[:, begin:]).float().cpu()
+    for rows in chunks(x.shape[1], TILE):
+        total[rows, rows.start :] += (x[:, rows].T @ x[:, rows.start :]).float().cpu()
 
 
 def _add_squared(total: Tensor, g: Tensor, x: Tensor) -> None:
     """Add the squares of the entries of g^T x: fresh pages for all at once double the time."""
-    for rows in torch.arange(len(total)).split(max(1, PART // x.shape[1])):
-        some = slice(int(rows[0]), int(rows[-1]) + 1)
-        product = (g[:, some].T @ x).float().cpu()
-        total[some].addcmul_(product, product)
+    for rows in chunks(len(total), max(1, PART // x.shape[1])):
+        product = (g[:, rows].T @ x).float().cpu()
+        total[rows].addcmul_(product, product)
 
 
 def _mirror(total: Tensor) -> None:
     """Fill in what `_add_square` leaves out."""
-    for begin in range(0, len(total), TILE):
-        rows, right = slice(begin, begin + TILE), slice(begin + TILE, None)
-        total[right, rows] = total[rows, right].T
+    for rows in chunks(len(total), TILE):
+        total[rows.stop :, rows] = total[rows, rows.stop :].T

@@ -4,6 +4,7 @@ Memory is counted from shapes, in bytes: an upper estimate that measured peaks s
 (docs/results.md). Time is arithmetic over what this processor does in a fifth of a second.
 """
 
+import itertools
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
     at_once = (SLIM_BATCH if slim else BATCH) * plan.seq_len
     states = 2 * tokens * s.width
     logits = 4 * min(HEAD_TOKENS, at_once) * s.vocabulary
-    one = max(_at_work(r, c) for r, c in s.linears)
+    one = max(itertools.starmap(_at_work, s.linears))
     codes = sum(r * c for r, c in s.linears)
     stored = round(codes * _widest(config) / 8)
 
@@ -113,6 +114,9 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
     def activations(shapes: list[tuple[int, int]]) -> int:
         return 4 * at_once * sum(r + c for r, c in shapes)
 
+    def running(shapes: list[tuple[int, int]]) -> int:
+        return 0 if known else activations(shapes) + (0 if slim else ENTROPY * logits)
+
     # slim: what the original's linears of a block read, and hidden states of both
     inputs = 2 * tokens * sum(c for _, c in s.inside) if plan.matched else 0
     kept = (2 if plan.matched else 1) * states if slim else 0
@@ -123,32 +127,34 @@ def needs(s: Sizes, config: CompressConfig, known: bool = False) -> tuple[Needs,
         if not plan.steps:
             return 0
         borders = 2 * s.blocks * STEP * plan.seq_len * s.width
-        entries = 1 if config.options is None else ENTRIES  # but for scales: trellises share theirs
-        moving = MOVING * (1 + entries) * sum(r for r, _ in s.linears)
         at_work = max(6 * r * c for r, c in s.linears)
-        kept = states + borders + activations(shapes) + DIVERGENCE * logits
-        return stored + moving + kept + at_work
+        passing = states + borders + activations(shapes) + DIVERGENCE * logits
+        return stored + _moving(s, config) + passing + at_work
 
     # embedding and head in the pool: made dense for a product, and the terms of their logits
     tables = 4 * s.vocabulary * s.width + TERMS if config.pools_tables else 0
     whole = IMPORTED + tables + 2 * s.weights + sums(s.inside if slim else s.linears)
     whole += kept + inputs + (stored if slim else 0)
-    busy = 0 if known else activations(s.inside if slim else s.linears)
-    busy += 0 if known or slim else ENTROPY * logits
+    busy = running(s.inside if slim else s.linears)
     whole += max(busy, one + (0 if slim else stored), training(s.linears))
     # statistics are dropped one after the other; slim has hidden states of both models
-    left = [sums(s.inside[0 if slim or workers else i :]) for i in range(len(s.inside))]
-    at_work = [rest + _at_work(*shape) for rest, shape in zip(left, s.inside, strict=True)]
-    analysing = max([one, *at_work])
-    running = 0 if known else sums(s.inside) + activations(s.inside)
-    running += 0 if known or slim else ENTROPY * logits
-    part = 2 * s.block + (3 if slim else 2) * states + max(analysing, running)
+    left = (s.inside[0 if slim or workers else i :] for i in range(len(s.inside)))
+    analysing = (sums(rest) + _at_work(*shape) for rest, shape in zip(left, s.inside, strict=True))
+    part = max(one, sums(s.inside) + running(s.inside), *analysing)
+    part += 2 * s.block + (3 if slim else 2) * states
     part = max(part, training(s.inside)) + workers * (IMPORTED + one)
     part += IMPORTED + tables + 2 * outside
     analysed = 0 if slim else sum(4 * c * c + 2 * r * c + ROW * r for r, c in s.linears)
     scratch = analysed + (3 if plan.steps else 2) * stored + inputs + (s.blocks + 3) * states
-    seconds = [_seconds(s, config, known, streamed) for streamed in (False, True)]
+    rate = _rate()
+    seconds = [_seconds(s, config, known, streamed, rate) for streamed in (False, True)]
     return Needs(whole, analysed + stored, seconds[0]), Needs(part, scratch, seconds[1])
+
+
+def _moving(s: Sizes, config: CompressConfig) -> int:
+    """Bytes of what is trained: scales, and levels, which trellis rows share."""
+    entries = 1 if config.options is None else ENTRIES
+    return MOVING * (1 + entries) * sum(r for r, _ in s.linears)
 
 
 def _at_work(r: int, c: int) -> int:
@@ -165,11 +171,13 @@ def _widest(config: CompressConfig) -> float:
     return config.target.bits if exact else MAX_WIDTH
 
 
-def _seconds(s: Sizes, config: CompressConfig, known: bool, streamed: bool) -> float:
+def _seconds(
+    s: Sizes, config: CompressConfig, known: bool, streamed: bool, product_rate: float
+) -> float:
     """Walks over the blocks, curves, fits and training, on these threads."""
     plan, slim = config.settings, config.method == "slim"
     threads = min(torch.get_num_threads(), processors())
-    rate = REACHED * _rate()
+    rate = REACHED * product_rate
     dense = sum(r * c for r, c in s.linears)
     squares = sum(c * c for _, c in s.linears)
     sides = sum(r + c for r, c in s.linears)

@@ -3,7 +3,7 @@
 fit_slim             every linear fitted to the inputs at hand, block after block
 fit_skim             every linear under the analysis, held against windows that nothing saw
 decompose, compose   skim with sparsity or adapters: a first fit, then codebooks over it
-train_packed         codebooks and norms of packed blocks, trained against the loss at the end
+train_packed         what packed blocks can still move, trained against the loss at the end
 """
 
 import dataclasses
@@ -136,8 +136,7 @@ def fit_skim(
         read = packed(walk)
 
         def weight(name: str, _w: Tensor) -> Tensor:
-            spec = specs[name]
-            return dequantize(Layer(spec, {t: read(f"{name}.{t}") for t in layout(spec)}))
+            return dequantize(_layer(specs[name], name, read))
 
         trial = {"refined": Trial(frozenset(walk.linears), weight)}
         check = dataclasses.replace(
@@ -221,7 +220,8 @@ def train_packed(
     tables = {}
     if store.has(TABLES, 0):
         stored = store.read(TABLES, 0)
-        tables = {n: _layer(spec, n, stored) for n, spec in specs.items() if n not in walk.linears}
+        read, own = stored.__getitem__, [n for n in specs if n not in walk.linears]
+        tables = {n: _layer(specs[n], n, read) for n in own}
     with source.loaded(blocks, but={f"{name}.weight" for name in walk.linears}):
         # made again they are the same numbers, for a third more time
         recomputed = source.blocks if source.streamed else ()
@@ -255,12 +255,13 @@ def train_packed(
 def _packed_layers(walk: Walk, specs: Mapping[str, LayerSpec], i: int) -> dict[str, Layer]:
     """The linears of block `i` as they are packed."""
     packed = walk.store.read("packed", i)
-    return {name: _layer(specs[name], name, packed) for name in walk.inside(range(i, i + 1))}
+    names = walk.inside(range(i, i + 1))
+    return {name: _layer(specs[name], name, packed.__getitem__) for name in names}
 
 
-def _layer(spec: LayerSpec, name: str, tensors: Mapping[str, Tensor]) -> Layer:
-    """A layer out of tensors by their full names."""
-    return Layer(spec, {part: tensors[f"{name}.{part}"] for part in layout(spec)})
+def _layer(spec: LayerSpec, name: str, read: Callable[[str], Tensor]) -> Layer:
+    """A layer out of tensors that are read by their full names."""
+    return Layer(spec, {part: read(f"{name}.{part}") for part in layout(spec)})
 
 
 def final_states(walk: Walk) -> Tensor:

@@ -18,6 +18,7 @@ windows go through in the same batches. In the store lie, each whole:
     first-I                   adapters and errors of block I to begin with (sparsity, adapters)
     original-I, compressed-I  hidden states before block I, in the model and in what becomes of it
     packed-I                  what OUT holds of block I
+    unrefined-0               that it is not refined, for that was measured worse
     tried-0                   widths that were measured best, with what was measured
     tables-0                  what OUT holds of embedding and head, if they are layers too
     final-0                   what the model's head was given: what a training aims at

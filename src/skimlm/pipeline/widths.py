@@ -120,8 +120,8 @@ def allocate(given: Given, config: CompressConfig, tools: Tools, walk: Walk) -> 
         rounded = None
         if _can_try(given, config):
             found, tried = _tried(given, walk, stored, errors, price, widths)
-            # headers grow with histograms: what is over a size stays as it was
             rounded = tried.get(POOLED)
+            # headers grow with histograms: what is over a size stays as it was
             if target.size is None or planned_bytes(widths | found) <= target.size:
                 widths, rounded = widths | found, min(tried.values(), default=None)
                 _say(tried, tools)

@@ -96,7 +96,7 @@ def scale_step(
 ) -> Tensor:
     """The scale [r] of least error under `h`, symbols fixed; rows of levels 0 keep theirs.
 
-    Products have the precision of `h`, sums are of float32; so in `table_step`.
+    Products have the precision of `h`, sums are of float32.
     """
     out = scale.clone()
     for rows in _some(len(w)):
@@ -123,10 +123,9 @@ def table_step(
     slope = torch.zeros(WINDOWS, dtype=DOUBLE)
     for rows in _some(len(w)):
         window, size = windows(codes[rows], bits).int(), scale[rows].unsqueeze(1)
-        product = ((table[window] * size - w[rows]).to(h.dtype) @ h).float()
-        gradient = product * size * row_weight[rows].unsqueeze(1)
+        gradient = ((table[window] * size - w[rows]) @ h) * size * row_weight[rows].unsqueeze(1)
         slope.index_add_(0, window.flatten(), gradient.flatten().double())
-    a = _normal(h.float(), codes, row_weight * scale * scale, bits)
+    a = _normal(h, codes, row_weight * scale * scale, bits)
     if not a.trace() > 0:
         return table
     pull = torch.where(a.diagonal() > 0, RIDGE, 1.0) * a.trace() / WINDOWS

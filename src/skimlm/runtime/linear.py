@@ -179,7 +179,7 @@ class CompressedLinear(Watched, Packed):
     def adapter_product(self, x: Tensor) -> Tensor:
         """(x A^T) B, never merged into the weight."""
         a, b = self.adapter_values()
-        return F.linear(x, a.to(x.dtype)) @ b.to(x.dtype)
+        return ops.low_rank(x, a, b)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The ordinary layer this stands for."""

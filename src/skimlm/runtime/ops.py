@@ -93,8 +93,12 @@ def add_adapter(out: Tensor, x: Tensor, layer: Layer) -> Tensor:
     adapter = unpack_adapter(layer)
     if adapter is None:
         return out
-    a, b = adapter.values()
-    return out + F.linear(x, a.to(x.dtype)) @ b.to(x.dtype)
+    return out + low_rank(x, *adapter.values())
+
+
+def low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """(x A^T) B of an adapter's factors [rank, c] and [rank, r], in the dtype of `x`."""
+    return F.linear(x, a.to(x.dtype)) @ b.to(x.dtype)
 
 
 def table_matmul_reference(

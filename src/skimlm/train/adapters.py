@@ -64,7 +64,7 @@ def train(
     before = {name: stored_adapter(layer) for name, layer in layers.items()}
     scales = {f"{f}.{n}": getattr(q, f"{f}_scale") for n, q in before.items() for f in "ab"}
     exact = {f"{f}.{n}": x for n, q in before.items() for f, x in _named(q).items()}
-    units = {n: x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12) for n, x in exact.items()}
+    units = {n: component_size(x) for n, x in exact.items()}
     steps, total = len(order), sum(map(len, order))
     done = list(itertools.accumulate(map(len, order)))
 
@@ -100,6 +100,11 @@ def train(
         n: dataclasses.replace(q, a=best[f"a.{n}"], b=best[f"b.{n}"]) for n, q in before.items()
     }
     return (adapters if min(state.losses) < state.losses[0] else before), state.losses
+
+
+def component_size(factor: Tensor) -> Tensor:
+    """Root mean square of every component of a factor [k, n], [k, 1]: the unit it moves in."""
+    return factor.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12)
 
 
 def _named(adapter: Adapter) -> dict[str, Tensor]:

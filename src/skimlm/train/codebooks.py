@@ -1,4 +1,4 @@
-"""Training of what a compressed model can still move, codes fixed: codebooks, trellises, norms.
+"""Training of what a compressed model can still move, codes fixed: levels, scales, adapters, norms.
 
 The loss is KL(original || compressed), summed over tokens, on calibration windows. A codebook entry
 gathers the gradient of all weights that share it, so about a million numbers are trained instead of
@@ -11,7 +11,8 @@ It takes the memory of the result, not of the original: linears compute from the
 made again when its gradient is due.
 
 A parameter is start + theta * unit, where one unit is the spread of a row's codebook or of a
-trellis, the scale of a row or the norm weight itself; theta is trained, from 0.
+trellis, the size of a component of an adapter, the scale of a row or the norm weight itself; theta
+is trained, from 0.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from skimlm.format.layer import Layer
 from skimlm.models.head import final_hidden
 from skimlm.models.hooks import forwards_replaced, frozen
+from skimlm.train.adapters import component_size
 from skimlm.train.loop import Objective, descend, evenly, passes
 from skimlm.train.losses import backward, kl_divergence, loss_sum
 from skimlm.train.packed import FACTORS, ROW_SCALE, moving, product, stored
@@ -138,7 +140,7 @@ def _parameters(
     for name, layer in layers.items():
         for own, start in moving(layer).items():
             if own in FACTORS:
-                unit = start.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+                unit = component_size(start)
             elif own.startswith(ROW_SCALE):
                 unit = start
             else:

@@ -25,7 +25,7 @@ from skimlm.format.pack import pack_adapter, unpack_adapter, unpack_positions
 from skimlm.format.row_codes import RowCode, code_bits
 from skimlm.quantize.codes import unpack_codes, unpack_windows
 from skimlm.quantize.kmeans import lookup
-from skimlm.runtime.ops import dequantize
+from skimlm.runtime.ops import dequantize, low_rank
 from skimlm.train.straight_through import factor_codes, rounded_factor, straight_through
 
 Tensors = Mapping[str, Tensor]
@@ -106,7 +106,7 @@ def product(x: Tensor, layer: Layer, tensors: Tensors) -> Tensor:
     if FACTORS[0] in tensors:
         scales = adapter.a_scale, adapter.b_scale
         a, b = (rounded_factor(tensors[n], s) for n, s in zip(FACTORS, scales, strict=True))
-    return out + torch.nn.functional.linear(x, a.to(x.dtype)) @ b.to(x.dtype)
+    return out + low_rank(x, a, b)
 
 
 def _book(rows: Rows, tensors: Tensors) -> Tensor:
