@@ -11,7 +11,8 @@ from conftest import quantized_linears, tiny_model
 from skimlm.errors import SkimError
 from skimlm.models.checkpoint import load
 from skimlm.models.write import save
-from skimlm.skills import attention, rollout
+from skimlm.runtime import prefix as attention
+from skimlm.skills import rollout
 
 TEXT = torch.arange(40, 90)
 QUESTIONS = [torch.arange(60, 70), torch.arange(100, 103), torch.arange(33, 39)]

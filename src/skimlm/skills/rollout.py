@@ -28,8 +28,7 @@ from transformers import DynamicCache
 
 from skimlm.models.blocks import decoder_of
 from skimlm.runtime.decode import CACHE
-from skimlm.skills import attention
-from skimlm.skills.attention import SharedCache, causal_mask, shared
+from skimlm.runtime.prefix import SharedCache, causal_mask, fits, shared
 from skimlm.skills.splice import Piece, embed
 
 BATCH = 16  # rows at a time without gradients
@@ -86,7 +85,7 @@ def run(
 
 def shares(model: Any, prefix: Prefix) -> bool:
     """Whether rows can share the prefix's keys in place of having copies; there must be some."""
-    return prefix.length > 0 and attention.fits(model)
+    return prefix.length > 0 and fits(model)
 
 
 def lent(model: Any, prefix: Prefix, rows: int) -> DynamicCache:

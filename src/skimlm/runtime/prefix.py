@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 from skimlm.errors import SkimError
-from skimlm.models.blocks import decoder_of
 
 NAME = "skimlm_shared_prefix"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # attention with scaling and nothing else
@@ -43,7 +42,7 @@ def fits(model: Any) -> bool:
         return False
     if model.training and getattr(config, "attention_dropout", 0):
         return False
-    layers = [m for m in decoder_of(model).modules() if hasattr(m, "layer_idx") and _attends(m)]
+    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and _attends(m)]
     home = f"transformers.models.{config.model_type}.modeling_{config.model_type}"
     own = all(_unchanged(module, home) for module in layers)
     return own and len(layers) == config.num_hidden_layers
