@@ -123,13 +123,13 @@ def test_keys_that_lost_the_prefix_are_refused_not_attended_without_it(monkeypat
     model = tiny_model()
     with torch.no_grad():
         prefix = rollout.read(model, [TEXT])
-    update = attention.SharedCache.update
+    update = attention.PrefixLayer.update
 
     def copying(self, *args, **kwargs):
         keys, values = update(self, *args, **kwargs)
         return keys.clone(), values
 
-    monkeypatch.setattr(attention.SharedCache, "update", copying)
+    monkeypatch.setattr(attention.PrefixLayer, "update", copying)
     with pytest.raises(SkimError, match="LlamaAttention changes keys behind the cache"):
         rollout.score_all(model, prefix, QUESTIONS, ANSWERS)
 

@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from skimlm.models.blocks import decoder_of
 from skimlm.runtime.decode import CACHE
-from skimlm.runtime.prefix import SharedCache, causal_mask, fits, shared
+from skimlm.runtime.prefix import PrefixCache, attending, causal_mask, fits, whole
 from skimlm.skills.splice import Piece, embed
 
 BATCH = 16  # rows at a time without gradients
@@ -76,9 +76,9 @@ def run(
         place = place - pads.sum(1, keepdim=True)
     kwargs |= {"position_ids": place.clamp(min=0).to(model.device), "use_cache": True}
     ids = ids.to(model.device)
-    if isinstance(cache, SharedCache):
+    if isinstance(cache, PrefixCache):
         mask = causal_mask(own, new, None if pads is None else ~pads).to(model.device)
-        with shared(model):
+        with attending(model):
             return body(input_ids=ids, attention_mask=mask, **{CACHE: cache}, **kwargs)
     return body(input_ids=ids, **{CACHE: cache}, **kwargs)
 
@@ -90,8 +90,10 @@ def shares(model: Any, prefix: Prefix) -> bool:
 
 def lent(model: Any, prefix: Prefix, rows: int) -> DynamicCache:
     """A cache behind `prefix` for `rows` rows, by the faster way where it is possible."""
+    if isinstance(prefix.cache, PrefixCache):
+        return prefix.cache.fresh()
     if shares(model, prefix):
-        return SharedCache(prefix.cache, prefix.length)
+        return PrefixCache(whole(prefix.cache, prefix.length), prefix.length)
     return prefix.lend(rows)
 
 
