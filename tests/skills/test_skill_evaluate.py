@@ -127,7 +127,7 @@ def test_everything_has_all_resolutions_and_baselines(world, made, tmp_path):
     facts = evaluate.evaluate(*world, [path], count=2, answer=4, everything=True)
     got = {(row["method"], row["k"]) for row in facts["skills"][0]["all"]}
     methods = {made.method, *select.METHODS}
-    assert got == {(method, k) for method in methods for k in made.ladder}
+    assert got == {(method, k) for method in methods for k in made.content.ladder}
     assert "closure" in evaluate.text(facts)
 
 
@@ -272,7 +272,7 @@ def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, pr
         *3 * [(2, goal)],
         (2, 0),
     ]
-    assert (made.k, made.ladder, made.method) == (ladder[-3], (ladder[-3],), "distill")
+    assert (made.k, made.content.ladder, made.method) == (ladder[-3], (ladder[-3],), "distill")
 
 
 def test_what_will_be_served_is_trained_on(world, pretended):
@@ -280,11 +280,11 @@ def test_what_will_be_served_is_trained_on(world, pretended):
     made = compress(*world, DOCUMENT, settings=QUICK)
     sizes, start, _ = asked[-1]
     assert sizes == [ladder[-3]] and torch.equal(start, (asked[2][1] + 1).bfloat16().float())
-    assert torch.equal(made.soft, (start + 1).bfloat16())
+    assert torch.equal(made.content.vectors, (start + 1).bfloat16())
     assert made.evidence["candidates"][-1]["k"] == made.k
     others["floor"] = 1.0  # unless it loses literals that it had
     made = compress(*world, DOCUMENT, floor=0.5, settings=QUICK)
-    assert torch.equal(made.soft, start.bfloat16()) and made.k == ladder[-3]
+    assert torch.equal(made.content.vectors, start.bfloat16()) and made.k == ladder[-3]
 
 
 def test_training_starts_from_the_best_words_and_then_from_what_was_trained(world, pretended):
@@ -305,9 +305,9 @@ def test_what_words_do_already_needs_no_training(world, pretended):
     others["head", ladder[-1]] = others["sections", ladder[-2]] = others["head", ladder[-3]] = 0.92
     made = compress(*world, DOCUMENT, settings=QUICK)
     assert [sizes for sizes, *_ in asked] == [[ladder[-4]]]  # and is not trained on
-    assert (made.k, made.ladder, made.method) == (ladder[-3], (ladder[-3],), "head")
+    assert (made.k, made.content.ladder, made.method) == (ladder[-3], (ladder[-3],), "head")
     assert torch.equal(
-        made.soft, rows_of(world[0], splice.token_ids(world[1], DOCUMENT.text))[: made.k]
+        made.content.vectors, rows_of(world[0], splice.token_ids(world[1], DOCUMENT.text))[: made.k]
     )
 
 
@@ -332,21 +332,23 @@ def test_a_compressor_is_tried_before_training_and_may_be_its_start(world, prete
     assert [row["k"] for row in made.evidence["candidates"] if row["method"] == "amortised"] == [
         few[-1]
     ]
-    assert torch.equal(asked[0][1].bfloat16(), want[few[-1]].soft)
+    assert torch.equal(asked[0][1].bfloat16(), want[few[-1]].content.vectors)
     assert made.evidence["trainings"][0]["start"] == "amortised"
     asked.clear()
     others["amortised", few[-1]] = 0.93
     others["amortised", few[-2]] = 0.92
     made = compress(*world, DOCUMENT, settings=QUICK, compressor=compressor)
-    assert (made.method, made.k, made.pins) == ("amortised", few[-2], ())
-    assert torch.equal(made.soft, want[few[-2]].soft)
+    assert (made.method, made.k, made.content.pins) == ("amortised", few[-2], ())
+    assert torch.equal(made.content.vectors, want[few[-2]].content.vectors)
 
 
 def test_pins_are_kept_whatever_plain_words_would_do(world, pretended):
     ladder, _, others = pretended
     others.update({(method, k): 0.99 for method in UNTRAINED for k in range(1, 300)})
     made = compress(*world, DOCUMENT, pin=True, settings=QUICK)
-    assert made.method == "distill" and "`notes scan --all`" in [pin.text for pin in made.pins]
+    assert made.method == "distill" and "`notes scan --all`" in [
+        pin.text for pin in made.content.pins
+    ]
     assert {row["method"] for row in made.evidence["candidates"]} == {"distill"}
     prose = compression.layout(*world, DOCUMENT, None, True)[0]  # half of it, beside the pins
     assert made.evidence["candidates"][0]["k"] == (len(prose) + 18) // 2 - 18
@@ -370,7 +372,7 @@ def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch
     made = compress(*world, DOCUMENT, settings=QUICK)
     n = len(DOCUMENT.text)
     assert made.k is None
-    assert made.ladder == (compression.resolutions(n, splice.wrapper_tokens(world[1]))[-1],)
+    assert made.content.ladder == (compression.resolutions(n, splice.wrapper_tokens(world[1]))[-1],)
     assert len(made.evidence["trainings"]) == 1  # the largest size was enough to know
 
 
@@ -380,15 +382,17 @@ def test_untrained_methods_give_the_embeddings_of_kept_words(world, method):
     made = compress(model, tokenizer, DOCUMENT, method=method, tokens=40)
     kept = compression.select.keep(model, tokenizer, DOCUMENT, 40, method)
     ids = splice.token_ids(tokenizer, DOCUMENT.text)[kept]
-    assert torch.equal(made.soft, model.get_input_embeddings()(ids).detach().bfloat16())
-    assert (made.k, made.ladder, made.method) == (40, (40,), method)
+    assert torch.equal(made.content.vectors, model.get_input_embeddings()(ids).detach().bfloat16())
+    assert (made.k, made.content.ladder, made.method) == (40, (40,), method)
 
 
 def test_a_size_is_kept_to_and_nested(world):
     made = compress(*world, DOCUMENT, ratio=0.25, settings=QUICK)
     k = round(0.25 * len(DOCUMENT.text))
     assert (made.k, made.method) == (k, "distill")
-    assert made.ladder == tuple(sorted({r for r in compression.NESTED if r < 0.9 * k} | {k}))
+    assert made.content.ladder == tuple(
+        sorted({r for r in compression.NESTED if r < 0.9 * k} | {k})
+    )
 
 
 def test_pinned_spans_stay_text_and_the_rest_is_the_start(world):
@@ -403,7 +407,7 @@ def test_pinned_spans_stay_text_and_the_rest_is_the_start(world):
     assert text == DOCUMENT.text
     assert pins[0] == Pin(DOCUMENT.text.index("`notes scan"), "`notes scan --all`")
     made = compress(model, tokenizer, DOCUMENT, tokens=20, pin=True, settings=QUICK)
-    assert all(pin.at <= 20 for pin in made.pins) and len(made.pins) == len(pins)
+    assert all(pin.at <= 20 for pin in made.content.pins) and len(made.content.pins) == len(pins)
     assert store.tokens(made, tokenizer) > 20 + sum(len(pin.text) for pin in pins)
 
 

@@ -15,6 +15,7 @@ from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm.errors import FormatError, SkimError
 from skimlm.skills import splice, store
 from skimlm.skills.document import parse
+from skimlm.skills.soft_file import Soft
 from skimlm.skills.splice import Pin
 from skimlm.skills.store import Skill
 
@@ -36,9 +37,11 @@ def skill(model, tokenizer, **changes):
     torch.manual_seed(3)
     made = Skill(
         DOCUMENT,
-        torch.randn(32, 64).bfloat16(),
-        (Pin(4, "`notes scan --all`"), Pin(30, "Never delete a note.")),
-        (8, 16, 32),
+        Soft(
+            torch.randn(32, 64).bfloat16(),
+            (Pin(4, "`notes scan --all`"), Pin(30, "Never delete a note.")),
+            (8, 16, 32),
+        ),
         16,
         "distill",
         store.fingerprints(model, tokenizer),
@@ -63,9 +66,12 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path, model, tokenizer):
     made, path = skill(model, tokenizer), tmp_path / "a.skim"
     store.write(path, made)
     again = store.read(path)
-    assert torch.equal(again.soft.view(torch.int16), made.soft.view(torch.int16))
-    assert again.soft.dtype == torch.bfloat16
-    assert replace(again, soft=made.soft) == made
+    assert torch.equal(
+        again.content.vectors.view(torch.int16), made.content.vectors.view(torch.int16)
+    )
+    assert again.content.vectors.dtype == torch.bfloat16
+    content = replace(again.content, vectors=made.content.vectors)
+    assert replace(again, content=content) == made
     first = path.read_bytes()
     store.write(path, again)
     assert path.read_bytes() == first  # the same skill is the same file
@@ -74,9 +80,14 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path, model, tokenizer):
 def test_the_format_is_that_of_the_golden_file():
     found = store.read(GOLDEN)
     assert found.document == DOCUMENT
-    assert found.soft.float().tolist() == [[0.5, -1.0, 2.0], [1.5, 0.0, -0.25]]
-    assert found.pins == (Pin(1, "`notes scan --all`"),)
-    assert (found.ladder, found.k, found.method, found.source) == ((1, 2), 2, "distill", "SKILL.md")
+    assert found.content.vectors.float().tolist() == [[0.5, -1.0, 2.0], [1.5, 0.0, -0.25]]
+    assert found.content.pins == (Pin(1, "`notes scan --all`"),)
+    assert (found.content.ladder, found.k, found.method, found.source) == (
+        (1, 2),
+        2,
+        "distill",
+        "SKILL.md",
+    )
     assert found.made_for["model"] == "0" * 64 and found.evidence == {"closure": 0.9}
 
 
@@ -253,7 +264,7 @@ def test_safetensors_without_our_metadata_is_refused(tmp_path):
 
 
 def test_vectors_of_another_width_are_refused_by_the_model(tmp_path, model, tokenizer):
-    made = skill(model, tokenizer, soft=torch.zeros(32, 8).bfloat16())
+    made = skill(model, tokenizer, content=Soft(torch.zeros(32, 8).bfloat16(), (), (16, 32)))
     path = tmp_path / "a.skim"
     store.write(path, made)
     pieces, _ = store.served(path, model, tokenizer)

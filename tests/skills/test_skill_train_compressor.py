@@ -330,7 +330,7 @@ def test_the_command_trains_and_compress_uses_it(skills, tokenizer, tmp_path, mo
     done = run(*compress, "--method", "amortised", "--compressor", out, "--tokens", 8, "--json")
     assert done.exit_code == 0, done.output
     skill = store.read(tmp_path / "a.skim")
-    assert (skill.method, skill.k, len(skill.soft)) == ("amortised", 8, 8)
+    assert (skill.method, skill.k, len(skill.content.vectors)) == ("amortised", 8, 8)
     many = run(*compress, "--method", "amortised", "--compressor", out, "--tokens", 400, "--force")
     assert many.exit_code == 1 and "makes at most 60 of this skill" in many.stderr
     said = run("generate", folder, "Sort?", "--skill", tmp_path / "a.skim", "--max-new-tokens", 3)
@@ -349,7 +349,7 @@ def test_one_that_comes_with_the_package_needs_no_file(world, tmp_path, monkeypa
         made = compressor.read(tmp_path / "b.safetensors")
         ids = splice.token_ids(tokenizer, parse(TEXT).text)
         want = compressor.soft_tokens(made, model, tokenizer, ids, leads(tokenizer, 8)).bfloat16()
-    assert torch.equal(skill.soft, want)
+    assert torch.equal(skill.content.vectors, want)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(SkimError, match="no compressor comes with skimlm for this model"):
         compression.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)

@@ -31,6 +31,7 @@ from skimlm.skills.distill import Study, Training, distill, divergences, nested,
 from skimlm.skills.document import Document, spans
 from skimlm.skills.recall import Cloze, known, share
 from skimlm.skills.rollout import Prefix
+from skimlm.skills.soft_file import Soft
 from skimlm.skills.splice import Pin, closing, opening, pieces_of, token_ids, wrapper_tokens
 from skimlm.skills.store import Skill, check_reach, fingerprints
 
@@ -116,9 +117,7 @@ def _skill(search: _Search, made: _Result) -> Skill:
     chosen = made.chosen
     return Skill(
         search.document,
-        made.soft,
-        made.pins,
-        tuple(made.ladder),
+        Soft(made.soft, made.pins, tuple(made.ladder)),
         chosen["k"] if chosen else None,
         chosen["method"] if chosen else "distill",
         fingerprints(search.model, search.tokenizer),
@@ -134,7 +133,8 @@ def _untrained_skill(
     """The artefact of a method that neither trains nor measures; `ids` are the text's."""
     k, evidence = len(soft), {"text_tokens": len(ids), "skimlm": __version__, **facts}
     made_for = fingerprints(model, tokenizer)
-    return Skill(document, soft, (), (k,), k, method, made_for, evidence, document.source)
+    content = Soft(soft, (), (k,))
+    return Skill(document, content, k, method, made_for, evidence, document.source)
 
 
 def _compressor(

@@ -225,9 +225,9 @@ def _variants(
     model: Any, tokenizer: Any, document: Document, ids: Tensor, skills: Sequence[store.Skill]
 ) -> list[tuple[str, int, list[Piece]]]:
     """Every resolution of the artefacts, and the untrained methods at the same k."""
-    sizes = {k for skill in skills for k in skill.ladder}
+    sizes = {k for skill in skills for k in skill.content.ladder}
     sizes = sizes or {k for k in (32, 64, 128, 256) if k < len(ids)}
-    found = [(s.method, k, store.pieces(s, tokenizer, k)) for s in skills for k in s.ladder]
+    found = [(s.method, k, store.pieces(s, tokenizer, k)) for s in skills for k in s.content.ladder]
     for method in select.METHODS:
         for k in sorted(sizes):
             kept = ids[select.keep(model, tokenizer, document, k, method)]

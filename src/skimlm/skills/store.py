@@ -26,17 +26,15 @@ from torch import Tensor
 
 from skimlm.errors import FormatError, SkimError, first_line
 from skimlm.models.architecture import positions
+from skimlm.skills import soft_file
 from skimlm.skills.document import MAX_BYTES, Document, parse
-from skimlm.skills.splice import WRAPPER, Piece, Pin, pieces_of, token_ids, wrapper_tokens
+from skimlm.skills.soft_file import Soft
+from skimlm.skills.splice import WRAPPER, Piece, pieces_of, token_ids, wrapper_tokens
 from skimlm.storage.folder import check_out_file
-from skimlm.storage.safetensors import finite, read_header, write_file
+from skimlm.storage.safetensors import read_header, write_file
 
-FORMAT_VERSION = 1
 KEY = "skim"  # of the metadata of the file
 SUFFIX = ".skim"
-MAX_ROWS, MAX_WIDTH = 16_384, 65_536
-MAX_PINS = 4_096
-METHODS = ("head", "leads", "selfinfo", "sections", "distill", "amortised")
 HASHES = ("tokenizer", "chat_template", "model")
 LISTS = ("trainings", "candidates", "rungs")  # of the evidence
 
@@ -46,9 +44,7 @@ class Skill:
     """A compressed skill; `k` is the resolution to serve, None: only the full text will do."""
 
     document: Document
-    soft: Tensor = field(repr=False)  # [K, d] bfloat16
-    pins: tuple[Pin, ...]
-    ladder: tuple[int, ...]  # resolutions: soft[:k]
+    content: Soft
     k: int | None
     method: str
     made_for: Mapping[str, Any]  # hashes of HASHES, model_type, width
@@ -119,10 +115,10 @@ def pieces(skill: Skill, tokenizer: Any, k: int | None = None) -> list[Piece]:
     k = skill.k if k is None else k
     if k is None:
         return [token_ids(tokenizer, skill.document.text)]
-    if k not in skill.ladder:
-        have = ", ".join(str(k) for k in skill.ladder)
+    if k not in skill.content.ladder:
+        have = ", ".join(str(k) for k in skill.content.ladder)
         raise SkimError(f"{skill.name}: no resolution {k}: it has {have}")
-    return pieces_of(tokenizer, skill.soft, skill.pins, k)
+    return pieces_of(tokenizer, skill.content.vectors, skill.content.pins, k)
 
 
 def tokens(skill: Skill, tokenizer: Any, k: int | None = None) -> int:
@@ -143,23 +139,20 @@ def check_out(path: Path, force: bool) -> None:
 def write(path: str | os.PathLike[str], skill: Skill) -> None:
     """Write a skill, whole or not at all."""
     text = torch.tensor(list(skill.document.text.encode()), dtype=torch.uint8)
-    soft = skill.soft.detach().to(torch.bfloat16).cpu().contiguous()
     facts = {
-        "format_version": FORMAT_VERSION,
+        "format_version": soft_file.VERSION,
         "name": skill.document.name,
         "text_sha256": skill.document.sha256,
-        "soft_sha256": soft_sha256(soft),
         "method": skill.method,
-        "resolutions": list(skill.ladder),
         "k": skill.k,
-        "pins": [[pin.at, pin.text] for pin in skill.pins],
         "wrapper": list(WRAPPER),
         "made_for": dict(skill.made_for),
         "source": skill.source,
         "evidence": dict(skill.evidence),
+        **soft_file.facts(skill.content),
     }
     meta = {KEY: json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
-    write_file(Path(path), {"soft": soft, "text": text}, meta)
+    write_file(Path(path), {**soft_file.tensors(skill.content), "text": text}, meta)
 
 
 def read(path: str | os.PathLike[str]) -> Skill:
@@ -170,20 +163,13 @@ def read(path: str | os.PathLike[str]) -> Skill:
     try:
         with safe_open(path, framework="pt") as stream:
             facts = _facts(path, (stream.metadata() or {}).get(KEY))
-            soft, raw = stream.get_tensor("soft"), stream.get_tensor("text")
+            held = {name: stream.get_tensor(name) for name in entries}
     except SafetensorError as error:
         raise FormatError(first_line(error), file=path) from error
-    if not finite(soft):
-        raise FormatError("holds NaN or Inf: compress the skill again", file=path, tensor="soft")
-    if soft_sha256(soft) != facts["soft_sha256"]:
-        raise FormatError("has been changed: compress the skill again", file=path, tensor="soft")
-    document = _document(path, raw, facts)
-    _check_pins(path, facts, document, len(soft))
+    document = _document(path, held["text"], facts)
     return Skill(
         document,
-        soft,
-        tuple(Pin(at, text) for at, text in facts["pins"]),
-        tuple(facts["resolutions"]),
+        soft_file.read(path, held, facts, document),
         facts["k"],
         facts["method"],
         facts["made_for"],
@@ -219,11 +205,6 @@ def check_source(path: str | os.PathLike[str], skill: Skill) -> None:
         )
 
 
-def soft_sha256(soft: Tensor) -> str:
-    """Hash of the vectors' bytes, little-endian bfloat16."""
-    return hashlib.sha256(soft.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -232,15 +213,7 @@ def _check_entries(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None
     """Refuse other tensors, types and sizes before any is read."""
     if set(entries) != {"soft", "text"}:
         raise FormatError(f"holds {sorted(entries)}, a .skim holds soft and text", file=path)
-    shape, kind = entries["soft"]["shape"], entries["soft"]["dtype"]
-    if kind != "BF16" or len(shape) != 2:
-        raise FormatError(f"{kind} {shape}, must be BF16 [k, d]", file=path, tensor="soft")
-    if not (1 <= shape[0] <= MAX_ROWS and 1 <= shape[1] <= MAX_WIDTH):
-        raise FormatError(
-            f"{shape}: at most {MAX_ROWS:,} soft tokens of {MAX_WIDTH:,} numbers",
-            file=path,
-            tensor="soft",
-        )
+    soft_file.check_entries(path, entries)
     shape, kind = entries["text"]["shape"], entries["text"]["dtype"]
     if kind != "U8" or len(shape) != 1 or not 1 <= shape[0] <= MAX_BYTES:
         raise FormatError(f"{kind} {shape}, must be U8 [bytes]", file=path, tensor="text")
@@ -249,9 +222,9 @@ def _check_entries(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None
 def _facts(path: Path, text: str | None) -> dict[str, Any]:
     """Parse the metadata, every key of the type FORMAT.md gives it."""
     kinds: dict[str, Any] = {
-        "format_version": int, "name": str, "text_sha256": str, "soft_sha256": str, "method": str,
-        "resolutions": list, "k": (int, type(None)), "pins": list, "wrapper": list,
-        "made_for": dict, "source": str, "evidence": dict,
+        "format_version": int, "name": str, "text_sha256": str, "method": str,
+        "k": (int, type(None)), "wrapper": list, "made_for": dict, "source": str, "evidence": dict,
+        **soft_file.FACTS,
     }  # fmt: skip
     try:
         facts = json.loads(text or "")
@@ -260,16 +233,17 @@ def _facts(path: Path, text: str | None) -> dict[str, Any]:
         raise FormatError(
             f"not a compressed skill: no `{KEY}` in its metadata", file=path
         ) from None
-    if facts.get("format_version") != FORMAT_VERSION:
+    if facts.get("format_version") != soft_file.VERSION:
         raise FormatError(
-            f"format {facts.get('format_version')!r}, this skimlm reads {FORMAT_VERSION}", file=path
+            f"format {facts.get('format_version')!r}, this skimlm reads {soft_file.VERSION}",
+            file=path,
         )
     for key, kind in kinds.items():
         if key not in facts or not isinstance(facts[key], kind) or isinstance(facts[key], bool):
             raise FormatError(f"metadata: {key} is missing or of a wrong kind", file=path)
     if facts["wrapper"] != list(WRAPPER):
         raise FormatError("made for another wrapper: compress the skill again", file=path)
-    if facts["method"] not in METHODS:
+    if facts["method"] not in soft_file.METHODS:
         raise FormatError(f"metadata: unknown method {facts['method'][:40]!r}", file=path)
     made_for = facts["made_for"]
     if any(not isinstance(made_for.get(key), str) for key in HASHES):
@@ -291,27 +265,6 @@ def _document(path: Path, raw: Tensor, facts: Mapping[str, Any]) -> Document:
     if document.name != facts["name"]:
         raise FormatError(f"named {facts['name'][:80]!r}, its text {document.name!r}", file=path)
     return document
-
-
-def _check_pins(path: Path, facts: Mapping[str, Any], document: Document, rows: int) -> None:
-    """Refuse resolutions out of range, and pinned text that is not the skill's."""
-    ladder, k = facts["resolutions"], facts["k"]
-    if not ladder or any(type(r) is not int or not 1 <= r <= rows for r in ladder):
-        raise FormatError(f"resolutions must be 1 to {rows}", file=path)
-    if ladder != sorted(set(ladder)) or ladder[-1] != rows:
-        raise FormatError(f"resolutions must ascend to {rows}", file=path)
-    if k is not None and k not in ladder:
-        raise FormatError(f"k {k} is none of its resolutions", file=path)
-    last = 0
-    for pin in facts["pins"][: MAX_PINS + 1]:
-        good = isinstance(pin, list) and len(pin) == 2 and type(pin[0]) is int
-        if not good or not last <= pin[0] <= rows or not isinstance(pin[1], str) or not pin[1]:
-            raise FormatError("pins must be [place, text], ascending", file=path)
-        if pin[1].strip() not in document.text:
-            raise FormatError("pins text that is not the skill's", file=path)
-        last = pin[0]
-    if len(facts["pins"]) > MAX_PINS:
-        raise FormatError(f"more than {MAX_PINS:,} pins", file=path)
 
 
 def check_reach(model: Any, text_tokens: int, room: int, name: str) -> None:
@@ -359,20 +312,14 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     rows = measured if isinstance(measured, list) else []
     return {
         "path": str(path),
-        "format_version": FORMAT_VERSION,
+        "format_version": soft_file.VERSION,
         "name": skill.document.name,
         "description": skill.document.description,
         "bytes": Path(path).stat().st_size,
         "method": skill.method,
         "k": skill.k,
-        "resolutions": list(skill.ladder),
-        "width": skill.soft.shape[1],
-        "pins": len(skill.pins),
         "text_sha256": skill.document.sha256,
-        "norms": {
-            "mean": float(skill.soft.float().norm(dim=1).mean()),
-            "max": float(skill.soft.float().norm(dim=1).max()),
-        },
+        **soft_file.describe(skill.content),
         "made_for": dict(skill.made_for),
         "source": skill.source,
         "evidence": {k: v for k, v in skill.evidence.items() if k not in LISTS},
