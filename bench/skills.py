@@ -29,7 +29,7 @@ from provenance import provenance
 from skimlm.cli import demo
 from skimlm.models import load
 from skimlm.progress import peak_rss_bytes
-from skimlm.skills import compression, document, evaluate, select, splice, store
+from skimlm.skills import document, evaluate, select, soft, splice, store
 
 SIZES = (32, 64, 128, 256)
 METHODS = ("head", "leads", "sections", "selfinfo", "amortised", "nested")
@@ -53,15 +53,15 @@ def measure(model, tokenizer, file, args):
 def compare(model, tokenizer, file, args):
     """One skill by all methods at all sizes."""
     read = document.read(file)
-    ids = compression.token_ids(tokenizer, read.text)
-    half = compression.resolutions(len(ids), splice.wrapper_tokens(tokenizer))[-1]
+    ids = soft.token_ids(tokenizer, read.text)
+    half = soft.resolutions(len(ids), splice.wrapper_tokens(tokenizer))[-1]
     most = min(SIZES[-1], half)
     seconds = timed(model, tokenizer, read, ids)
-    others, trainings, ladder = [], [], compression.nest(most)
+    others, trainings, ladder = [], [], soft.nest(most)
     started = time.process_time()
     for k in ladder:
         how = {"method": "amortised", "compressor": args.compressor, "tokens": k}
-        others.append(compression.compress(model, tokenizer, read, **how))
+        others.append(soft.compress(model, tokenizer, read, **how))
     seconds["amortised"] = (time.process_time() - started) / len(ladder)
     if not args.fast:
         path = args.save / f"{file.stem}.nested.skim"
@@ -103,7 +103,7 @@ def made(model, tokenizer, read, path, **how):
     """A .skim under --save, compressed if it is not there."""
     if not path.exists():
         started = time.process_time()
-        skill = compression.compress(model, tokenizer, read, progress=tell(read.name), **how)
+        skill = soft.compress(model, tokenizer, read, progress=tell(read.name), **how)
         skill.evidence["cpu_seconds"] = time.process_time() - started
         store.write(path, skill)
     return store.read(path)

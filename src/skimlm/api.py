@@ -33,7 +33,8 @@ from skimlm.models.checkpoint import load as load_checkpoint
 from skimlm.pipeline.config import CompressConfig
 from skimlm.skills import store
 from skimlm.skills.document import read as read_document
-from skimlm.skills.splice import Piece, token_ids
+from skimlm.skills.front import Standing
+from skimlm.skills.splice import token_ids
 
 if TYPE_CHECKING:
     from skimlm.pipeline.compress import Report
@@ -176,40 +177,44 @@ class Skill:
         path: PathLike,
         model: Model,
         *,
-        method: str = "adaptive",
+        kind: str | None = None,
+        method: str | None = None,
         tokens: int | None = None,
         ratio: float | None = None,
-        target: float = 0.9,
-        recall: float = 0.0,
+        target: float | None = None,
+        recall: float | None = None,
         compressor: PathLike | None = None,
         pin: bool = False,
         progress: Progress | None = None,
         **settings: Any,
     ) -> Skill:
-        """Compress a SKILL.md for a model: minutes of training on a CPU.
+        """Compress a SKILL.md for a model: seconds on a CPU, of kind "soft" minutes.
 
-        By default it takes as few tokens as measure up: a closure of `target` to the full text (1:
-        answers as with it, 0: as without) and a share `recall` of its literals. Else `tokens`, or a
-        share `ratio` of the text's, fixes the size. `pin` keeps code, commands, numbers and
-        prohibitions as text. `settings`: train (96), dev (24), answer (48), steps (60), seed (0)
-        and the others of skills/compression.py.
+        By default ("kv") it keeps the keys and values that matter, as few as measure up: a closure
+        of `target` (0.95) to the full text (1: answers as with it, 0: as without) and a share
+        `recall` (0.9) of its literals. Else `tokens`, or a share `ratio` of the text's, fixes the
+        size. `settings`: train, dev, answer, steps, seed and the others of skills/gate.py. For
+        soft tokens alone: `method`, `compressor`, and `pin`, which keeps code, commands, numbers
+        and prohibitions as text.
         """
-        from skimlm.skills import compression
+        from skimlm.skills import compression, gate
 
         if tokens is not None and ratio is not None:
             raise SkimError("give one of ratio and tokens")
+        _settings(gate.Settings, settings)
         made = compression.compress(
             model.model,
             model.tokenizer,
             read_document(path),
+            kind=kind,
             method=method,
             tokens=tokens,
             ratio=ratio,
-            target=target,
-            floor=recall,
+            target=compression.TARGET if target is None else target,
+            floor=compression.FLOOR if recall is None else recall,
             pin=pin,
             compressor=compressor,
-            settings=_settings(compression.Settings, settings),
+            settings=settings,
             progress=progress,
         )
         return cls(made, str(path))
@@ -271,7 +276,7 @@ class Model:
     model: Any  # a transformers PreTrainedModel
     tokenizer: Any
     notice: Notice = field(default=lambda line: warnings.warn(line, stacklevel=4), repr=False)
-    _skills: dict[str, list[Piece]] = field(default_factory=dict, init=False, repr=False)
+    _skills: dict[str, Standing] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def skills(self) -> tuple[str, ...]:
@@ -284,8 +289,8 @@ class Model:
         Returns the name. One that was made for another model is used as its full text; `notice`
         (by default a warning) is told so.
         """
-        own, pieces = self._pieces(skill)
-        self._skills[name or own] = pieces
+        own, stands = self._standing(skill)
+        self._skills[name or own] = stands
         return name or own
 
     def generate(
@@ -370,25 +375,25 @@ class Model:
         words = text if isinstance(text, str) else read_text(Path(text))
         return measure_perplexity(self.model, self.tokenizer, words, seq_len, limit, progress)
 
-    def _named(self, skill: str | Skill | os.PathLike[str]) -> list[Piece]:
+    def _named(self, skill: str | Skill | os.PathLike[str]) -> Standing:
         """What stands in a prompt for a skill."""
         if isinstance(skill, str) and skill in self._skills:
             return self._skills[skill]
         if isinstance(skill, str) and not Path(skill).is_file():
             known = ", ".join(self._skills) or "none"
             raise SkimError(f"no skill {skill!r}: added are {known}; or give a .skim or a SKILL.md")
-        return self._pieces(skill)[1]
+        return self._standing(skill)[1]
 
-    def _pieces(self, skill: Skill | PathLike) -> tuple[str, list[Piece]]:
+    def _standing(self, skill: Skill | PathLike) -> tuple[str, Standing]:
         """The name of a skill and what stands in a prompt for it."""
         if not isinstance(skill, Skill) and Path(skill).suffix != store.SUFFIX:
             document = read_document(skill)
             return document.name, [token_ids(self.tokenizer, document.text)]
         made = skill if isinstance(skill, Skill) else Skill.load(skill)
-        pieces, warning = store.fitting(made.stored, self.model, self.tokenizer, made._title)
+        stands, warning = store.fitting(made.stored, self.model, self.tokenizer, made._title)
         if warning:
             self.notice(warning)
-        return made.name, pieces
+        return made.name, stands
 
 
 class _Left(Exception):

@@ -7,15 +7,23 @@ the time to the first token (reads the prompt: arithmetic) and the tokens per se
 token at a time: reading the weights).
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from skimlm.errors import SkimError
 from skimlm.models.tokenizer import check_ids, well_formed
+from skimlm.runtime.decode import CACHE
+from skimlm.runtime.prefix import attending
+
+if TYPE_CHECKING:
+    from skimlm.skills.front import Standing
 
 
 @dataclass(frozen=True)
@@ -55,17 +63,21 @@ def generate(
     temperature: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int = 0,
-    skills: Sequence[Sequence[torch.Tensor]] = (),
+    skills: Sequence[Standing] = (),
     write: Callable[[str], None] | None = None,
 ) -> Generation:
     """Continue or answer `prompt`; `write` receives each piece of text when it is complete.
 
-    `skills` stand before the prompt, each a list of pieces (skills/splice.py). What is given here
-    is what is used: penalties, beams and sampling of the model's generation config are not.
+    `skills` stand before the prompt (skills/front.py has what they may be). What is given here is
+    what is used: penalties, beams and sampling of the model's generation config are not.
     """
+    from skimlm.skills.kv import Pack
+
     prompt = well_formed(prompt)  # bytes of a command line that are no UTF-8 come as such halves
+    packed = any(isinstance(skill, Pack) for skill in skills)
     if skills:
-        prompted, length, chat = _with_skills(model, tokenizer, skills, prompt, max_new_tokens, raw)
+        framed = _behind_packs if packed else _with_skills
+        prompted, length, chat = framed(model, tokenizer, skills, prompt, max_new_tokens, raw)
     else:
         ids, chat = prompt_ids(tokenizer, prompt, raw)
         if not ids.shape[1]:
@@ -79,7 +91,7 @@ def generate(
         torch.manual_seed(seed)
     how |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": 0, "num_beams": 1}
     start = time.perf_counter()
-    with torch.inference_mode():
+    with torch.inference_mode(), attending(model) if packed else nullcontext():
         out = model.generate(
             **prompted,
             attention_mask=torch.ones(1, length, dtype=torch.long, device=model.device),
@@ -88,7 +100,8 @@ def generate(
             streamer=stream,
             **how,
         )
-    new = out[0, 0 if skills else length :]  # behind embeddings only what is new comes back
+    # behind embeddings only what is new comes back
+    new = out[0, length if "inputs" in prompted else 0 :]
     rest = stream.last - stream.first
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True),
@@ -97,29 +110,60 @@ def generate(
         seconds_to_first_token=stream.first - start,
         tokens_per_second=(len(new) - 1) / rest if len(new) > 1 else None,
         chat_template=chat,
-        skill_tokens=sum(len(piece) for skill in skills for piece in skill),
+        skill_tokens=sum(map(taken, skills)),
     )
 
 
 def _with_skills(
     model: Any,
     tokenizer: Any,
-    skills: Sequence[Sequence[torch.Tensor]],
+    skills: Sequence[Any],
     prompt: str,
     new: int,
     raw: bool,
-) -> tuple[dict[str, torch.Tensor], int, bool]:
+) -> tuple[dict[str, Any], int, bool]:
     """Embed a prompt with skills in it: what `generate` takes, its length, whether by template."""
     from skimlm.skills import splice
 
     if not prompt.strip():
         raise SkimError("prompt is empty: give at least one token")
     pieces = splice.frame(tokenizer, skills, prompt, raw)
-    taken = sum(splice.length(skill) for skill in skills)
-    splice.check_fits(model, taken, splice.length(pieces), new)
+    splice.check_fits(model, sum(map(taken, skills)), splice.length(pieces), new)
     with torch.inference_mode():
         embedded = splice.embed(model, pieces)
     return {"inputs_embeds": embedded}, embedded.shape[1], bool(splice.shell(tokenizer, raw)[0])
+
+
+def _behind_packs(
+    model: Any,
+    tokenizer: Any,
+    skills: Sequence[Standing],
+    prompt: str,
+    new: int,
+    raw: bool,
+) -> tuple[dict[str, Any], int, bool]:
+    """The same where a skill is keys and values: a cache that holds all but the question."""
+    from skimlm.skills import front, rollout, splice
+
+    if not prompt.strip():
+        raise SkimError("prompt is empty: give at least one token")
+    with torch.inference_mode():
+        prefix = front.before(model, tokenizer, skills, raw)
+    question = splice.closing(tokenizer, prompt, True, raw)
+    check_ids(model, question[None], tokenizer)
+    length = prefix.length + len(question)
+    splice.check_fits(model, prefix.length, length, new)
+    # what stands for positions that are in the cache already is never looked at
+    ids = torch.cat([question[:1].expand(prefix.length), question])[None].to(model.device)
+    prompted = {"inputs": ids, CACHE: rollout.lent(model, prefix, 1)}
+    return prompted, length, bool(splice.shell(tokenizer, raw)[0])
+
+
+def taken(stands: Standing) -> int:
+    """Positions that stand in a prompt for a skill."""
+    from skimlm.skills.kv import Pack
+
+    return stands.tokens if isinstance(stands, Pack) else sum(len(piece) for piece in stands)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, raw: bool = False) -> tuple[torch.Tensor, bool]:

@@ -63,10 +63,10 @@ def fails(result, line, code=1):
     assert result.stderr.splitlines()[-1].startswith(line), result.stderr
 
 
-def test_the_default_is_adaptive_and_prints_its_evidence(folder, source, quick, monkeypatch):
+def test_soft_tokens_are_as_few_as_do_and_print_their_evidence(folder, source, quick, monkeypatch):
     monkeypatch.setattr("skimlm.progress.EVERY", 0.0)  # every step gets a line
     out = source.with_name("a.skim")
-    options = "--train 6 --steps 2 --json".split()
+    options = "--kind soft --train 6 --steps 2 --json".split()
     result = run("skill", "compress", source, out, "--model", folder, *options)
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)

@@ -8,9 +8,10 @@ import torch
 from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm.skills import distill as distilling
 from skimlm.skills import rollout, splice
-from skimlm.skills.compression import rows_of, without
 from skimlm.skills.distill import Training, distill, divergences, nested, study
 from skimlm.skills.document import parse
+from skimlm.skills.gate import without
+from skimlm.skills.soft import rows_of
 from skimlm.skills.splice import Pin
 
 DOCUMENT = parse(TEXT)

@@ -10,11 +10,11 @@ import torch
 from conftest import sentencepiece
 from skill_sample import CHAT, TEXT, chat_tokenizer, skill_model
 from skimlm.errors import SkimError
-from skimlm.skills import compression, evaluate, recall, rollout, select, splice, store
 from skimlm.skills import compressor as compressing
-from skimlm.skills.compression import UNTRAINED, Settings, choose, compress, rows_of
+from skimlm.skills import evaluate, recall, rollout, select, soft, splice, store
 from skimlm.skills.distill import Distilled
 from skimlm.skills.document import body_start, literals, parse
+from skimlm.skills.soft import UNTRAINED, Settings, choose, compress, rows_of
 from skimlm.skills.splice import Pin
 
 DOCUMENT = parse(TEXT)
@@ -98,7 +98,7 @@ def test_the_facts_are_those_of_whole_prompts(world, made, tmp_path):
                 logits = model(inputs_embeds=splice.embed(model, pieces)).logits
             return logits[0, -len(said) :].double().log_softmax(-1)
 
-        p, q, none = log_p([[ids]]), log_p([store.pieces(made, tokenizer)]), log_p([])
+        p, q, none = log_p([[ids]]), log_p([store.standing(made, tokenizer)]), log_p([])
         sums["skill"] += float((p.exp() * (p - q)).sum())
         sums["none"] += float((p.exp() * (p - none)).sum())
         sums["nll"] += -float(q[range(len(said)), said].sum())
@@ -110,7 +110,7 @@ def test_the_facts_are_those_of_whole_prompts(world, made, tmp_path):
     assert row["closure"] == pytest.approx(1 - sums["skill"] / sums["none"], abs=1e-3)
     assert row["nll"] == pytest.approx(sums["nll"] / count, rel=1e-3)
     assert row["top1"] == pytest.approx(sums["agree"] / count)
-    assert row["tokens"] == store.tokens(made, tokenizer)
+    assert row["tokens"] == store.tokens(store.standing(made, tokenizer), tokenizer)
 
 
 def test_the_full_text_scores_itself_perfectly(world, tmp_path):
@@ -204,9 +204,9 @@ def test_the_smallest_that_is_good_enough_is_chosen():
 
 
 def test_the_ladder_ends_at_half_of_the_text():
-    assert compression.resolutions(811) == [40, 54, 72, 96, 128, 171, 228, 304, 405]
-    assert compression.resolutions(40) == [20] and compression.resolutions(1) == [1]
-    half = compression.resolutions(811, 6)[-1]
+    assert soft.resolutions(811) == [40, 54, 72, 96, 128, 171, 228, 304, 405]
+    assert soft.resolutions(40) == [20] and soft.resolutions(1) == [1]
+    half = soft.resolutions(811, 6)[-1]
     assert (half + 6) / (811 + 6) <= 0.5 < (half + 7) / (811 + 6)
 
 
@@ -217,7 +217,7 @@ def test_adaptive_compression_is_deterministic_and_keeps_its_evidence(world, mad
     assert (tmp_path / "a.skim").read_bytes() == (tmp_path / "b.skim").read_bytes()
     rungs = made.evidence["candidates"]
     n = len(DOCUMENT.text)
-    ladder = compression.resolutions(n, splice.wrapper_tokens(world[1]))
+    ladder = soft.resolutions(n, splice.wrapper_tokens(world[1]))
     tried = {m: [r["k"] for r in rungs if r["method"] == m] for m in (*UNTRAINED, "distill")}
     assert (
         tried["head"]
@@ -238,7 +238,7 @@ def pretended(world, monkeypatch):
     Returns the ladder, what was asked for (sizes, start, how), and a place for other closures.
     """
     asked, others = [], {}
-    ladder = compression.resolutions(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))
+    ladder = soft.resolutions(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))
 
     def distill(model, tokenizer, start, pins, sizes, train, dev, training, **_):
         asked.append((sizes, start.clone(), training))
@@ -252,13 +252,13 @@ def pretended(world, monkeypatch):
         recall = 0.0 if "floor" in others and len(asked) % 5 == 0 and asked else 1.0
         return row(method, k, others.get((method, k), usual[method]), recall) | {"none": none}
 
-    monkeypatch.setattr(compression, "distill", distill)
-    monkeypatch.setattr(compression, "_measured", measured)
+    monkeypatch.setattr(soft, "distill", distill)
+    monkeypatch.setattr(soft, "measured", measured)
     return ladder, asked, others
 
 
 def kept(world, method, k):
-    return compression.select.keep(*world, DOCUMENT, k, method)
+    return soft.select.keep(*world, DOCUMENT, k, method)
 
 
 def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, pretended):
@@ -266,7 +266,7 @@ def test_sizes_are_tried_from_the_largest_down_as_long_as_it_goes_well(world, pr
     made = compress(*world, DOCUMENT, settings=QUICK)
     assert [sizes for sizes, *_ in asked[:-1]] == [[k] for k in ladder[:-5:-1]]
     none = made.evidence["candidates"][0]["none"]
-    goal = pytest.approx(max(0.1 * none, compression.ENOUGH))
+    goal = pytest.approx(max(0.1 * none, soft.ENOUGH))
     assert [(how.steps, how.goal) for *_, how in asked] == [
         (4, goal),
         *3 * [(2, goal)],
@@ -350,7 +350,7 @@ def test_pins_are_kept_whatever_plain_words_would_do(world, pretended):
         pin.text for pin in made.content.pins
     ]
     assert {row["method"] for row in made.evidence["candidates"]} == {"distill"}
-    prose = compression.layout(*world, DOCUMENT, None, True)[0]  # half of it, beside the pins
+    prose = soft.layout(*world, DOCUMENT, None, True)[0]  # half of it, beside the pins
     assert made.evidence["candidates"][0]["k"] == (len(prose) + 18) // 2 - 18
 
 
@@ -363,16 +363,16 @@ def test_a_size_starts_from_its_best_words_too(world, pretended):
     assert torch.equal(start, rows_of(world[0], ids[kept(world, "sections", 150)]).float())
     assert sizes == [32, 64, 128, 150] and how.goal == 0
     compress(*world, DOCUMENT, method="distill", settings=QUICK)
-    half = compression.resolutions(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))[-1]
+    half = soft.resolutions(len(DOCUMENT.text), splice.wrapper_tokens(world[1]))[-1]
     assert asked[1][0] == [32, 64, 128, half]
 
 
 def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch):
-    monkeypatch.setattr(compression, "_measured", lambda task, method, k, *_: row(method, k, 0.5))
+    monkeypatch.setattr(soft, "measured", lambda task, method, k, *_: row(method, k, 0.5))
     made = compress(*world, DOCUMENT, settings=QUICK)
     n = len(DOCUMENT.text)
     assert made.k is None
-    assert made.content.ladder == (compression.resolutions(n, splice.wrapper_tokens(world[1]))[-1],)
+    assert made.content.ladder == (soft.resolutions(n, splice.wrapper_tokens(world[1]))[-1],)
     assert len(made.evidence["trainings"]) == 1  # the largest size was enough to know
 
 
@@ -380,7 +380,7 @@ def test_where_nothing_is_good_enough_the_full_text_is_served(world, monkeypatch
 def test_untrained_methods_give_the_embeddings_of_kept_words(world, method):
     model, tokenizer = world
     made = compress(model, tokenizer, DOCUMENT, method=method, tokens=40)
-    kept = compression.select.keep(model, tokenizer, DOCUMENT, 40, method)
+    kept = soft.select.keep(model, tokenizer, DOCUMENT, 40, method)
     ids = splice.token_ids(tokenizer, DOCUMENT.text)[kept]
     assert torch.equal(made.content.vectors, model.get_input_embeddings()(ids).detach().bfloat16())
     assert (made.k, made.content.ladder, made.method) == (40, (40,), method)
@@ -390,14 +390,12 @@ def test_a_size_is_kept_to_and_nested(world):
     made = compress(*world, DOCUMENT, ratio=0.25, settings=QUICK)
     k = round(0.25 * len(DOCUMENT.text))
     assert (made.k, made.method) == (k, "distill")
-    assert made.content.ladder == tuple(
-        sorted({r for r in compression.NESTED if r < 0.9 * k} | {k})
-    )
+    assert made.content.ladder == tuple(sorted({r for r in soft.NESTED if r < 0.9 * k} | {k}))
 
 
 def test_pinned_spans_stay_text_and_the_rest_is_the_start(world):
     model, tokenizer = world
-    start, pins = compression.layout(model, tokenizer, DOCUMENT, None, True)
+    start, pins = soft.layout(model, tokenizer, DOCUMENT, None, True)
     pieces = splice.pieces_of(tokenizer, start, pins, len(start))
     # all of it together is the text again
     table = model.get_input_embeddings().weight.detach().bfloat16().float()
@@ -408,7 +406,9 @@ def test_pinned_spans_stay_text_and_the_rest_is_the_start(world):
     assert pins[0] == Pin(DOCUMENT.text.index("`notes scan"), "`notes scan --all`")
     made = compress(model, tokenizer, DOCUMENT, tokens=20, pin=True, settings=QUICK)
     assert all(pin.at <= 20 for pin in made.content.pins) and len(made.content.pins) == len(pins)
-    assert store.tokens(made, tokenizer) > 20 + sum(len(pin.text) for pin in pins)
+    assert store.tokens(store.standing(made, tokenizer), tokenizer) > 20 + sum(
+        len(pin.text) for pin in pins
+    )
 
 
 @pytest.mark.parametrize(

@@ -165,13 +165,15 @@ def test_it_is_served_at_its_resolution(tmp_path, model, tokenizer):
     pieces, warning = store.served(path, model, tokenizer)
     assert warning is None and [p.ndim for p in pieces] == [1]
     with pytest.raises(SkimError, match="no resolution 7: it has 8, 16, 32"):
-        store.pieces(store.read(path), tokenizer, 7)
+        store.standing(store.read(path), tokenizer, 7)
 
 
 def test_tokens_count_wrapper_and_pins(model, tokenizer):
     made = skill(model, tokenizer)
     pinned = len("`notes scan --all`Never delete a note.")
-    assert store.tokens(made, tokenizer) == 16 + pinned + len("Relevant Skill:\n") + len("\n\n")
+    assert store.tokens(store.standing(made, tokenizer), tokenizer) == 16 + pinned + len(
+        "Relevant Skill:\n"
+    ) + len("\n\n")
 
 
 def test_an_edited_text_beside_it_is_refused(tmp_path, model, tokenizer):
@@ -197,15 +199,17 @@ DAMAGE = {
         dict(tensors={"soft": torch.zeros(16_385, 1, dtype=torch.bfloat16)}),
         "at most 16,384 soft tokens",
     ),
-    "surplus": (dict(tensors={"more": SOFT}), r"holds \['more', 'soft', 'text'\]"),
-    "missing": (dict(tensors={"text": None}), r"holds \['soft'\]"),
+    "surplus": (dict(tensors={"more": SOFT}), "holds more, soft, text, one of kind soft"),
+    "missing": (dict(tensors={"text": None}), "holds soft, one of"),
     "edited text": (
         dict(tensors={"text": torch.tensor(list(TEXT.rstrip().replace("Never", "Ever").encode()))
                       .to(torch.uint8)}),
         "text: has been changed",
     ),
     "not text": (dict(tensors={"text": torch.full((9,), 255, dtype=torch.uint8)}), "not UTF-8"),
-    "version": (dict(format_version=2), "format 2, this skimlm reads 1"),
+    "version": (dict(format_version=3), "format 3, this skimlm reads 1, 2"),
+    "kind": (dict(format_version=2), "format 2 has no kind 'soft'"),
+    "unknown kind": (dict(kind="magic"), "format 1 has no kind 'magic'"),
     "no k": (dict(k="absent"), "k is missing"),
     "k": (dict(k=7), "k 7 is none of its resolutions"),
     "ladder": (dict(resolutions=[8, 64]), "resolutions must be 1 to 32"),

@@ -13,9 +13,9 @@ from skill_sample import CHAT, TEXT, chat_tokenizer, skill_model
 from skimlm.cli import main
 from skimlm.errors import FormatError, SkimError
 from skimlm.runtime.decode import CACHE
-from skimlm.skills import compression, compressor, rollout, select, splice, store, train_compressor
-from skimlm.skills.compression import rows_of
+from skimlm.skills import compressor, rollout, select, soft, splice, store, train_compressor
 from skimlm.skills.document import parse
+from skimlm.skills.soft import rows_of
 
 SMALL = train_compressor.Settings(
     steps=12,
@@ -344,7 +344,7 @@ def test_one_that_comes_with_the_package_needs_no_file(world, tmp_path, monkeypa
     made = trained(model, tokenizer)
     compressor.write(tmp_path / "b.safetensors", made)
     monkeypatch.setattr(compressor, "SHIPPED", tmp_path)
-    skill = compression.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)
+    skill = soft.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)
     with torch.no_grad():
         made = compressor.read(tmp_path / "b.safetensors")
         ids = splice.token_ids(tokenizer, parse(TEXT).text)
@@ -352,7 +352,7 @@ def test_one_that_comes_with_the_package_needs_no_file(world, tmp_path, monkeypa
     assert torch.equal(skill.content.vectors, want)
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(SkimError, match="no compressor comes with skimlm for this model"):
-        compression.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)
+        soft.compress(model, tokenizer, parse(TEXT), method="amortised", tokens=8)
 
 
 @pytest.mark.parametrize("file", sorted(compressor.SHIPPED.glob("*.safetensors")), ids=str)

@@ -1,4 +1,4 @@
-"""Skills as soft tokens: skill compress, train, eval."""
+"""Skills: skill compress, train, eval."""
 
 import dataclasses
 import shutil
@@ -23,7 +23,7 @@ from skimlm.cli.options import (
 
 @click.group(cls=Commands)
 def skill() -> None:
-    """Skills (SKILL.md) as soft tokens: compress them and measure what is kept."""
+    """Skills (SKILL.md) made cheaper: compress them and measure what is kept."""
 
 
 @skill.command("compress")
@@ -31,15 +31,11 @@ def skill() -> None:
 @click.argument("out", metavar="OUT.skim", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--model", required=True, help="Folder, hub id or .gguf the skill is for.")
 @click.option(
-    "--method",
-    type=click.Choice(
-        ["adaptive", "distill", "head", "leads", "selfinfo", "sections", "amortised"]
-    ),
-    default="adaptive",
-    show_default=True,
-    help="adaptive: the fewest soft tokens that measure up; or one method at one size.",
+    "--kind",
+    type=click.Choice(["kv", "soft"]),
+    help="kv: keys and values, no prefill; soft: trained vectors.  [default: kv]",
 )
-@click.option("--tokens", type=POSITIVE, metavar="N", help="So many soft tokens.")
+@click.option("--tokens", type=POSITIVE, metavar="N", help="Take the room of so many tokens.")
 @click.option(
     "--ratio",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -49,22 +45,33 @@ def skill() -> None:
 @click.option(
     "--target",
     type=click.FloatRange(0, 1),
-    default=0.9,
+    default=0.95,
     show_default=True,
-    help="Closure to the full text that adaptive asks for.",
+    help="Closure to the full text that is asked for.",
 )
 @click.option(
     "--recall",
     "floor",
     type=click.FloatRange(0, 1),
-    default=0.0,
+    default=0.9,
     show_default=True,
-    help="Share of literals (commands, paths ...) that adaptive asks for.",
+    help="Share of literals (commands, paths ...) that is asked for.",
 )
-@click.option("--compressor", type=FILE, help="What skill train has made, to be used.")
-@click.option("--pin", is_flag=True, help="Keep code, commands, numbers and prohibitions as text.")
-@click.option("--train", type=POSITIVE, help="Questions to train on.  [default: 96]")
-@click.option("--steps", type=POSITIVE, help="Training steps, at most.  [default: 60]")
+@click.option(
+    "--method",
+    type=click.Choice(
+        ["adaptive", "distill", "head", "leads", "selfinfo", "sections", "amortised"]
+    ),
+    help="Of soft tokens: adaptive (the fewest that measure up), or one method at one size.",
+)
+@click.option("--compressor", type=FILE, help="Of soft tokens: what skill train has made.")
+@click.option(
+    "--pin",
+    is_flag=True,
+    help="With soft tokens: commands, numbers, code stay text.",
+)
+@click.option("--train", type=POSITIVE, help="Questions to study.  [default: 24; soft: 96]")
+@click.option("--steps", type=POSITIVE, help="Steps, at most, for soft tokens.  [default: 60]")
 @SKILL_SEED
 @FORCE
 @REVISION
@@ -94,7 +101,7 @@ def skill_compress(
     store.check_out(out, force)
     read = document.read(path)
     given = {"train": train, "steps": steps, "seed": seed}
-    settings = compression.Settings(**{k: v for k, v in given.items() if v is not None})
+    settings = {name: value for name, value in given.items() if value is not None}
     loaded = load(model, device, revision=revision)
     with progress_bars() as progress:
         made = compression.compress(

@@ -134,6 +134,25 @@ class PrefixCache(DynamicCache):
         """Another one behind the same prefix, without the rows' own tokens."""
         return PrefixCache([layer.groups for layer in self.layers], self.layers[0].length)
 
+    def absorbed(self) -> PrefixCache:
+        """Another one, whose prefix goes on with the tokens of this one's only row."""
+        layers = [_extended(layer.groups, layer.keys[0], layer.values[0]) for layer in self.layers]
+        return PrefixCache(layers, self.get_seq_length())
+
+
+def _extended(groups: Sequence[Group], keys: Tensor, values: Tensor) -> list[Group]:
+    """Groups with more positions, keys and values [heads, t, d]."""
+    made, at = [], 0
+    for group in groups:
+        own = keys[at : at + len(group.keys)], values[at : at + len(group.keys)]
+        at += len(group.keys)
+        bias = group.bias
+        if bias is not None:
+            bias = torch.cat([bias, bias.new_zeros(own[0].shape[:2])], 1)
+        longer = [torch.cat([a, b], 1) for a, b in zip(group[:2], own, strict=True)]
+        made.append(Group(longer[0], longer[1], bias))
+    return made
+
 
 def whole(cache: DynamicCache, length: int) -> list[list[Group]]:
     """The first `length` positions of a cache of one row, all heads alike."""
@@ -185,7 +204,8 @@ def attend(
             " skills cannot be measured with this model's attention"
         )
     layer, heads = key.behind, query.shape[1] // key.shape[1]
-    parts, at = [], 0
+    parts: list[tuple[Tensor, ...]] = []
+    at = 0
     for group in layer.groups:
         end = at + len(group.keys)
         own = key[:, at:end], value[:, at:end]

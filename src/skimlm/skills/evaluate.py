@@ -26,13 +26,15 @@ from torch import Tensor
 from skimlm.errors import SkimError
 from skimlm.evaluate.report import table
 from skimlm.skills import rollout, select, store
-from skimlm.skills.compression import ROOM, rows_of
 from skimlm.skills.distill import Study, study
 from skimlm.skills.document import Document
 from skimlm.skills.document import read as read_document
+from skimlm.skills.front import Standing, before
+from skimlm.skills.gate import ROOM
 from skimlm.skills.recall import known, share
 from skimlm.skills.rollout import Prefix
-from skimlm.skills.splice import Piece, closing, opening, token_ids, wrapper_tokens
+from skimlm.skills.soft import rows_of
+from skimlm.skills.splice import closing, opening, token_ids, wrapper_tokens
 from skimlm.train.losses import token_scores
 
 SEED = 900_000  # of test answers: dev and training have others
@@ -105,19 +107,18 @@ def measure(
     test = study(model, tokenizer, document, text, "test", count, answer, SEED)
     none = scores(model, bare, test, [closing(tokenizer, q, False) for q in test.questions])
     full = scores(model, text, test)
-    variants: list[tuple[str, int, list[Piece]]] = []
+    variants: list[tuple[str, int, Standing]] = []
     if everything:
         variants = _variants(model, tokenizer, document, ids, [skill, *others] if skill else others)
-    pieces = store.pieces(skill, tokenizer) if skill else [ids]
+    stands = store.standing(skill, tokenizer) if skill else [ids]
     served = skill is not None and skill.k is not None
-    variants.insert(0, (skill.method if skill and served else "full text", len(ids), pieces))
+    variants.insert(0, (skill.method if skill and served else "full text", len(ids), stands))
     clozes = known(model, tokenizer, document, text)
     rows = []
     for method, k, some in variants:
-        with torch.no_grad():
-            prefix = rollout.read(model, opening(tokenizer, [some]))
+        prefix = before(model, tokenizer, [some])
         found = scores(model, prefix, test)
-        tokens = sum(len(p) for p in some) + wrapper_tokens(tokenizer)
+        tokens = store.tokens(some, tokenizer)
         rows.append(
             {"method": method, "k": k, "tokens": tokens}
             | _facts(found, none, test)
@@ -137,7 +138,7 @@ def measure(
         "questions": count,
         "answer_tokens": test.tokens,
         "weak": _mean(none["kl"], test) < WEAK,
-        "seconds": timing(model, tokenizer, test.question_ids[0], ids, pieces, clock=clock),
+        "seconds": timing(model, tokenizer, test.question_ids[0], ids, stands, clock=clock),
     }
     return facts | ({"all": rest} if everything else {})
 
@@ -198,20 +199,19 @@ def timing(
     tokenizer: Any,
     question: Tensor,
     ids: Tensor,
-    pieces: Sequence[Piece],
+    stands: Standing,
     reps: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds until the first token could be picked: cold, and behind a cached prefix."""
     found: dict[str, float] = {}
-    variants: dict[str, list[list[Piece]]] = {"full": [[ids]], "skill": [list(pieces)], "none": []}
+    variants: dict[str, list[Standing]] = {"full": [[ids]], "skill": [stands], "none": []}
     for name, skills in variants.items():
-        before = opening(tokenizer, skills)
         cold, warm = [], []
         with torch.inference_mode():
             for _ in range(reps):
                 start = clock()
-                prefix = rollout.read(model, before)
+                prefix = before(model, tokenizer, skills)
                 middle = clock()
                 rollout.sample(model, prefix, [question], 1, temperature=0)
                 end = clock()
@@ -223,11 +223,13 @@ def timing(
 
 def _variants(
     model: Any, tokenizer: Any, document: Document, ids: Tensor, skills: Sequence[store.Skill]
-) -> list[tuple[str, int, list[Piece]]]:
+) -> list[tuple[str, int, Standing]]:
     """Every resolution of the artefacts, and the untrained methods at the same k."""
-    sizes = {k for skill in skills for k in skill.content.ladder}
+    sizes = {k for skill in skills for k in store.ladder(skill)}
     sizes = sizes or {k for k in (32, 64, 128, 256) if k < len(ids)}
-    found = [(s.method, k, store.pieces(s, tokenizer, k)) for s in skills for k in s.content.ladder]
+    found = [
+        (s.method, k, store.standing(s, tokenizer, k)) for s in skills for k in store.ladder(s)
+    ]
     for method in select.METHODS:
         for k in sorted(sizes):
             kept = ids[select.keep(model, tokenizer, document, k, method)]

@@ -101,8 +101,14 @@ def read(model: Any, pieces: Sequence[Piece], after: Prefix | None = None) -> Pr
     """Run `pieces` through the model's body, behind another prefix if given."""
     if not pieces:  # no chat template, no BOS and no skill: nothing stands before a question
         return after or Prefix(DynamicCache(), 0)
-    cache = after.lend(1) if after else DynamicCache()  # no config: keep all, windows are masks
     embedded = embed(model, pieces)
+    if after and isinstance(after.cache, PrefixCache):
+        cache: DynamicCache = after.cache.fresh()
+        with attending(model):
+            decoder_of(model)(inputs_embeds=embedded, use_cache=True, **{CACHE: cache})
+        cache = cache.absorbed()
+        return Prefix(cache, cache.get_seq_length())
+    cache = after.lend(1) if after else DynamicCache()  # no config: keep all, windows are masks
     decoder_of(model)(inputs_embeds=embedded, use_cache=True, **{CACHE: cache})
     return Prefix(cache, (after.length if after else 0) + embedded.shape[1])
 

@@ -20,6 +20,7 @@ VERSION = 1
 MAX_ROWS, MAX_WIDTH = 16_384, 65_536
 MAX_PINS = 4_096
 METHODS = ("head", "leads", "selfinfo", "sections", "distill", "amortised")
+TENSORS = ("soft",)
 FACTS: dict[str, Any] = {"soft_sha256": str, "resolutions": list, "pins": list}
 
 

@@ -2,10 +2,10 @@
 
     write(path, skill)                 whole or not at all
     read(path) -> Skill                refuses anything that is not exactly what FORMAT.md says
-    stale(skill, model, tokenizer)     why its soft tokens do not fit what is loaded; [] if they do
-    pieces(skill, tokenizer)           what stands in a prompt for it
+    stale(skill, model, tokenizer)     why its content does not fit what is loaded; [] if it does
+    standing(skill, tokenizer)         what stands in a prompt for it
 
-The full text is inside: it can be read by people, hashed, and served when the soft tokens do not
+The full text is inside: it can be read by people, hashed, and served when the content does not
 fit. Nothing is pickled. A reader trusts nothing: sizes, types, finiteness and hashes are checked
 before a number is used. A hash is no signature: who can write the file can write its hash.
 """
@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,17 +26,29 @@ from torch import Tensor
 
 from skimlm.errors import FormatError, SkimError, first_line
 from skimlm.models.architecture import positions
-from skimlm.skills import soft_file
+from skimlm.skills import kv_file, soft_file
 from skimlm.skills.document import MAX_BYTES, Document, parse
+from skimlm.skills.front import Standing
+from skimlm.skills.kv import Pack
 from skimlm.skills.soft_file import Soft
-from skimlm.skills.splice import WRAPPER, Piece, pieces_of, token_ids, wrapper_tokens
+from skimlm.skills.splice import WRAPPER, length, pieces_of, token_ids, wrapper_tokens
 from skimlm.storage.folder import check_out_file
 from skimlm.storage.safetensors import read_header, write_file
 
 KEY = "skim"  # of the metadata of the file
 SUFFIX = ".skim"
 HASHES = ("tokenizer", "chat_template", "model")
+KINDS: dict[str, Any] = {"soft": soft_file, "kv": kv_file}  # what knows each kind's part of a file
+CONTENTS: dict[str, type] = {"soft": Soft, "kv": Pack}
+Content: TypeAlias = Soft | Pack
 LISTS = ("trainings", "candidates", "rungs")  # of the evidence
+
+
+# keys of the metadata, and what they are
+COMMON: dict[str, Any] = {
+    "name": str, "text_sha256": str, "method": str, "k": (int, type(None)), "wrapper": list,
+    "made_for": dict, "source": str, "evidence": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Skill:
     """A compressed skill; `k` is the resolution to serve, None: only the full text will do."""
 
     document: Document
-    content: Soft
+    content: Content
     k: int | None
     method: str
     made_for: Mapping[str, Any]  # hashes of HASHES, model_type, width
@@ -55,6 +67,11 @@ class Skill:
     def name(self) -> str:
         """The skill's name."""
         return self.document.name
+
+    @property
+    def kind(self) -> str:
+        """The kind of its content, one of KINDS."""
+        return next(kind for kind, content in CONTENTS.items() if type(self.content) is content)
 
 
 def fingerprints(model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -110,20 +127,29 @@ def stale(made: MadeFor, model: Any, tokenizer: Any) -> list[str]:
     return [what for what in HASHES if made.made_for[what] != now[what]]
 
 
-def pieces(skill: Skill, tokenizer: Any, k: int | None = None) -> list[Piece]:
+def standing(skill: Skill, tokenizer: Any, k: int | None = None) -> Standing:
     """What stands in a prompt for the skill: at resolution `k`, by default the one chosen."""
     k = skill.k if k is None else k
     if k is None:
         return [token_ids(tokenizer, skill.document.text)]
-    if k not in skill.content.ladder:
-        have = ", ".join(str(k) for k in skill.content.ladder)
+    content = skill.content
+    if k not in ladder(skill):
+        have = ", ".join(str(k) for k in ladder(skill))
         raise SkimError(f"{skill.name}: no resolution {k}: it has {have}")
-    return pieces_of(tokenizer, skill.content.vectors, skill.content.pins, k)
+    if isinstance(content, Pack):
+        return content
+    return pieces_of(tokenizer, content.vectors, content.pins, k)
 
 
-def tokens(skill: Skill, tokenizer: Any, k: int | None = None) -> int:
-    """Positions the skill takes in a prompt, wrapper and pinned text included."""
-    return sum(len(p) for p in pieces(skill, tokenizer, k)) + wrapper_tokens(tokenizer)
+def ladder(skill: Skill) -> tuple[int, ...]:
+    """The resolutions that a skill has."""
+    return (skill.content.tokens,) if isinstance(skill.content, Pack) else skill.content.ladder
+
+
+def tokens(stands: Standing, tokenizer: Any) -> int:
+    """Positions that stand in a prompt for a skill, wrapper and pinned text included."""
+    own = stands.tokens if isinstance(stands, Pack) else length(stands)
+    return own + wrapper_tokens(tokenizer)
 
 
 # ---- the file
@@ -139,8 +165,9 @@ def check_out(path: Path, force: bool) -> None:
 def write(path: str | os.PathLike[str], skill: Skill) -> None:
     """Write a skill, whole or not at all."""
     text = torch.tensor(list(skill.document.text.encode()), dtype=torch.uint8)
+    own = KINDS[skill.kind]
     facts = {
-        "format_version": soft_file.VERSION,
+        "format_version": own.VERSION,
         "name": skill.document.name,
         "text_sha256": skill.document.sha256,
         "method": skill.method,
@@ -149,27 +176,29 @@ def write(path: str | os.PathLike[str], skill: Skill) -> None:
         "made_for": dict(skill.made_for),
         "source": skill.source,
         "evidence": dict(skill.evidence),
-        **soft_file.facts(skill.content),
+        **own.facts(skill.content),
     }
+    if own.VERSION > 1:  # there was one kind
+        facts["kind"] = skill.kind
     meta = {KEY: json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
-    write_file(Path(path), {**soft_file.tensors(skill.content), "text": text}, meta)
+    write_file(Path(path), {**own.tensors(skill.content), "text": text}, meta)
 
 
 def read(path: str | os.PathLike[str]) -> Skill:
     """Read a .skim and check all of it; FormatError names the file and what is wrong."""
     path = Path(path)
     entries = read_header(path)
-    _check_entries(path, entries)
     try:
         with safe_open(path, framework="pt") as stream:
             facts = _facts(path, (stream.metadata() or {}).get(KEY))
+            _check_entries(path, entries, facts["kind"])
             held = {name: stream.get_tensor(name) for name in entries}
     except SafetensorError as error:
         raise FormatError(first_line(error), file=path) from error
     document = _document(path, held["text"], facts)
     return Skill(
         document,
-        soft_file.read(path, held, facts, document),
+        KINDS[facts["kind"]].read(path, held, facts, document),
         facts["k"],
         facts["method"],
         facts["made_for"],
@@ -209,23 +238,22 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_entries(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_entries(path: Path, entries: Mapping[str, Mapping[str, Any]], kind: str) -> None:
     """Refuse other tensors, types and sizes before any is read."""
-    if set(entries) != {"soft", "text"}:
-        raise FormatError(f"holds {sorted(entries)}, a .skim holds soft and text", file=path)
-    soft_file.check_entries(path, entries)
-    shape, kind = entries["text"]["shape"], entries["text"]["dtype"]
-    if kind != "U8" or len(shape) != 1 or not 1 <= shape[0] <= MAX_BYTES:
-        raise FormatError(f"{kind} {shape}, must be U8 [bytes]", file=path, tensor="text")
+    own = KINDS[kind]
+    if set(entries) != (wanted := {*own.TENSORS, "text"}):
+        raise FormatError(
+            f"holds {', '.join(sorted(entries))}, one of kind {kind} {', '.join(sorted(wanted))}",
+            file=path,
+        )
+    own.check_entries(path, entries)
+    shape, dtype = entries["text"]["shape"], entries["text"]["dtype"]
+    if dtype != "U8" or len(shape) != 1 or not 1 <= shape[0] <= MAX_BYTES:
+        raise FormatError(f"{dtype} {shape}, must be U8 [bytes]", file=path, tensor="text")
 
 
 def _facts(path: Path, text: str | None) -> dict[str, Any]:
     """Parse the metadata, every key of the type FORMAT.md gives it."""
-    kinds: dict[str, Any] = {
-        "format_version": int, "name": str, "text_sha256": str, "method": str,
-        "k": (int, type(None)), "wrapper": list, "made_for": dict, "source": str, "evidence": dict,
-        **soft_file.FACTS,
-    }  # fmt: skip
     try:
         facts = json.loads(text or "")
         assert isinstance(facts, dict)
@@ -233,17 +261,19 @@ def _facts(path: Path, text: str | None) -> dict[str, Any]:
         raise FormatError(
             f"not a compressed skill: no `{KEY}` in its metadata", file=path
         ) from None
-    if facts.get("format_version") != soft_file.VERSION:
-        raise FormatError(
-            f"format {facts.get('format_version')!r}, this skimlm reads {soft_file.VERSION}",
-            file=path,
-        )
-    for key, kind in kinds.items():
-        if key not in facts or not isinstance(facts[key], kind) or isinstance(facts[key], bool):
+    kind, version = facts.setdefault("kind", "soft"), facts.get("format_version")
+    known = {kind: own.VERSION for kind, own in KINDS.items()}
+    if type(version) is not int or version not in known.values():
+        reads = ", ".join(str(number) for number in sorted({*known.values()}))
+        raise FormatError(f"format {version!r}, this skimlm reads {reads}", file=path)
+    if not isinstance(kind, str) or known.get(kind) != version:
+        raise FormatError(f"metadata: format {version} has no kind {kind!r:.40}", file=path)
+    for key, type_ in (COMMON | KINDS[kind].FACTS).items():
+        if key not in facts or not isinstance(facts[key], type_) or isinstance(facts[key], bool):
             raise FormatError(f"metadata: {key} is missing or of a wrong kind", file=path)
     if facts["wrapper"] != list(WRAPPER):
         raise FormatError("made for another wrapper: compress the skill again", file=path)
-    if facts["method"] not in soft_file.METHODS:
+    if facts["method"] not in KINDS[kind].METHODS:
         raise FormatError(f"metadata: unknown method {facts['method'][:40]!r}", file=path)
     made_for = facts["made_for"]
     if any(not isinstance(made_for.get(key), str) for key in HASHES):
@@ -277,10 +307,8 @@ def check_reach(model: Any, text_tokens: int, room: int, name: str) -> None:
         )
 
 
-def served(
-    path: str | os.PathLike[str], model: Any, tokenizer: Any
-) -> tuple[list[Piece], str | None]:
-    """Pieces to serve for a file, and a warning where its full text stands in for soft tokens.
+def served(path: str | os.PathLike[str], model: Any, tokenizer: Any) -> tuple[Standing, str | None]:
+    """What is served for a file, and a warning where the full text stands in for its content.
 
     A SKILL.md is its full text. A .skim made for another model or tokenizer is, too, and says so;
     one that is damaged, or whose SKILL.md beside it was edited, is refused.
@@ -294,13 +322,13 @@ def served(
     return fitting(skill, model, tokenizer, str(path))
 
 
-def fitting(skill: Skill, model: Any, tokenizer: Any, where: str) -> tuple[list[Piece], str | None]:
-    """Pieces to serve for a skill, and a warning where its full text stands in for soft tokens."""
+def fitting(skill: Skill, model: Any, tokenizer: Any, where: str) -> tuple[Standing, str | None]:
+    """What is served for a skill, and a warning where its full text stands in for its content."""
     if skill.k is None:
-        return pieces(skill, tokenizer), None
+        return standing(skill, tokenizer), None
     wrong = stale(skill, model, tokenizer)
     if not wrong:
-        return pieces(skill, tokenizer), None
+        return standing(skill, tokenizer), None
     warning = f"{where}: made for another {' and '.join(wrong)}: its full text is used"
     return [token_ids(tokenizer, skill.document.text)], warning
 
@@ -312,14 +340,15 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     rows = measured if isinstance(measured, list) else []
     return {
         "path": str(path),
-        "format_version": soft_file.VERSION,
+        "format_version": KINDS[skill.kind].VERSION,
+        "kind": skill.kind,
         "name": skill.document.name,
         "description": skill.document.description,
         "bytes": Path(path).stat().st_size,
         "method": skill.method,
         "k": skill.k,
         "text_sha256": skill.document.sha256,
-        **soft_file.describe(skill.content),
+        **KINDS[skill.kind].describe(skill.content),
         "made_for": dict(skill.made_for),
         "source": skill.source,
         "evidence": {k: v for k, v in skill.evidence.items() if k not in LISTS},

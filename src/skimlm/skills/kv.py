@@ -1,0 +1,217 @@
+"""A skill as keys and values: of each layer and key-value head, the positions that answers look at.
+
+    prefix = rollout.read(model, opening + text)       every position, once
+    watched = watch(model, prefix, [rows, rows])       what study queries look at, and what they get
+    keep = choose(watched, kept, first)                bool [layers, heads, positions]
+    pack = fit(prefix, watched, keep, first)           int8, with biases and values fitted
+
+Study queries are the tokens of answers to study questions and of the text repeated word for word:
+what is asked about a skill, and its literals (after KVzip, arXiv 2505.23416). A position counts by
+the mean square of the attention it gets, and all heads of all layers compete for the same room: few
+heads carry what is copied word for word, and they need most of the text, the others little of it.
+
+What is dropped is made good in closed form, head by head (after Attention Matching, arXiv
+2602.16284): a bias b_j of each kept logit, so that the kept ones weigh as much as all did, and
+values that give what all gave. With a_ij the attention of query i to kept position j, weighted c_i,
+and z_i the sum of all that query i then gives, its row's own tokens included,
+
+    e^b = argmin_w sum_i c_i (sum_j a_ij w_j - mass_i)^2
+    V'  = argmin_V sum_i c_i |sum_j a_ij e^{b_j} / z_i V_j - out_i|^2 + ridge
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skimlm.models.blocks import decoder_of
+from skimlm.runtime.prefix import Group, PrefixCache
+from skimlm.skills import rollout
+from skimlm.skills.rollout import Prefix
+
+LAST = 4  # positions at the end of the text that every head keeps
+LEAST = 8  # positions more than those that all keep, of every head
+QUERIES = 2048  # tokens whose queries are looked at, at most
+FORCED = 1e3  # above any square of an attention
+RIDGE, PULL = 0.02, 1e-3  # towards the values and a bias of 0, of a Gram matrix' mean diagonal
+STEPS = 200  # of the projected gradient
+FEW, MANY = 0.1, 20.0  # how often a kept position may count
+CHUNK = 1024  # queries whose attention to all positions stands at once
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What is kept of a text: n entries, layer after layer, head after head, as the text goes."""
+
+    keys: Tensor = field(repr=False)  # int8 [n, d], turned to their places
+    values: Tensor = field(repr=False)  # int8 [n, d]
+    scales: Tensor = field(repr=False)  # bfloat16 [n, 2]: of a key's and of a value's numbers
+    bias: Tensor = field(repr=False)  # float16 [n]
+    places: Tensor = field(repr=False)  # int32 [n], ascending within a head
+    counts: Tensor = field(repr=False)  # int32 [layers, heads]
+    length: int  # positions of the text and all before it
+    first: int  # of these, the ones before the text: every head keeps them
+
+    @property
+    def tokens(self) -> int:
+        """Positions of the text that are kept, the mean over layers and heads."""
+        return round(len(self.places) / self.counts.numel()) - self.first
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What N study queries of one layer's heads look at, in a prefix of T positions."""
+
+    queries: Tensor  # [g, N, d], scaled
+    total: Tensor  # float32 [g, N]: log of the sum over prefix and own tokens
+    mass: Tensor  # float32 [g, N]: the prefix' share of it
+    out: Tensor  # [g, N, d]: what comes from the prefix
+    score: Tensor  # float32 [g, T]: weighted mean square of attention
+    weights: Tensor  # float32 [N], adding up to 1
+
+
+@torch.no_grad()
+def watch(
+    model: Any, prefix: Prefix, kinds: Sequence[Sequence[Tensor]], seed: int = 0
+) -> list[Watched]:
+    """Run rows of ids behind a prefix and look, layer by layer, at their queries.
+
+    All tokens of a kind of rows count the same, and all kinds.
+    """
+    rows = sorted((row for kind in kinds for row in kind), key=len)
+    share = {id(row): 1 / sum(map(len, kind)) / len(kinds) for kind in kinds for row in kind}
+    caches = []
+    for first in range(0, len(rows), rollout.BATCH):
+        some = rows[first : first + rollout.BATCH]
+        cache = rollout.lent(model, prefix, len(some))
+        assert isinstance(cache, PrefixCache)
+        for layer in cache.layers:
+            layer.asked = []
+        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
+        rollout.run(decoder_of(model), model, prefix, cache, ids)
+        caches.append((cache, torch.tensor([len(row) for row in some])))
+    weights = torch.cat([torch.full((len(row),), share[id(row)]) for row in rows])
+    chance = torch.Generator().manual_seed(seed)
+    picked = torch.randperm(len(weights), generator=chance)[:QUERIES].sort().values
+    weights = weights[picked] / weights[picked].sum()
+    found = []
+    for i, whole in enumerate(caches[0][0].layers):
+        (group,) = whole.groups
+        queries, own = [], []
+        for cache, lengths in caches:
+            ((query, near),) = cache.layers[i].asked  # type: ignore[misc]
+            real = torch.arange(query.shape[2]) < lengths[:, None]
+            queries.append(query.transpose(1, 2)[real])  # [tokens, h, d]
+            own.append(near.transpose(1, 2)[real])
+            cache.layers[i].asked = None
+        found.append(_watched(group, torch.cat(queries)[picked], torch.cat(own)[picked], weights))
+    return found
+
+
+def _watched(group: Group, queries: Tensor, own: Tensor, weights: Tensor) -> Watched:
+    """The same of one layer: `queries` [tokens, h, d], `own` [tokens, h]."""
+    (tokens, heads, d), g = queries.shape, len(group.keys)
+    # the r query heads of a key-value head, one after the other for every token
+    queries = queries.view(tokens, g, -1, d).transpose(0, 1).reshape(g, -1, d).contiguous()
+    own = own.view(tokens, g, -1).transpose(0, 1).reshape(g, -1).contiguous()
+    r = heads // g
+    weights = weights.repeat_interleave(r) / r
+    total, mass = torch.empty_like(own), torch.empty_like(own)
+    out = torch.empty(g, tokens * r, group.values.shape[2], dtype=queries.dtype)
+    score = torch.zeros(g, group.keys.shape[1])
+    for h in range(g):
+        keys, values = group.keys[h].T, group.values[h]
+        for begin in range(0, tokens * r, CHUNK):
+            some = slice(begin, begin + CHUNK)
+            a = (queries[h, some] @ keys).float()
+            total[h, some] = torch.logaddexp(a.logsumexp(1), own[h, some])
+            a = a.sub_(total[h, some, None]).exp_()
+            mass[h, some] = a.sum(1)
+            out[h, some] = a.to(values.dtype) @ values
+            score[h] += weights[some] @ a.square_()
+    return Watched(queries, total, mass, out, score, weights)
+
+
+def choose(watched: Sequence[Watched], kept: int, first: int) -> Tensor:
+    """The positions to keep: bool [layers, heads, T], `kept` of them in the mean.
+
+    All heads keep the `first` ones, the LAST, and LEAST more, as far as there is room.
+    """
+    score = torch.stack([layer.score for layer in watched])
+    positions = score.shape[-1]
+    kept = min(kept, positions)
+    score[..., max(first, positions - LAST) :] = FORCED
+    score[..., :first] = 2 * FORCED
+    must = score.topk(min(first + LAST + LEAST, kept), dim=-1).indices
+    score.scatter_(-1, must, 3 * FORCED)
+    keep = torch.zeros(score.numel(), dtype=torch.bool)
+    keep[score.flatten().topk(kept * score[..., 0].numel()).indices] = True
+    return keep.view(score.shape)
+
+
+def fit(prefix: Prefix, watched: Sequence[Watched], keep: Tensor, first: int) -> Pack:
+    """Store the chosen positions of a prefix, their biases and values fitted to study queries."""
+    parts = []
+    for cached, seen, chosen in zip(prefix.cache.layers, watched, keep, strict=True):
+        for h, mine in enumerate(chosen):
+            places = mine.nonzero()[:, 0]
+            keys, key_scale = _quantize(cached.keys[0, h, places].float())
+            stored = keys * key_scale.float()[:, None]
+            bias, values = _refit(seen, h, stored, cached.values[0, h, places].float())
+            parts.append((keys, key_scale, *_quantize(values), bias, places.to(torch.int32)))
+    keys, key_scale, values, scale, bias, places = map(torch.cat, zip(*parts, strict=True))
+    scales, counts = torch.stack([key_scale, scale], 1), keep.sum(-1).to(torch.int32)
+    return Pack(keys, values, scales, bias.half(), places, counts, prefix.length, first)
+
+
+def _refit(seen: Watched, h: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Bias [k] and values [k, d] of one head's kept positions."""
+    logits = seen.queries[h].float() @ keys.T
+    a = logits.sub_(seen.total[h][:, None]).exp_()
+    if len(keys) == 0 or torch.equal(a.sum(1), seen.mass[h]):
+        return torch.zeros(len(keys)), values
+    counted = a * seen.weights[:, None]
+    often = _counts(counted.T @ a, counted.T @ seen.mass[h])
+    a.mul_(often)
+    # what the row's own tokens get keeps its share: they all stand under the same sum
+    a.div_((a.sum(1) + 1 - seen.mass[h])[:, None])
+    counted = a * seen.weights[:, None]
+    gram = counted.T @ a
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    missing = seen.out[h].float() - a @ values
+    return often.log(), values + torch.linalg.solve(gram, counted.T @ missing)
+
+
+def _counts(gram: Tensor, aim: Tensor) -> Tensor:
+    """Least squares of `gram` w = `aim`, FEW <= w <= MANY, by projected gradient from ones."""
+    pull = PULL * gram.diagonal().mean()
+    step = 1 / (gram.abs().sum(1).max() + pull)
+    w = torch.ones(len(gram))
+    for _ in range(STEPS):
+        w = (w - step * (gram @ w - aim + pull * (w - 1))).clamp_(FEW, MANY)
+    return w
+
+
+def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [n, d] and a scale in bfloat16 [n] of every row."""
+    scale = (rows.abs().amax(1) / 127).clamp(min=1e-30).to(torch.bfloat16)
+    return (rows / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def groups(pack: Pack, dtype: torch.dtype) -> list[list[Group]]:
+    """A pack as it stands before a sequence: every head of every layer a group of its own."""
+    keys = (pack.keys * pack.scales[:, :1].float()).to(dtype)
+    values = (pack.values * pack.scales[:, 1:].float()).to(dtype)
+    heads, sizes = pack.counts.shape[1], pack.counts.flatten().tolist()
+    parts = (keys.split(sizes), values.split(sizes), pack.bias.float().split(sizes))
+    flat = [Group(k[None], v[None], b[None]) for k, v, b in zip(*parts, strict=True)]
+    return [flat[i : i + heads] for i in range(0, len(flat), heads)]
+
+
+def before(pack: Pack, dtype: torch.dtype) -> Prefix:
+    """What stands before a question."""
+    return Prefix(PrefixCache(groups(pack, dtype), pack.length), pack.length)

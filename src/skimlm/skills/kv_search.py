@@ -1,0 +1,107 @@
+"""The fewest keys and values of a skill that measurably do what its full text does.
+
+Sizes from half of the text down are tried, each fitted by itself (kv.py): the first that passes the
+gate from below is served. Seconds on a CPU, nothing is trained.
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skimlm.errors import SkimError
+from skimlm.runtime.prefix import FAMILIES, fits
+from skimlm.skills import kv
+from skimlm.skills.document import Document
+from skimlm.skills.gate import Gate, Progress, Settings, choose, evidence, examine, measured
+from skimlm.skills.kv import Pack
+from skimlm.skills.recall import ASK
+from skimlm.skills.splice import closing, opening
+from skimlm.skills.store import Skill, fingerprints
+
+TRAIN = 24  # questions
+ENOUGH = 0.01  # nats per token: as good as the text, where a skill does next to nothing
+MOST, SHRINK, LEAST = 0.5, 0.75, 0.05  # shares of the text: the largest, of the one before, the end
+PART, OVERLAP = 96, 32  # tokens repeated at once, and those before them that are read again
+
+
+def compress(
+    model: Any,
+    tokenizer: Any,
+    document: Document,
+    ids: Tensor,
+    k: int | None,
+    settings: Settings,
+    target: float,
+    floor: float,
+    progress: Progress | None = None,
+) -> Skill:
+    """Compress a skill to `k` positions of its text, or to the fewest that pass the gate."""
+    check_fits(model)
+    gate = examine(model, tokenizer, document, ids, settings, target, floor, progress, ENOUGH)
+    first = sum(map(len, opening(tokenizer, [[]])))
+    watched = kv.watch(model, gate.text, study_rows(gate), settings.seed)
+    made: dict[int, Pack] = {}
+    rows: dict[int, dict[str, Any]] = {}
+
+    def passes(size: int) -> bool:
+        if progress:
+            progress("fit", len(rows), len(rows) + 1)
+        keep = kv.choose(watched, size + first, first)
+        pack = made[size] = kv.fit(gate.text, watched, keep, first)
+        with torch.no_grad():
+            prefix = kv.before(pack, model.dtype)
+            rows[size] = measured(gate, "kv", pack.tokens, pack.tokens, prefix)
+        return choose([rows[size]], target, floor, ENOUGH) is not None
+
+    if k is not None:
+        passes(k)
+        size, served = k, True
+    else:
+        ladder = resolutions(len(ids))
+        at = bisect.bisect_left(ladder, True, key=passes)
+        served = at < len(ladder)
+        size = ladder[min(at, len(ladder) - 1)]
+    if progress:
+        progress("fit", len(rows), len(rows))
+    pack = made[size]
+    return Skill(
+        document,
+        pack,
+        pack.tokens if served else None,
+        "kv",
+        fingerprints(model, tokenizer),
+        evidence(gate, [rows[size] for size in sorted(rows)]),
+        document.source,
+    )
+
+
+def check_fits(model: Any) -> None:
+    """Refuse a model whose attention is not the plain one of FAMILIES."""
+    if not fits(model):
+        raise SkimError(
+            f"{model.config.model_type}: keys and values can be kept for plain attention to the"
+            f" whole text ({', '.join(FAMILIES)}): use --kind soft or --kind text"
+        )
+
+
+def resolutions(tokens: int) -> list[int]:
+    """Sizes that are tried, ascending: MOST of the text, SHRINK of it, and so on."""
+    sizes = [max(1, int(tokens * MOST))]
+    while (k := round(SHRINK * sizes[-1])) >= max(1, LEAST * tokens) and k < sizes[-1]:
+        sizes.append(k)
+    return sizes[::-1]
+
+
+def study_rows(gate: Gate) -> list[list[Tensor]]:
+    """Questions with their answers, and the text part by part as if it were being repeated."""
+    pairs = zip(gate.train.question_ids, gate.train.answers, strict=True)
+    ask = closing(gate.tokenizer, ASK, True)
+    parts = [
+        torch.cat([ask, gate.ids[max(0, begin - OVERLAP) : begin + PART]])
+        for begin in range(0, len(gate.ids), PART)
+    ]
+    return [[torch.cat(pair) for pair in pairs], parts]
