@@ -17,6 +17,7 @@ from skimlm.models.probe import structure_of
 from skimlm.models.structure import join, separate
 from skimlm.models.write import save
 from skimlm.runtime import decode, plan
+from skimlm.runtime.prefix import Group, PrefixCache, attending
 
 PROMPT = torch.tensor([[72, 101, 108, 108, 111, 7, 33]])
 KINDS = {  # of a linear with so many columns
@@ -529,3 +530,74 @@ def test_a_config_that_asks_for_the_router_is_heeded(pair, calls):
     model.config.output_router_logits = True
     follow(model, 1)
     assert not calls
+
+
+# ---- behind a prefix
+
+
+def prefix_of(model, seed=0, bias=True, dtype=None):
+    """Keys and values for every head, each its own number of them."""
+    torch.manual_seed(seed)
+    config, dtype = model.config, dtype or model.dtype
+    size = model.model.layers[0].self_attn.head_dim
+    made = []
+    for i in range(config.num_hidden_layers):
+        groups = []
+        for h in range(config.num_key_value_heads):
+            n = 3 + 5 * h + i
+            keys, values = torch.randn(2, 1, n, size).to(dtype)
+            groups.append(Group(keys, values, torch.randn(1, n) if bias else None))
+        made.append(groups)
+    return made
+
+
+@torch.no_grad()
+def follow_behind(model, layers, length=40, steps=6):
+    cache = PrefixCache(layers, length)
+    out = []
+    with attending(model):
+        model(PROMPT, **{decode.CACHE: cache})
+        for step in range(steps):
+            out.append(model(torch.tensor([[40 + step]]), **{decode.CACHE: cache}).logits)
+    return torch.cat(out, 1), cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_tokens_behind_a_prefix_take_the_native_way(pair, calls, isa, family, dtype):
+    model, dense = pair(family, dtype)
+    layers = prefix_of(model)
+    got, cache = follow_behind(model, layers)
+    assert len(calls) == 6
+    want, other = follow_behind(dense, layers)
+    assert close(got, want) and cache.get_seq_length() == other.get_seq_length() == 53
+    bare = follow_behind(model, prefix_of(model, 1))[0]
+    assert distance(bare, got) > 0.05  # it is looked at
+
+
+def test_one_group_of_all_heads_and_no_bias_is_the_same(pair, calls):
+    model, dense = pair()
+    layers = [[Group(torch.randn(2, 9, 16), torch.randn(2, 9, 16))] for _ in range(2)]
+    assert close(follow_behind(model, layers)[0], follow_behind(dense, layers)[0])
+    assert len(calls) == 6
+
+
+def test_a_prefix_that_does_not_fit_takes_transformers_own_way(pair, calls):
+    model, dense = pair()
+    layers = prefix_of(model)
+    apart = [[Group(g.keys.mT.contiguous().mT, g.values, g.bias) for g in n] for n in layers]
+    assert not apart[0][0].keys.is_contiguous()
+    assert close(follow_behind(model, apart)[0], follow_behind(dense, layers)[0]) and not calls
+
+
+def test_a_prefix_that_is_replaced_is_looked_at_again(pair, calls):
+    model, dense = pair()
+    one, other = prefix_of(model), prefix_of(model, 1)
+    got = []
+    for body in (model, dense):
+        _, cache = follow_behind(body, one, steps=3)
+        for layer, groups in zip(cache.layers, other, strict=True):
+            layer.groups = groups
+        with torch.no_grad(), attending(body):
+            got.append(body(torch.tensor([[70]]), **{decode.CACHE: cache}).logits)
+    assert close(*got) and len(calls) == 4

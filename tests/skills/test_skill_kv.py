@@ -174,7 +174,7 @@ def test_of_twins_one_is_kept_and_counts_twice():
     """What is dropped is exactly what a kept one can stand for."""
     torch.manual_seed(1)
     keys, values = torch.randn(6, 8).repeat(2, 1), torch.randn(6, 8).repeat(2, 1)
-    bias, fitted = kv._refit(watched_of(keys, values), 0, keys[:6], values[:6])
+    bias, fitted = kv._refit(watched_of(keys, values), 0, keys[:6], values[:6], 0)
     torch.testing.assert_close(bias, torch.full((6,), 2.0).log(), atol=0.02, rtol=0)
     torch.testing.assert_close(fitted, values[:6], atol=0.02, rtol=0)
 
@@ -183,7 +183,7 @@ def test_values_are_those_of_ridge_regression():
     torch.manual_seed(5)
     keys, values = torch.randn(20, 4), torch.randn(20, 4)
     seen = watched_of(keys, values)
-    bias, fitted = kv._refit(seen, 0, keys[:7], values[:7])
+    bias, fitted = kv._refit(seen, 0, keys[:7], values[:7], 0)
     a = (seen.queries[0] @ keys[:7].T + bias - seen.total[0][:, None]).exp().double()
     a /= (a.sum(1) + 1 - seen.mass[0])[:, None]
     ridge = kv.RIDGE * (a.square() / len(a)).sum(0).mean()

@@ -24,7 +24,7 @@ from skimlm.format.layer import Layer
 from skimlm.native.structs import POINTER, SIZE, STRUCTS, BodyStruct, layer_struct, with_order
 
 ISAS = ("portable", "avx2", "avx512")
-ABI = 4  # of kernels.h; raised whenever a function or a struct there changes
+ABI = 5  # of kernels.h; raised whenever a function or a struct there changes
 FOLDER = Path(__file__).parent  # where the libraries are
 SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}  # elsewhere .so: as CMake names shared libraries
 REINSTALL = "reinstall skimlm with `pip install --force-reinstall .`"
@@ -179,7 +179,7 @@ _MATMUL = (ctypes.c_char_p, POINTER, SIZE, POINTER, SIZE, SIZE)
 _EACH = (ctypes.c_char_p, SIZE, POINTER, SIZE, SIZE, POINTER)
 _UNPACK = (ctypes.c_char_p, POINTER, SIZE, SIZE, SIZE, SIZE)
 _ROWS = (ctypes.c_char_p, POINTER, SIZE, POINTER, SIZE)
-_DECODE = (POINTER, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE, SIZE, POINTER)
+_DECODE = (POINTER, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE, SIZE, POINTER, POINTER)
 
 
 def layer_matmul(
@@ -278,9 +278,13 @@ def decode(
     past: Any,
     capacity: int,
     length: int,
+    prefix: Any,
     out: torch.Tensor,
 ) -> bool:
-    """`skimlm_decode`: False if sizes do not fit each other; `past` is an array of pointers."""
+    """`skimlm_decode`: False if sizes do not fit each other.
+
+    `past` is an array of pointers, `prefix` one of PrefixStructs, or None.
+    """
     status = _function(library(), "skimlm_decode", _DECODE)(
         ctypes.addressof(body),
         x.data_ptr(),
@@ -290,6 +294,7 @@ def decode(
         ctypes.addressof(past),
         capacity,
         length,
+        None if prefix is None else ctypes.addressof(prefix),
         out.data_ptr(),
         torch.get_num_threads(),
     )

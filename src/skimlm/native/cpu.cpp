@@ -4,8 +4,9 @@
 #include "parallel.h"
 
 int64_t skimlm_abi(int64_t what) {
-  constexpr int64_t found[] = {4, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody)};
-  return what >= 0 && what < 4 ? found[what] : -1;
+  constexpr int64_t found[] = {5, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody),
+                               sizeof(SkimlmPrefix)};
+  return what >= 0 && what < 5 ? found[what] : -1;
 }
 
 void skimlm_use_openmp(void* gomp_parallel, void* omp_get_num_threads) {

@@ -53,10 +53,12 @@ inline float exp_negative(float x) {
   return p * power;
 }
 
-// Of this token: where a block's keys and values are, [kv_heads, capacity, head_dim], and how many.
+// Of this token: where a block's keys and values are, [kv_heads, capacity, head_dim], and how many; before
+// them, for every head of every block, those of a prefix.
 struct Past {
   void *const *keys, *const *values;
   int64_t capacity, length, rotary;
+  const SkimlmPrefix* prefix;  // null without one
 };
 
 // What the threads of a team share: results of one step that the next step reads whole.
@@ -122,22 +124,14 @@ void rotate(float* x, const float* cos, const float* sin, int64_t n) {
   }
 }
 
-// One head: softmax(scale q K^T) V; keys and values [length, d].
+// sum_t score[t] values[t] on top of out [d]; values [length, d].
 template <class T>
-void attend(const float* q, const T* keys, const T* values, int64_t length, int64_t d, float scale,
-            float* out) {
-  std::vector<float> score(length);
-  float top = -INFINITY, total = 0;
-  for (int64_t t = 0; t < length; ++t) {
-    score[t] = scale * dot(q, keys + t * d, d);
-    top = std::max(top, score[t]);
-  }
-  for (int64_t t = 0; t < length; ++t) score[t] = exp_negative(score[t] - top);
-  for (int64_t t = 0; t < length; ++t) total += score[t];
-  const float inverse = 1 / total;
+void add_values(const float* score, const T* values, int64_t length, int64_t d, float* out) {
   int64_t j = 0;
   for (; j + 4 * Vector::N <= d; j += 4 * Vector::N) {
     Vector sum[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i] = Vector::load(out + j + i * Vector::N);
     for (int64_t t = 0; t < length; ++t)
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
@@ -145,10 +139,29 @@ void attend(const float* q, const T* keys, const T* values, int64_t length, int6
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) sum[i].store(out + j + i * Vector::N);
   }
-  for (; j < d; ++j) {
-    out[j] = 0;
+  for (; j < d; ++j)
     for (int64_t t = 0; t < length; ++t) out[j] += score[t] * value(values[t * d + j]);
-  }
+}
+
+// One head: softmax(scale q K^T) V; keys and values [length, d], and before them those of a prefix, to whose
+// logits its bias is added.
+template <class T>
+void attend(const float* q, const T* keys, const T* values, int64_t length, const SkimlmPrefix& before,
+            int64_t d, float scale, float* out) {
+  const T *far_keys = static_cast<const T*>(before.keys), *far_values = static_cast<const T*>(before.values);
+  const int64_t far = before.length, all = far + length;
+  std::vector<float> score(all);
+  for (int64_t t = 0; t < far; ++t)
+    score[t] = scale * dot(q, far_keys + t * d, d) + (before.bias ? before.bias[t] : 0.f);
+  for (int64_t t = 0; t < length; ++t) score[far + t] = scale * dot(q, keys + t * d, d);
+  float top = -INFINITY, total = 0;
+  for (int64_t t = 0; t < all; ++t) top = std::max(top, score[t]);
+  for (int64_t t = 0; t < all; ++t) score[t] = exp_negative(score[t] - top);
+  for (int64_t t = 0; t < all; ++t) total += score[t];
+  std::fill(out, out + d, 0.f);
+  add_values(score.data(), far_values, far, d, out);
+  add_values(score.data() + far, values, length, d, out);
+  const float inverse = 1 / total;
   for (int64_t i = 0; i < d; ++i) out[i] *= inverse;
 }
 
@@ -236,13 +249,15 @@ void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, O
     rotate(q, cos, sin, past.rotary);
     const int64_t at = h / group * past.capacity * d * size;
     const float scale = float(m.scale);
+    const SkimlmPrefix before = past.prefix ? past.prefix[index * m.kv_heads + h / group] : SkimlmPrefix{};
     if (m.bf16)
       attend(q, reinterpret_cast<const uint16_t*>(keys + at),
-             reinterpret_cast<const uint16_t*>(values + at), length + 1, d, scale,
+             reinterpret_cast<const uint16_t*>(values + at), length + 1, before, d, scale,
              &shared.mixed[h * d]);
     else
       attend(q, reinterpret_cast<const float*>(keys + at),
-             reinterpret_cast<const float*>(values + at), length + 1, d, scale, &shared.mixed[h * d]);
+             reinterpret_cast<const float*>(values + at), length + 1, before, d, scale,
+             &shared.mixed[h * d]);
   }
   team.wait();
   times(&b.o, 1, shared.mixed.data(), 0, own, shared.attended.data(), u, team, next + 4);
@@ -318,8 +333,8 @@ void decode(const SkimlmBody& m, const void* x, const void* cos, const void* sin
 }  // namespace
 
 int skimlm_decode(const SkimlmBody* m, const void* x, const void* cos, const void* sin,
-                  int64_t rotary, void* const* past, int64_t capacity, int64_t length, void* out,
-                  int threads) {
+                  int64_t rotary, void* const* past, int64_t capacity, int64_t length,
+                  const SkimlmPrefix* prefix, void* out, int threads) {
   return guarded([&] {
     if (length < 0 || length >= capacity || rotary > m->head_dim || rotary % 2 ||
         m->heads % m->kv_heads)
@@ -335,7 +350,7 @@ int skimlm_decode(const SkimlmBody* m, const void* x, const void* cos, const voi
       room.rank = std::max({room.rank, ranks(b.in, b.in_count), ranks(&b.o, 1), ranks(b.mlp, b.mlp_count),
                             ranks(b.down, 1)});
     }
-    const Past places{past, past + m->count, capacity, length, rotary};
+    const Past places{past, past + m->count, capacity, length, rotary, prefix};
     decode(*m, x, cos, sin, places, room, out, threads);
     return DONE;
   });

@@ -148,6 +148,15 @@ struct SkimlmBody {
   const SkimlmBlock* blocks;
 };
 
+// What stands before a sequence in one key-value head (runtime/prefix.py): keys and values [length, head_dim] of
+// the body's type, and what is added to their logits [length], or null.
+struct SkimlmPrefix {
+  const void *keys, *values;
+  const float* bias;
+  int64_t length;
+};
+
+// `prefix` has one for every key-value head of every block, in this order, or is null.
 SKIMLM_API int skimlm_decode(const SkimlmBody* body, const void* x, const void* cos, const void* sin,
                              int64_t rotary, void* const* past, int64_t capacity, int64_t length,
-                             void* out, int threads);
+                             const SkimlmPrefix* prefix, void* out, int threads);

@@ -43,8 +43,19 @@ class BodyStruct(ctypes.Structure):
     ]
 
 
+class PrefixStruct(ctypes.Structure):
+    """`SkimlmPrefix` of native/kernels.h."""
+
+    _fields_ = [*[(n, POINTER) for n in ("keys", "values", "bias")], ("length", SIZE)]
+
+
 # as `skimlm_abi` counts them
-STRUCTS = {"SkimlmLayer": LayerStruct, "SkimlmBlock": BlockStruct, "SkimlmBody": BodyStruct}
+STRUCTS = {
+    "SkimlmLayer": LayerStruct,
+    "SkimlmBlock": BlockStruct,
+    "SkimlmBody": BodyStruct,
+    "SkimlmPrefix": PrefixStruct,
+}
 # every member of a LayerStruct has eight bytes: to fill it field by field takes microseconds more
 _MEMBERS = struct.Struct(f"={len(LayerStruct._fields_)}q")
 _BIAS, _ORDER = LayerStruct.bias.offset, LayerStruct.order.offset

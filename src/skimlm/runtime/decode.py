@@ -5,8 +5,9 @@ the weights. `fuse` gives the body of such a model (what stands between embeddin
 forward that, while one token of one sequence passes, runs all blocks as native code
 (`native/decode.cpp`): in float32 between input and output, rounding keys and values to the dtype of
 the cache. It does so only if that is what transformers' own code would do: the model is as planned
-(plan.py), nothing but a token and a cache is given, the cache is a plain one whose whole content
-the token sees, and no mode of torch is on. Else everything given goes to the model's own forward.
+(plan.py), nothing but a token and a cache is given, the token sees all of the cache, which is a
+plain one or one behind a prefix (prefix.py), and no mode of torch is on. Else everything given goes
+to the model's own forward.
 
 The cache stays a DynamicCache anyone may use. Only, its tensors are views of longer ones, which
 double when they are full, in place of being copied for every token.
@@ -27,14 +28,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skimlm import native
-from skimlm.native.structs import POINTER
+from skimlm.native.structs import POINTER, PrefixStruct
 from skimlm.runtime import plan as planning
 from skimlm.runtime.plan import Plan
+from skimlm.runtime.prefix import PrefixCache, PrefixLayer
 
 # the name that transformers gives the cache: another one since 5.24
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
 TAKEN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache"}
 TAKEN |= {"cache", "past_key_values"}
+LAYERS = {DynamicCache: DynamicLayer, PrefixCache: PrefixLayer}  # caches whose tokens are all seen
 ROOM = 256  # tokens a cache is given ahead, at least
 
 
@@ -45,6 +48,8 @@ class _Room:
     whole: Tensor  # [layers, 2, 1, kv_heads, capacity, head_dim]
     pointers: Any  # to all keys, then all values
     views: list[Tensor]  # what the cache got last: keys and values of the layers in turn
+    prefix: Any  # PrefixStructs of all heads of all layers; None where nothing stands before
+    groups: list[Any]  # what they point into: every layer's, as the cache has them
 
     @property
     def capacity(self) -> int:
@@ -93,11 +98,13 @@ class OneToken:
         if not torch.compiler.is_compiling():
             cache = _cache(args, kwargs)
             length = 0 if cache is None else _length(cache)
-            if cache is not None and length and _shows_all(kwargs, length + 1):
-                room = _room(cache)
-                plan = self._plan(cache, length, room is not None, kwargs.get("use_cache"))
-                if plan is not None:
-                    return self._one_token(plan, cache, room, length, kwargs)
+            if cache is not None and length:
+                seen = _behind(cache) + length
+                if _shows_all(kwargs, seen + 1):
+                    room = _room(cache)
+                    plan = self._plan(cache, length, room is not None, kwargs.get("use_cache"))
+                    if plan is not None and seen < plan.window:
+                        return self._one_token(plan, cache, room, length, kwargs)
             self.looked = False
         return type(self.body).forward(self.body, *args, **kwargs)
 
@@ -115,7 +122,7 @@ class OneToken:
                 plan, known = planning.make(self.body), False
                 self.plan = plan
             self.looked = plan is not None
-        if plan is None or length >= plan.window:
+        if plan is None:
             return None
         if not (plan.asked["use_cache"] if use_cache is None else use_cache):
             return None
@@ -134,14 +141,16 @@ class OneToken:
             x = body.embed_tokens(ids)
         positions = given.get("position_ids")
         if positions is None:
-            positions = torch.tensor([[length]], device=x.device)
+            positions = torch.tensor([[_behind(cache) + length]], device=x.device)
         if _is(x, plan.dtype, (1, 1, plan.width)):
             cos, sin = body.rotary_emb(x, positions)
             turned = (1, 1, cos.shape[-1])
             if _is(cos, plan.dtype, turned) and _is(sin, plan.dtype, turned):
                 if room is None or length >= room.capacity:
-                    room = _rooms[cache] = _make_room(cache, length)
-                out = _call(plan, (x, cos, sin), cache, room, length)
+                    room = _make_room(plan, cache, length)
+                    if room is not None:
+                        _rooms[cache] = room
+                out = None if room is None else _call(plan, (x, cos, sin), cache, room, length)
                 if out is not None:
                     return plan.output(last_hidden_state=out, **{CACHE: cache})
         self.looked = False
@@ -157,7 +166,7 @@ def _cache(args: tuple[Any, ...], given: dict[str, Any]) -> DynamicCache | None:
     cache = old if cache is None else cache
     if args or type(token) is not Tensor or token.shape[:2] != (1, 1) or not token.is_cpu:
         return None
-    if type(cache) is not DynamicCache or (ids is not None and embeds is not None):
+    if type(cache) not in LAYERS or (ids is not None and embeds is not None):
         return None
     if token.dim() != (2 if embeds is None else 3):
         return None
@@ -179,11 +188,17 @@ def _mode() -> bool:
 
 
 def _length(cache: DynamicCache) -> int:
-    """Tokens in a cache whose layers are transformers' plain ones; 0 for any other."""
+    """Tokens in a cache whose layers are the plain ones of its kind; 0 for any other."""
     plain = "update" not in cache.__dict__ and not cache.offloading and cache.layers
-    if not plain or any([type(n) is not DynamicLayer for n in cache.layers]):
+    kind = LAYERS[type(cache)]
+    if not plain or any([type(n) is not kind for n in cache.layers]):
         return 0
-    return cache.layers[0].get_seq_length()
+    return DynamicLayer.get_seq_length(cache.layers[0])
+
+
+def _behind(cache: DynamicCache) -> int:
+    """Positions before the tokens in a cache: those of its prefix."""
+    return cache.layers[0].length if type(cache) is PrefixCache else 0
 
 
 def _shows_all(given: dict[str, Any], length: int) -> bool:
@@ -221,7 +236,7 @@ def _room(cache: DynamicCache) -> _Room | None:
         return None
     now = [t for layer in cache.layers for t in (layer.keys, layer.values)]
     same = len(now) == len(room.views) and all(map(operator.is_, now, room.views))
-    return room if same else None
+    return room if same and all(map(operator.is_, _groups(cache), room.groups)) else None
 
 
 def _call(
@@ -236,7 +251,9 @@ def _call(
     if copies:
         torch._foreach_copy_(copies, biases)
     out = torch.empty_like(x)
-    if not native.decode(plan.struct, x, cos, sin, room.pointers, room.capacity, length, out):
+    if not native.decode(
+        plan.struct, x, cos, sin, room.pointers, room.capacity, length, room.prefix, out
+    ):
         return None
     views = list(room.whole.narrow(4, 0, length + 1).flatten(0, 1).unbind())
     layers: list[Any] = cache.layers
@@ -246,8 +263,38 @@ def _call(
     return out
 
 
-def _make_room(cache: DynamicCache, length: int) -> _Room:
-    """Longer tensors than the cache has, with its content."""
+def _groups(cache: DynamicCache) -> list[Any]:
+    """What stands before the tokens in a cache, layer by layer."""
+    return [layer.groups for layer in cache.layers] if type(cache) is PrefixCache else []
+
+
+def _prefix(plan: Plan, groups: list[Any]) -> Any:
+    """The structs of a prefix; None if it is not as the plan says."""
+    count, heads, size = plan.cached
+    found = []
+    for layer in groups:
+        for keys, values, bias in layer:
+            shape = (*keys.shape[:2], size)
+            if not (_is(keys, plan.dtype, shape) and _is(values, plan.dtype, shape)):
+                return None
+            if not (keys.is_contiguous() and values.is_contiguous()):
+                return None
+            if bias is not None and not (
+                _is(bias, torch.float32, shape[:2]) and bias.is_contiguous()
+            ):
+                return None
+            for h in range(len(keys)):
+                places = [None if t is None else t[h].data_ptr() for t in (keys, values, bias)]
+                found.append(PrefixStruct(*places, shape[1]))
+    return (PrefixStruct * len(found))(*found) if len(found) == count * heads else None
+
+
+def _make_room(plan: Plan, cache: DynamicCache, length: int) -> _Room | None:
+    """Longer tensors than the cache has, with its content; None if its prefix does not fit."""
+    groups = _groups(cache)
+    prefix = _prefix(plan, groups) if groups else None
+    if groups and prefix is None:
+        return None
     layers: list[Any] = cache.layers
     _, heads, _, size = layers[0].keys.shape
     capacity = length + max(ROOM, length)
@@ -256,4 +303,4 @@ def _make_room(cache: DynamicCache, length: int) -> _Room:
         keys[:, :, :length] = layer.keys
         values[:, :, :length] = layer.values
     places = [whole[i, j].data_ptr() for j in (0, 1) for i in range(len(layers))]
-    return _Room(whole, (POINTER * len(places))(*places), [])
+    return _Room(whole, (POINTER * len(places))(*places), [], prefix, groups)

@@ -39,6 +39,7 @@ from skimlm.native.structs import BodyStruct
 from skimlm.runtime.cpu import KNOWN_ROW_CODES
 from skimlm.runtime.experts import Stack
 from skimlm.runtime.linear import CompressedLinear
+from skimlm.runtime.prefix import NAME, PrefixLayer
 from skimlm.runtime.structs import Parts, body_struct
 from skimlm.runtime.watched import ANY_MODULE, HOOKS, events, start, untouched
 
@@ -315,7 +316,7 @@ def _usual_choice(asked: dict[str, Any]) -> bool:
     """Whether attention is transformers' own, written out or torch's, and experts ours or its."""
     function, mask, experts = _chosen(asked)
     name = asked["_attn_implementation_internal"]
-    plain = name == "eager" and function is None or name == "sdpa" and _genuine(function)
+    plain = name == "eager" and function is None or name in ("sdpa", NAME) and _genuine(function)
     return plain and _genuine(mask) and (experts is None or _genuine(experts))
 
 
@@ -342,7 +343,12 @@ def _functions(file: ModuleType, classes: set[type]) -> Functions | None:
     places: list[tuple[Any, str]] = [(c, n) for c in classes for n in ("forward", "__call__")]
     places += [(file, name) for name in HELPERS if hasattr(file, name)]
     places += [(nn.Module, name) for name in ("__call__", "_call_impl")]
-    places += [(DynamicCache, "update"), (DynamicLayer, "update"), (F, "silu")]
+    places += [
+        (DynamicCache, "update"),
+        (DynamicLayer, "update"),
+        (PrefixLayer, "update"),
+        (F, "silu"),
+    ]
     places += [(F, "scaled_dot_product_attention")]
     found = [getattr(owner, name) for owner, name in places]
     owners, names = zip(*places, strict=True)

@@ -161,29 +161,33 @@ def fit(prefix: Prefix, watched: Sequence[Watched], keep: Tensor, first: int) ->
             places = mine.nonzero()[:, 0]
             keys, key_scale = _quantize(cached.keys[0, h, places].float())
             stored = keys * key_scale.float()[:, None]
-            bias, values = _refit(seen, h, stored, cached.values[0, h, places].float())
+            bias, values = _refit(seen, h, stored, cached.values[0, h, places].float(), first)
             parts.append((keys, key_scale, *_quantize(values), bias, places.to(torch.int32)))
     keys, key_scale, values, scale, bias, places = map(torch.cat, zip(*parts, strict=True))
     scales, counts = torch.stack([key_scale, scale], 1), keep.sum(-1).to(torch.int32)
     return Pack(keys, values, scales, bias.half(), places, counts, prefix.length, first)
 
 
-def _refit(seen: Watched, h: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Bias [k] and values [k, d] of one head's kept positions."""
-    logits = seen.queries[h].float() @ keys.T
-    a = logits.sub_(seen.total[h][:, None]).exp_()
-    if len(keys) == 0 or torch.equal(a.sum(1), seen.mass[h]):
-        return torch.zeros(len(keys)), values
-    counted = a * seen.weights[:, None]
-    often = _counts(counted.T @ a, counted.T @ seen.mass[h])
+def _refit(
+    seen: Watched, h: int, keys: Tensor, values: Tensor, first: int
+) -> tuple[Tensor, Tensor]:
+    """Bias [k] and values [k, d] of one head's kept positions; the `first` stay as they are."""
+    a = (seen.queries[h].float() @ keys.T).sub_(seen.total[h][:, None]).exp_()
+    often, free = torch.ones(len(keys)), slice(first, None)
+    if len(keys) > first:
+        counted = a[:, free] * seen.weights[:, None]
+        others = seen.mass[h] - a[:, :first].sum(1)
+        often[free] = _counts(counted.T @ a[:, free], counted.T @ others)
     a.mul_(often)
     # what the row's own tokens get keeps its share: they all stand under the same sum
     a.div_((a.sum(1) + 1 - seen.mass[h])[:, None])
-    counted = a * seen.weights[:, None]
-    gram = counted.T @ a
+    counted = a[:, free] * seen.weights[:, None]
+    gram = counted.T @ a[:, free]
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     missing = seen.out[h].float() - a @ values
-    return often.log(), values + torch.linalg.solve(gram, counted.T @ missing)
+    values = values.clone()
+    values[free] += torch.linalg.solve(gram, counted.T @ missing)
+    return often.log(), values
 
 
 def _counts(gram: Tensor, aim: Tensor) -> Tensor:
