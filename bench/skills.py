@@ -1,6 +1,6 @@
-"""Skills as soft tokens on unseen questions: what the default command serves, or all methods.
+"""Skills on unseen questions: what `skill compress` serves, or all methods of soft tokens.
 
-    python bench/skills.py --skills DIR --names a,b --out OUT.json --save DIR
+    python bench/skills.py --skills DIR --names a,b --out OUT.json --save DIR [--kind soft]
     python bench/skills.py --methods [--fast] ...
 
 DIR holds files *NAME.md. A skill is compressed as `skimlm skill compress` does by default; with
@@ -29,7 +29,7 @@ from provenance import provenance
 from skimlm.cli import demo
 from skimlm.models import load
 from skimlm.progress import peak_rss_bytes
-from skimlm.skills import document, evaluate, select, soft, splice, store
+from skimlm.skills import compression, document, evaluate, select, soft, splice, store
 
 SIZES = (32, 64, 128, 256)
 METHODS = ("head", "leads", "sections", "selfinfo", "amortised", "nested")
@@ -39,13 +39,13 @@ def measure(model, tokenizer, file, args):
     """One skill as the default command serves it."""
     read = document.read(file)
     path = args.save / f"{file.stem}{'.pin' if args.pin else ''}.skim"
-    served = made(model, tokenizer, read, path, pin=args.pin)
+    served = made(model, tokenizer, read, path, kind=args.kind, pin=args.pin)
     evidence = served.evidence
-    return scored(model, tokenizer, read, served, (), file, args) | {
+    return scored(model, tokenizer, read, served, (), path, args) | {
         "served": served.k,
         "cpu_seconds": evidence["cpu_seconds"],
         "dev": evidence["candidates"],
-        "trainings": evidence["trainings"],
+        "trainings": evidence.get("trainings"),
         "settings": evidence["settings"],
     }
 
@@ -83,7 +83,7 @@ def scored(model, tokenizer, read, skill, others, file, args):
         args.questions,
         args.answer,
         bool(others),
-        file.name,
+        str(file),
         others,
         time.process_time,
     )
@@ -103,7 +103,7 @@ def made(model, tokenizer, read, path, **how):
     """A .skim under --save, compressed if it is not there."""
     if not path.exists():
         started = time.process_time()
-        skill = soft.compress(model, tokenizer, read, progress=tell(read.name), **how)
+        skill = compression.compress(model, tokenizer, read, progress=tell(read.name), **how)
         skill.evidence["cpu_seconds"] = time.process_time() - started
         store.write(path, skill)
     return store.read(path)
@@ -203,18 +203,21 @@ def table(rows):
     strong = [row for row in rows if not row["weak"]]
     lines = [
         "| skill | text | served | tokens | share | closure, 95 % | literal recall | KL no skill"
-        " | CPU s to compress | prefill CPU s cold: full, skill, none | warm: full, skill |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        " | answers as with the text: the same, their literals | bytes"
+        " | CPU s to compress | first token, CPU s, cold: full, skill, none | warm: full, skill |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         s, (low, high) = row["seconds"], row["closure_95"]
-        said = "-" if row["literal_recall"] is None else f"{row['literal_recall']:.2f}"
+        keys = ("literal_recall", "answers_equal", "answers_literals")
+        said, same, words = ("-" if row[k] is None else f"{row[k]:.2f}" for k in keys)
         lines.append(
             f"| {row['name']}{' (weak)' if row['weak'] else ''} | {row['text_tokens']}"
             f" | {row['method']} {row['served'] or ''} | {row['tokens']}"
             f" | {row['tokens'] / row['text_tokens']:.0%}"
             f" | {row['closure']:.3f} ({low:.3f} to {high:.3f}) | {said}"
-            f" | {row['kl_no_skill']:.3f} | {row['cpu_seconds']:.0f}"
+            f" | {row['kl_no_skill']:.3f} | {same}, {words} | {row['bytes']:,}"
+            f" | {row['cpu_seconds']:.0f}"
             f" | {s['full_cold']:.2f}, {s['skill_cold']:.2f}, {s['none_cold']:.2f}"
             f" | {s['full_warm']:.3f}, {s['skill_warm']:.3f} |"
         )
@@ -227,7 +230,8 @@ def table(rows):
                 f"{len(some)} of {len(strong)} skills, {name}: mean closure"
                 f" {statistics.fmean(row['closure'] for row in some):.3f} ({low:.3f} to {high:.3f})"
                 f" at {statistics.fmean(r['tokens'] / r['text_tokens'] for r in some):.0%} of the"
-                " tokens."
+                " tokens, median"
+                f" {statistics.median(r['cpu_seconds'] for r in some):.0f} CPU s to compress."
             )
     return "\n".join(lines) + "\n"
 
@@ -265,6 +269,7 @@ def main():
     parser.add_argument("--save", type=Path, required=True)
     parser.add_argument("--model")
     parser.add_argument("--compressor", help="what skill train made, not the one in the package")
+    parser.add_argument("--kind", default="kv", choices=compression.KINDS)
     parser.add_argument("--pin", action="store_true", help="as skill compress --pin does")
     parser.add_argument("--fast", action="store_true", help="with --methods: nothing is trained")
     parser.add_argument("--questions", type=int, default=64)

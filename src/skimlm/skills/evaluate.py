@@ -4,7 +4,10 @@
     closure  1 - sum KL / sum KL without the skill       full text: 1; no skill: 0
     NLL      of those answers, and how often the likeliest next token is the teacher's
     recall   literals still said word for word (recall.py)
-    seconds  to read the prompt, cold and with everything before the question in a prefix cache
+    answers  of the model's own, greedily: how many are the full text's to the token, and how many
+             of the literals in those of the full text are in them
+    seconds  to the first token, cold (a pack: from its file) and with all before the question in a
+             prefix cache
 
 Both ends of a closure are measured in the same run. Intervals: 95 %, percentile bootstrap over
 questions, the same draw for numerator and denominator. A skill whose KL without it is below 0.1
@@ -26,11 +29,12 @@ from torch import Tensor
 from skimlm.errors import SkimError
 from skimlm.evaluate.report import table
 from skimlm.skills import rollout, select, store
-from skimlm.skills.distill import Study, study
-from skimlm.skills.document import Document
+from skimlm.skills.distill import Study, ends, study
+from skimlm.skills.document import Document, literals
 from skimlm.skills.document import read as read_document
 from skimlm.skills.front import Standing, before
 from skimlm.skills.gate import ROOM
+from skimlm.skills.kv import Pack
 from skimlm.skills.recall import known, share
 from skimlm.skills.rollout import Prefix
 from skimlm.skills.soft import rows_of
@@ -38,6 +42,7 @@ from skimlm.skills.splice import closing, opening, token_ids, wrapper_tokens
 from skimlm.train.losses import token_scores
 
 SEED = 900_000  # of test answers: dev and training have others
+FREE = 16  # questions that are answered greedily
 WEAK = 0.1  # nats per token
 DRAWS = 2000
 Progress = Callable[[str, int, int], None]
@@ -125,20 +130,19 @@ def measure(
             | {"literal_recall": share(model, tokenizer, prefix, clozes), "kl_sums": found["kl"]}
         )
     first, rest = rows[0], rows[1:]
+    both = [text, before(model, tokenizer, [stands])]
+    path = Path(file) if Path(file).is_file() else None
     facts = {
         "name": document.name,
         "file": file,
+        "kind": skill.kind if skill and served else "text",
+        "bytes": path.stat().st_size if path else None,
         "method": first["method"],
         "text_tokens": len(ids) + wrapper_tokens(tokenizer),
         **{key: first[key] for key in first if key not in ("method", "k")},
-        "kl_no_skill_sums": none["kl"],  # per question, as kl_sums: for intervals over skills
-        "kl_no_skill": _mean(none["kl"], test),
-        "nll_no_skill": _mean(none["nll"], test),
-        "nll_full_text": _mean(full["nll"], test),
-        "questions": count,
-        "answer_tokens": test.tokens,
-        "weak": _mean(none["kl"], test) < WEAK,
-        "seconds": timing(model, tokenizer, test.question_ids[0], ids, stands, clock=clock),
+        **_both_ends(none, full, test),
+        **same_answers(model, tokenizer, document, test, both, answer),
+        "seconds": timing(model, tokenizer, test.question_ids[0], ids, stands, path, clock=clock),
     }
     return facts | ({"all": rest} if everything else {})
 
@@ -154,6 +158,32 @@ def scores(
         for key, values in token_scores(model, teacher, state, said, chunk).items():
             found[key].append(float(values.sum()))
     return found
+
+
+def same_answers(
+    model: Any,
+    tokenizer: Any,
+    document: Document,
+    test: Study,
+    prefixes: Sequence[Prefix],
+    tokens: int,
+) -> dict[str, float | None]:
+    """How far the model's own answers to FREE questions are the same behind two prefixes.
+
+    Literals: of the skill's that the first answers say, how many the second say; None of none.
+    """
+    questions, last = test.question_ids[:FREE], ends(model, tokenizer)
+    said = [
+        rollout.sample(model, prefix, questions, tokens, ends=last, temperature=0)
+        for prefix in prefixes
+    ]
+    pairs = [tuple(map(tokenizer.decode, pair)) for pair in zip(*said, strict=True)]
+    words = {literal for _, literal in literals(document.text)}
+    kept = [word in other for one, other in pairs for word in words if word in one]
+    return {
+        "answers_equal": sum(one == other for one, other in pairs) / len(pairs),
+        "answers_literals": sum(kept) / len(kept) if kept else None,
+    }
 
 
 def closure(kl: Sequence[float], none: Sequence[float]) -> float:
@@ -200,10 +230,14 @@ def timing(
     question: Tensor,
     ids: Tensor,
     stands: Standing,
+    file: Path | None = None,
     reps: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds until the first token could be picked: cold, and behind a cached prefix."""
+    """Median seconds until the first token could be picked: cold, and behind a cached prefix.
+
+    A pack is read from its `file` every time.
+    """
     found: dict[str, float] = {}
     variants: dict[str, list[Standing]] = {"full": [[ids]], "skill": [stands], "none": []}
     for name, skills in variants.items():
@@ -211,6 +245,8 @@ def timing(
         with torch.inference_mode():
             for _ in range(reps):
                 start = clock()
+                if name == "skill" and isinstance(stands, Pack) and file:
+                    skills = [store.standing(store.read(file), tokenizer)]
                 prefix = before(model, tokenizer, skills)
                 middle = clock()
                 rollout.sample(model, prefix, [question], 1, temperature=0)
@@ -250,6 +286,21 @@ def _facts(
     }
 
 
+def _both_ends(
+    none: Mapping[str, list[float]], full: Mapping[str, list[float]], test: Study
+) -> dict[str, Any]:
+    """What the model does without the skill and behind its full text."""
+    return {
+        "kl_no_skill_sums": none["kl"],  # per question, as kl_sums: for intervals over skills
+        "kl_no_skill": _mean(none["kl"], test),
+        "nll_no_skill": _mean(none["nll"], test),
+        "nll_full_text": _mean(full["nll"], test),
+        "questions": len(test.questions),
+        "answer_tokens": test.tokens,
+        "weak": _mean(none["kl"], test) < WEAK,
+    }
+
+
 def _mean(sums: Sequence[float], study: Study) -> float:
     return sum(sums) / study.tokens
 
@@ -260,7 +311,7 @@ def _mean(sums: Sequence[float], study: Study) -> float:
 def text(facts: Mapping[str, Any]) -> str:
     """Lay out what `evaluate` returns."""
     header = ["skill", "method", "text", "tokens", "closure", "95 %", "KL", "KL none", "recall"]
-    header += ["cold s", "full", "warm s", "full"]
+    header += ["same answers", "literals", "cold s", "full", "warm s", "full"]
     rows = [
         [
             row["name"] + (" (weak)" if row["weak"] else ""),
@@ -271,7 +322,10 @@ def text(facts: Mapping[str, Any]) -> str:
             f"{row['closure_95'][0]:.2f}..{row['closure_95'][1]:.2f}",
             f"{row['kl']:.3f}",
             f"{row['kl_no_skill']:.3f}",
-            "-" if row["literal_recall"] is None else f"{row['literal_recall']:.2f}",
+            *(
+                "-" if row[key] is None else f"{row[key]:.2f}"
+                for key in ("literal_recall", "answers_equal", "answers_literals")
+            ),
             *(f"{row['seconds'][k]:.3f}" for k in ("skill_cold", "full_cold")),
             *(f"{row['seconds'][k]:.3f}" for k in ("skill_warm", "full_warm")),
         ]
