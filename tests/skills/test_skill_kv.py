@@ -104,11 +104,11 @@ def test_a_pack_is_its_positions_rounded_to_eight_bits():
 def test_what_queries_look_at_is_transformers_own_attention(family):
     model = tiny_model(family)
     prefix = read(model)
-    watched = kv.watch(model, prefix, [ROWS[:2], ROWS[2:]])
+    watched = kv.watch(model, prefix, [(1, ROWS[:2]), (2, ROWS[2:])])
     model.set_attn_implementation("eager")
     rows, weights = sorted(ROWS, key=len), []
     for row in rows:
-        share = 1 / (13 if any(row is r for r in ROWS[:2]) else 6) / 2
+        share = 1 / 13 / 3 if any(row is r for r in ROWS[:2]) else 2 / 6 / 3
         weights += [share] * len(row)
     for i, seen in enumerate(watched):
         parts, outs = [], []

@@ -230,3 +230,34 @@ def skill_eval(
     if plot:
         evaluate.plot(facts, plot)
     show({"model": model, **facts}, evaluate.text, as_json)
+
+
+@skill.command("cost")
+@click.argument("places", metavar="DIR...", nargs=-1, required=True, type=click.Path(exists=True))
+@click.option("--model", help="Folder, hub id or .gguf that counts tokens.  [default: an estimate]")
+@click.option("--requests", type=POSITIVE, default=10_000, show_default=True, help="In a month.")
+@click.option(
+    "--used",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="Share of the requests that read a skill.",
+)
+@REVISION
+@JSON
+def skill_cost(
+    places: tuple[str, ...],
+    model: str | None,
+    requests: int,
+    used: float,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Say what the skills in a folder cost: tokens of a request, and of a month."""
+    from skimlm.models.checkpoint import load_tokenizer, open_checkpoint
+    from skimlm.skills import cost
+
+    tokenizer = None
+    if model:
+        tokenizer = load_tokenizer(open_checkpoint(model, revision=revision))
+    show(cost.cost(places, tokenizer, requests, used), cost.text, as_json)

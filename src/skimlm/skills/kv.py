@@ -1,7 +1,7 @@
 """A skill as keys and values: of each layer and key-value head, the positions that answers look at.
 
     prefix = rollout.read(model, opening + text)       every position, once
-    watched = watch(model, prefix, [rows, rows])       what study queries look at, and what they get
+    watched = watch(model, prefix, kinds)              what study queries look at, and what they get
     keep = choose(watched, kept, first)                bool [layers, heads, positions]
     pack = fit(prefix, watched, keep, first)           int8, with biases and values fitted
 
@@ -76,14 +76,14 @@ class Watched:
 
 @torch.no_grad()
 def watch(
-    model: Any, prefix: Prefix, kinds: Sequence[Sequence[Tensor]], seed: int = 0
+    model: Any, prefix: Prefix, kinds: Sequence[tuple[float, Sequence[Tensor]]], seed: int = 0
 ) -> list[Watched]:
     """Run rows of ids behind a prefix and look, layer by layer, at their queries.
 
-    All tokens of a kind of rows count the same, and all kinds.
+    `kinds` of rows, each with what it counts; all tokens of a kind count the same.
     """
-    rows = sorted((row for kind in kinds for row in kind), key=len)
-    share = {id(row): 1 / sum(map(len, kind)) / len(kinds) for kind in kinds for row in kind}
+    rows = sorted((row for _, kind in kinds for row in kind), key=len)
+    share = {id(row): counts / sum(map(len, kind)) for counts, kind in kinds for row in kind}
     caches = []
     for first in range(0, len(rows), rollout.BATCH):
         some = rows[first : first + rollout.BATCH]
@@ -128,11 +128,14 @@ def _watched(group: Group, queries: Tensor, own: Tensor, weights: Tensor) -> Wat
         for begin in range(0, tokens * r, CHUNK):
             some = slice(begin, begin + CHUNK)
             a = (queries[h, some] @ keys).float()
-            total[h, some] = torch.logaddexp(a.logsumexp(1), own[h, some])
-            a = a.sub_(total[h, some, None]).exp_()
-            mass[h, some] = a.sum(1)
-            out[h, some] = a.to(values.dtype) @ values
-            score[h] += weights[some] @ a.square_()
+            top = a.amax(1)
+            a = a.sub_(top[:, None]).exp_()  # in place: fresh memory costs more than arithmetic
+            given = a.sum(1)
+            total[h, some] = torch.logaddexp(given.log() + top, own[h, some])
+            share = (top - total[h, some]).exp()  # what makes a the attention
+            mass[h, some] = given * share
+            out[h, some] = ((a.to(values.dtype) @ values) * share[:, None]).to(out.dtype)
+            score[h] += (weights[some] * share.square()) @ a.square_()
     return Watched(queries, total, mass, out, score, weights)
 
 

@@ -25,6 +25,7 @@ from skimlm.skills.store import Skill, fingerprints
 TRAIN = 24  # questions
 ENOUGH = 0.01  # nats per token: as good as the text, where a skill does next to nothing
 MOST, SHRINK, LEAST = 0.5, 0.75, 0.05  # shares of the text: the largest, of the one before, the end
+REPEATED = 2.0
 PART, OVERLAP = 96, 32  # tokens repeated at once, and those before them that are read again
 
 
@@ -96,12 +97,16 @@ def resolutions(tokens: int) -> list[int]:
     return sizes[::-1]
 
 
-def study_rows(gate: Gate) -> list[list[Tensor]]:
-    """Questions with their answers, and the text part by part as if it were being repeated."""
+def study_rows(gate: Gate) -> list[tuple[float, list[Tensor]]]:
+    """Questions with their answers, and the text part by part as if it were being repeated.
+
+    The text counts REPEATED times as much: at 12 % of three skills literal recall is then 0.91,
+    0.67, 0.88 in place of 0.73, 0.67, 0.69, closure 0.974, 0.971, 0.955 and 0.978, 0.971, 0.967.
+    """
     pairs = zip(gate.train.question_ids, gate.train.answers, strict=True)
     ask = closing(gate.tokenizer, ASK, True)
     parts = [
         torch.cat([ask, gate.ids[max(0, begin - OVERLAP) : begin + PART]])
         for begin in range(0, len(gate.ids), PART)
     ]
-    return [[torch.cat(pair) for pair in pairs], parts]
+    return [(1.0, [torch.cat(pair) for pair in pairs]), (REPEATED, parts)]
