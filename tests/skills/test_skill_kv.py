@@ -2,15 +2,20 @@
 
 import dataclasses
 import itertools
+import json
+import os
+import random
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from conftest import tiny_model
 from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm import generate
-from skimlm.errors import SkimError
-from skimlm.skills import compression, front, kv, kv_search, rollout, splice, store
+from skimlm.errors import FormatError, SkimError
+from skimlm.skills import compression, front, kv, kv_file, kv_search, rollout, splice, store
 from skimlm.skills.document import parse
 from skimlm.skills.gate import Settings
 
@@ -401,3 +406,109 @@ def test_a_pack_for_another_model_is_its_text_with_a_warning(world, made, tmp_pa
     assert torch.equal(stands[0], splice.token_ids(world[1], DOCUMENT.text))
     stands, warning = store.served(path, *world)
     assert warning is None and torch.equal(stands.values, made.content.values)
+
+
+def test_a_pack_of_other_sizes_is_refused_whatever_its_hash_says(world, made):
+    other = skill_model(num_hidden_layers=3)
+    with pytest.raises(SkimError, match="of 2 layers, 2 heads of 16, the model has 3, 2 of 16"):
+        front.before(other, world[1], [made.content])
+
+
+# ---- the file
+
+
+def rewritten(path, tensors=None, again=True, **facts):
+    """Change a .skim; with `again` its hash is made anew."""
+    with safe_open(path, framework="pt") as stream:
+        held = {name: stream.get_tensor(name) for name in stream.keys()}
+        old = json.loads(stream.metadata()["skim"])
+    held |= tensors or {}
+    if again and all(isinstance(held[name], torch.Tensor) for name in kv_file.TENSORS):
+        old["kv_sha256"] = kv_file.kv_sha256(held)
+    new = old | facts
+    new["facts_sha256"] = store._facts_sha256(new)
+    save_file(held, path, {"skim": json.dumps(new)})
+
+
+def changed(pack, name, change):
+    tensor = getattr(pack, name).clone()
+    change(tensor)
+    return {name: tensor}
+
+
+def put(*place, value):
+    def change(tensor):
+        tensor[place] = value
+
+    return change
+
+
+DAMAGE = {
+    "tampered": (lambda p: (changed(p, "values", put(0, 0, value=99)), dict(again=False)),
+                 "have been changed"),
+    "NaN": (lambda p: (changed(p, "scales", put(1, 1, value=torch.nan)), {}), "scales: holds NaN"),
+    "infinite": (lambda p: (changed(p, "bias", put(2, value=torch.inf)), {}), "bias: holds NaN"),
+    "counts": (lambda p: (changed(p, "counts", put(0, 0, value=int(p.counts[0, 0]) + 1)), {}),
+               "counts: do not add up"),
+    "few": (lambda p: (changed(p, "counts", put(0, 0, value=-5)), {}), "counts: do not add up"),
+    "order": (lambda p: (changed(p, "places", put(40, value=3)), {}), "places: must ascend"),
+    "far": (lambda p: (changed(p, "places", put(int(p.counts[0, 0]) - 1, value=10**6)), {}),
+            "places: must ascend"),
+    "opening": (lambda p: (changed(p, "places", put(0, value=-1)), {}), "places"),
+    "first": (lambda p: ({}, dict(first=p.first + 1)), "every head keeps|do not add up"),
+    "length": (lambda p: ({}, dict(length=2**40)), "metadata: length"),
+    "short": (lambda p: ({}, dict(length=p.first + 3)), "places: must ascend"),
+    "k": (lambda p: ({}, dict(k=7)), "k 7 is not the 120"),
+    "dtype": (lambda p: ({"keys": p.keys.short()}, {}), r"keys: I16 \[.*must be I8"),
+    "flat": (lambda p: ({"values": p.values.flatten()}, {}), "values: I8"),
+    "fewer": (lambda p: ({"bias": p.bias[:-1].clone()}, {}), "bias: F16"),
+    "none": (lambda p: ({n: getattr(p, n)[:0] for n in kv_file.TENSORS if n != "counts"}, {}),
+             "0 entries"),
+    "surplus": (lambda p: ({"more": p.bias.clone()}, {}), "holds bias, counts, keys, more"),
+    "soft": (lambda p: ({}, dict(kind="soft")), "format 2 has no kind 'soft'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_refused_in_one_line(made, tmp_path, damage):
+    path = tmp_path / "a.skim"
+    store.write(path, made)
+    make, complaint = DAMAGE[damage]
+    tensors, more = make(made.content)
+    rewritten(path, tensors, **more)
+    with pytest.raises(FormatError, match=complaint) as error:
+        store.read(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_no_damage_goes_unnoticed(made, tmp_path):
+    """Bytes changed, cut out and put in at random: an error of one line, or the very same skill."""
+    path, chance = tmp_path / "a.skim", random.Random(0)
+    store.write(path, made)
+    whole = path.read_bytes()
+    unharmed = 0
+    for _ in range(int(os.environ.get("SKIMLM_DAMAGED", "300"))):
+        held = bytearray(whole)
+        for _ in range(chance.choice([1, 1, 2, 9])):
+            at = chance.randrange(chance.choice([len(held), 8, 4000]))
+            kind = chance.randrange(4)
+            if kind == 0:
+                held[at] ^= 1 << chance.randrange(8)
+            elif kind == 1:
+                del held[at : at + chance.choice([1, 7, 4096])]
+            elif kind == 2:
+                held[at:at] = chance.randbytes(chance.choice([1, 8, 99]))
+            else:
+                held[at : at + 4] = chance.randbytes(4)
+        path.write_bytes(held)
+        try:
+            found = store.read(path)
+        except (FormatError, SkimError) as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            continue
+        unharmed += 1
+        assert (found.document, found.k) == (made.document, made.k)
+        assert (found.evidence, found.made_for) == (made.evidence, made.made_for)
+        for name in kv_file.TENSORS:
+            assert torch.equal(getattr(found.content, name), getattr(made.content, name))
+    assert unharmed < 60

@@ -113,12 +113,17 @@ def study(
     count: int,
     tokens: int = 48,
     seed: int = 0,
+    taught: bool = True,
 ) -> Study:
-    """Let the model answer `count` questions of a split behind the full text, `text`."""
+    """Let the model answer `count` questions of a split behind the full text, `text`.
+
+    Without `taught` there are no states of a teacher.
+    """
     texts = questions(document, split, count)
     ids = [closing(tokenizer, question, True) for question in texts]
     answers = rollout.sample(model, text, ids, tokens, ends=ends(model, tokenizer), seed=seed)
-    return Study(texts, ids, answers, rollout.score_all(model, text, ids, answers))
+    teacher = rollout.score_all(model, text, ids, answers) if taught else []
+    return Study(texts, ids, answers, teacher)
 
 
 def ends(model: Any, tokenizer: Any) -> list[int]:

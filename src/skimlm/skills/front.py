@@ -40,6 +40,8 @@ def before(model: Any, tokenizer: Any, skills: Sequence[Standing], raw: bool = F
 
 def side_by_side(model: Any, tokenizer: Any, packs: Sequence[Pack]) -> Prefix:
     """Packs one after the other, as if their texts followed each other."""
+    for pack in packs:
+        kv.check_fits(pack, model)
     first, *others = packs
     layers, end = kv.groups(first, model.dtype), first.length
     gap = len(token_ids(tokenizer, WRAPPER[1]))

@@ -73,16 +73,20 @@ def examine(
     floor: float,
     progress: Progress | None,
     enough: float = ENOUGH,
+    taught: bool = True,
 ) -> Gate:
-    """Let the model study a skill from its full text."""
+    """Let the model study a skill from its full text; `taught`: to train on what it answers."""
     tell = progress or (lambda phase, done, total: None)
     tell("study", 0, 3)
     with torch.no_grad():
         text = rollout.read(model, opening(tokenizer, [[ids]]))
     studies = []
-    for i, (split, count) in enumerate((("train", settings.train), ("dev", settings.dev))):
-        seed = settings.seed + 100_000 * i
-        studies.append(study(model, tokenizer, document, text, split, count, settings.answer, seed))
+    for i, split in enumerate(("train", "dev")):
+        count, seed = getattr(settings, split), settings.seed + 100_000 * i
+        needed = taught or split == "dev"
+        studies.append(
+            study(model, tokenizer, document, text, split, count, settings.answer, seed, needed)
+        )
         tell("study", i + 1, 3)
     train, dev = studies
     none = sum(without(model, tokenizer, dev))

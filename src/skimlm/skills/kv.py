@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from skimlm.errors import SkimError
 from skimlm.models.blocks import decoder_of
 from skimlm.runtime.prefix import Group, PrefixCache
 from skimlm.skills import rollout
@@ -222,3 +223,16 @@ def groups(pack: Pack, dtype: torch.dtype) -> list[list[Group]]:
 def before(pack: Pack, dtype: torch.dtype) -> Prefix:
     """What stands before a question."""
     return Prefix(PrefixCache(groups(pack, dtype), pack.length), pack.length)
+
+
+def check_fits(pack: Pack, model: Any) -> None:
+    """Refuse a pack of other layers, heads or sizes than a model's; the model's hash says more."""
+    config = model.config.get_text_config()
+    attention = decoder_of(model).layers[0].self_attn
+    want = config.num_hidden_layers, config.num_key_value_heads, attention.head_dim
+    got = *pack.counts.shape, pack.keys.shape[1]
+    if tuple(got) != want or pack.values.shape[1] != attention.head_dim:
+        raise SkimError(
+            f"keys and values of {got[0]} layers, {got[1]} heads of {got[2]}, the model has"
+            f" {want[0]}, {want[1]} of {want[2]}: compress the skill again"
+        )

@@ -88,6 +88,10 @@ def read(
     ascending = (places[1:] > places[:-1]) | begins[1:-1]
     if not ascending.all() or int(places.min()) < 0 or int(places.max()) >= length:
         raise FormatError(f"must ascend below {length:,} in every head", file=path, tensor="places")
+    starts = counts.flatten().cumsum(0) - counts.flatten()
+    opening = torch.arange(first)
+    if not torch.equal(places[starts[:, None] + opening], opening.int().expand(len(starts), -1)):
+        raise FormatError(f"every head keeps the first {first}", file=path, tensor="places")
     k = facts["k"]
     pack = Pack(**{name: held[name] for name in TENSORS}, length=length, first=first)
     if k is not None and k != pack.tokens:

@@ -42,7 +42,9 @@ def compress(
 ) -> Skill:
     """Compress a skill to `k` positions of its text, or to the fewest that pass the gate."""
     check_fits(model)
-    gate = examine(model, tokenizer, document, ids, settings, target, floor, progress, ENOUGH)
+    gate = examine(
+        model, tokenizer, document, ids, settings, target, floor, progress, ENOUGH, False
+    )
     first = sum(map(len, opening(tokenizer, [[]])))
     watched = kv.watch(model, gate.text, study_rows(gate), settings.seed)
     made: dict[int, Pack] = {}

@@ -180,6 +180,7 @@ def write(path: str | os.PathLike[str], skill: Skill) -> None:
     }
     if own.VERSION > 1:  # there was one kind
         facts["kind"] = skill.kind
+        facts["facts_sha256"] = _facts_sha256(facts)
     meta = {KEY: json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False)}
     write_file(Path(path), {**own.tensors(skill.content), "text": text}, meta)
 
@@ -252,6 +253,12 @@ def _check_entries(path: Path, entries: Mapping[str, Mapping[str, Any]], kind: s
         raise FormatError(f"{dtype} {shape}, must be U8 [bytes]", file=path, tensor="text")
 
 
+def _facts_sha256(facts: Mapping[str, Any]) -> str:
+    """Hash of the metadata but for this, as JSON with sorted keys, in ASCII."""
+    return _sha256(json.dumps({k: v for k, v in facts.items() if k != "facts_sha256"},
+                              sort_keys=True))  # fmt: skip
+
+
 def _facts(path: Path, text: str | None) -> dict[str, Any]:
     """Parse the metadata, every key of the type FORMAT.md gives it."""
     try:
@@ -271,6 +278,8 @@ def _facts(path: Path, text: str | None) -> dict[str, Any]:
     for key, type_ in (COMMON | KINDS[kind].FACTS).items():
         if key not in facts or not isinstance(facts[key], type_) or isinstance(facts[key], bool):
             raise FormatError(f"metadata: {key} is missing or of a wrong kind", file=path)
+    if version > 1 and _facts_sha256(facts) != facts.get("facts_sha256"):
+        raise FormatError("metadata has been changed: compress the skill again", file=path)
     if facts["wrapper"] != list(WRAPPER):
         raise FormatError("made for another wrapper: compress the skill again", file=path)
     if facts["method"] not in KINDS[kind].METHODS:
