@@ -70,7 +70,7 @@ def skill() -> None:
     is_flag=True,
     help="With soft tokens: commands, numbers, code stay text.",
 )
-@click.option("--train", type=POSITIVE, help="Questions to study.  [default: 24; soft: 96]")
+@click.option("--train", type=POSITIVE, help="Questions to study.  [default: 12; soft: 96]")
 @click.option("--steps", type=POSITIVE, help="Steps, at most, for soft tokens.  [default: 60]")
 @SKILL_SEED
 @FORCE
