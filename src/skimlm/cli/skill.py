@@ -254,7 +254,7 @@ def skill_cost(
     as_json: bool,
 ) -> None:
     """Say what the skills in a folder cost: tokens of a request, and of a month."""
-    from skimlm.models.checkpoint import load_tokenizer, open_checkpoint
+    from skimlm.models import load_tokenizer, open_checkpoint
     from skimlm.skills import cost
 
     tokenizer = None

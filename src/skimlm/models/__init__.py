@@ -11,6 +11,7 @@ HOMES = {
     "decoder_linears": "blocks",
     "Checkpoint": "checkpoint",
     "load": "checkpoint",
+    "load_tokenizer": "checkpoint",
     "open_checkpoint": "checkpoint",
     "forwards_replaced": "hooks",
     "BlockSource": "source",
