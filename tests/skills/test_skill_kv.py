@@ -311,7 +311,7 @@ def test_another_attention_is_refused_with_what_to_do(family):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (dict(kind="magic"), "kind must be one of kv, soft, got 'magic'"),
+        (dict(kind="magic"), "kind must be one of kv, soft, text, got 'magic'"),
         (dict(kind="kv", pin=True), "pin: of soft tokens alone"),
         (dict(tokens=10**6), "give 1 to"),
     ],

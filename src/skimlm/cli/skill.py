@@ -32,8 +32,8 @@ def skill() -> None:
 @click.option("--model", required=True, help="Folder, hub id or .gguf the skill is for.")
 @click.option(
     "--kind",
-    type=click.Choice(["kv", "soft"]),
-    help="kv: keys and values, no prefill; soft: trained vectors.  [default: kv]",
+    type=click.Choice(["kv", "soft", "text"]),
+    help="kv: keys and values; soft: trained vectors; text: fewer lines.  [default: kv]",
 )
 @click.option("--tokens", type=POSITIVE, metavar="N", help="Take the room of so many tokens.")
 @click.option(

@@ -2,6 +2,7 @@
 
 kv     keys and values of the positions that matter (kv_search.py): read with no prefill at all
 soft   trained vectors in place of its tokens (soft.py), for engines that take embeddings
+text   the lines that matter (extract.py), for engines that take nothing but text
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from types import MappingProxyType
 from typing import Any
 
 from skimlm.errors import SkimError
-from skimlm.skills import kv_search, soft
+from skimlm.skills import extract, kv_search, soft
 from skimlm.skills.document import Document
 from skimlm.skills.gate import ROOM, Progress, Settings
 from skimlm.skills.splice import token_ids, wrapper_tokens
 from skimlm.skills.store import Skill, check_reach
 
-KINDS = ("kv", "soft")
+KINDS = ("kv", "soft", "text")
 TARGET, FLOOR = 0.95, 0.9  # closure, and literal recall, that are asked for
 
 
@@ -56,4 +57,5 @@ def compress(
             model, tokenizer, document, tokens=tokens, ratio=ratio, target=target, floor=floor,
             settings=studied, progress=progress, **given,
         )  # fmt: skip
-    return kv_search.compress(model, tokenizer, document, ids, k, studied, target, floor, progress)
+    make = kv_search.compress if kind == "kv" else extract.compress
+    return make(model, tokenizer, document, ids, k, studied, target, floor, progress)

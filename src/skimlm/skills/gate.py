@@ -9,9 +9,10 @@ stays in the artefact. The same inputs give the same: no clock, no judge, no net
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from skimlm.skills.splice import closing, opening, wrapper_tokens
 ENOUGH = 0.05  # nats per token: as good as the text, however small the effect of the skill
 ROOM = 256  # positions kept for a question and its answer
 Progress = Callable[[str, int, int], None]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,28 @@ def without(model: Any, tokenizer: Any, study: Study) -> list[float]:
         bare = rollout.read(model, opening(tokenizer, []))
     bare_ids = [closing(tokenizer, question, False) for question in study.questions]
     return divergences(model, bare, Study(study.questions, bare_ids, study.answers, study.teacher))
+
+
+def fewest(
+    gate: Gate, sizes: Sequence[int], attempt: Callable[[int], tuple[Made, dict[str, Any]]]
+) -> tuple[Made, bool, list[dict[str, Any]]]:
+    """Of ascending sizes the smallest whose attempt passes, what was made, and all that was tried.
+
+    An attempt gives what it made and its row of the evidence. If none passes it is the largest one.
+    """
+    made: dict[int, tuple[Made, dict[str, Any]]] = {}
+
+    def passes(size: int) -> bool:
+        if gate.progress:
+            gate.progress("fit", len(made), len(made) + 1)
+        made[size] = attempt(size)
+        return choose([made[size][1]], gate.target, gate.floor, gate.enough) is not None
+
+    at = bisect.bisect_left(sizes, True, key=passes)
+    if gate.progress:
+        gate.progress("fit", len(made), len(made))
+    rows = [made[size][1] for size in sorted(made)]
+    return made[sizes[min(at, len(sizes) - 1)]][0], at < len(sizes), rows
 
 
 def evidence(gate: Gate, candidates: Sequence[dict[str, Any]], **facts: Any) -> dict[str, Any]:

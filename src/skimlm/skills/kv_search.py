@@ -6,7 +6,6 @@ gate from below is served. Seconds on a CPU, nothing is trained.
 
 from __future__ import annotations
 
-import bisect
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from skimlm.errors import SkimError
 from skimlm.runtime.prefix import FAMILIES, fits
 from skimlm.skills import kv
 from skimlm.skills.document import Document
-from skimlm.skills.gate import Gate, Progress, Settings, choose, evidence, examine, measured
+from skimlm.skills.gate import Gate, Progress, Settings, evidence, examine, fewest, measured
 from skimlm.skills.kv import Pack
 from skimlm.skills.recall import ASK
 from skimlm.skills.splice import closing, opening
@@ -47,39 +46,18 @@ def compress(
     )
     first = sum(map(len, opening(tokenizer, [[]])))
     watched = kv.watch(model, gate.text, study_rows(gate), settings.seed)
-    made: dict[int, Pack] = {}
-    rows: dict[int, dict[str, Any]] = {}
 
-    def passes(size: int) -> bool:
-        if progress:
-            progress("fit", len(rows), len(rows) + 1)
+    def attempt(size: int) -> tuple[Pack, dict[str, Any]]:
         keep = kv.choose(watched, size + first, first)
-        pack = made[size] = kv.fit(gate.text, watched, keep, first)
-        with torch.no_grad():
-            prefix = kv.before(pack, model.dtype)
-            rows[size] = measured(gate, "kv", pack.tokens, pack.tokens, prefix)
-        return choose([rows[size]], target, floor, ENOUGH) is not None
+        pack = kv.fit(gate.text, watched, keep, first)
+        prefix = kv.before(pack, model.dtype)
+        return pack, measured(gate, "kv", pack.tokens, pack.tokens, prefix)
 
-    if k is not None:
-        passes(k)
-        size, served = k, True
-    else:
-        ladder = resolutions(len(ids))
-        at = bisect.bisect_left(ladder, True, key=passes)
-        served = at < len(ladder)
-        size = ladder[min(at, len(ladder) - 1)]
-    if progress:
-        progress("fit", len(rows), len(rows))
-    pack = made[size]
-    return Skill(
-        document,
-        pack,
-        pack.tokens if served else None,
-        "kv",
-        fingerprints(model, tokenizer),
-        evidence(gate, [rows[size] for size in sorted(rows)]),
-        document.source,
-    )
+    sizes = resolutions(len(ids)) if k is None else [k]
+    pack, passed, rows = fewest(gate, sizes, attempt)
+    served = pack.tokens if passed or k is not None else None
+    made_for, facts = fingerprints(model, tokenizer), evidence(gate, rows)
+    return Skill(document, pack, served, "kv", made_for, facts, document.source)
 
 
 def check_fits(model: Any) -> None:

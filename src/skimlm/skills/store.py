@@ -26,21 +26,23 @@ from torch import Tensor
 
 from skimlm.errors import FormatError, SkimError, first_line
 from skimlm.models.architecture import positions
-from skimlm.skills import kv_file, soft_file
+from skimlm.skills import kv_file, soft_file, text_file
 from skimlm.skills.document import MAX_BYTES, Document, parse
 from skimlm.skills.front import Standing
 from skimlm.skills.kv import Pack
 from skimlm.skills.soft_file import Soft
 from skimlm.skills.splice import WRAPPER, length, pieces_of, token_ids, wrapper_tokens
+from skimlm.skills.text_file import Extract
 from skimlm.storage.folder import check_out_file
 from skimlm.storage.safetensors import read_header, write_file
 
 KEY = "skim"  # of the metadata of the file
 SUFFIX = ".skim"
 HASHES = ("tokenizer", "chat_template", "model")
-KINDS: dict[str, Any] = {"soft": soft_file, "kv": kv_file}  # what knows each kind's part of a file
-CONTENTS: dict[str, type] = {"soft": Soft, "kv": Pack}
-Content: TypeAlias = Soft | Pack
+# what knows each kind's part of a file
+KINDS: dict[str, Any] = {"soft": soft_file, "kv": kv_file, "text": text_file}
+CONTENTS: dict[str, type] = {"soft": Soft, "kv": Pack, "text": Extract}
+Content: TypeAlias = Soft | Pack | Extract
 LISTS = ("trainings", "candidates", "rungs")  # of the evidence
 
 
@@ -138,12 +140,17 @@ def standing(skill: Skill, tokenizer: Any, k: int | None = None) -> Standing:
         raise SkimError(f"{skill.name}: no resolution {k}: it has {have}")
     if isinstance(content, Pack):
         return content
+    if isinstance(content, Extract):
+        return [token_ids(tokenizer, content.text)]
     return pieces_of(tokenizer, content.vectors, content.pins, k)
 
 
 def ladder(skill: Skill) -> tuple[int, ...]:
     """The resolutions that a skill has."""
-    return (skill.content.tokens,) if isinstance(skill.content, Pack) else skill.content.ladder
+    if isinstance(skill.content, Soft):
+        return skill.content.ladder
+    made = skill.content.tokens if isinstance(skill.content, Pack) else skill.k
+    return () if made is None else (made,)
 
 
 def tokens(stands: Standing, tokenizer: Any) -> int:
