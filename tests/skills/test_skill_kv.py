@@ -301,7 +301,7 @@ def test_sizes_go_down_by_quarters():
     assert kv_search.resolutions(3) == [1]
 
 
-@pytest.mark.parametrize("family", ["gemma3", "opt"])
+@pytest.mark.parametrize("family", ["gemma3", "falcon"])
 def test_another_attention_is_refused_with_what_to_do(family):
     model, tokenizer = skill_model(family), chat_tokenizer()
     with pytest.raises(SkimError, match=f"^{family}.*--kind soft"):
@@ -369,30 +369,37 @@ def test_text_behind_a_pack_is_read(world):
     assert (got.text, got.prompt_tokens) == (want.text, want.prompt_tokens)
 
 
-def test_keys_are_turned_to_where_they_would_stand():
-    for family in FAMILIES:
-        model = tiny_model(family)
-        with torch.no_grad():
-            here = model.get_decoder()(IDS[None], use_cache=True)
-            there = model.get_decoder()(
-                IDS[None], position_ids=torch.arange(len(IDS))[None] + 37, use_cache=True
-            )
-        for one, other in zip(here[rollout.CACHE].layers, there[rollout.CACHE].layers, strict=True):
-            moved = front.moved(model, one.keys, 37)
-            torch.testing.assert_close(moved, other.keys, atol=2e-5, rtol=1e-4)
-
-
-def test_packs_side_by_side_stand_where_their_texts_would(world):
+def test_packs_side_by_side_are_seen_as_they_are_alone(world):
+    """A question sees both behind one beginning, each position at its place: a softmax by hand."""
     model, tokenizer = world
-    packs = [whole_pack(model, tokenizer, text)[1] for text in (TEXT.rstrip(), "Read this first.")]
-    both = front.side_by_side(model, tokenizer, packs)
-    first, gap = packs[0].first, len("\n---\n")
-    assert both.length == packs[0].length + gap + packs[1].length - first
-    own = kv.groups(packs[1], model.dtype)[1][0].keys[:, first:]
-    steps = packs[0].length + gap - first
-    group = both.cache.layers[1].groups[0]
-    torch.testing.assert_close(group.keys[:, packs[0].length :], front.moved(model, own, steps))
-    assert group.keys.shape[1] == packs[0].length + packs[1].length - first
+    texts = (TEXT.rstrip(), "Read this first.")
+    packs = [whole_pack(model, tokenizer, text)[1] for text in texts]
+    both = front.side_by_side(model, packs)
+    first = packs[0].first
+    assert both.length == max(pack.length for pack in packs)
+    apart = [kv.groups(pack, model.dtype) for pack in packs]
+    for layer, *alone in zip(both.cache.layers, *apart, strict=True):
+        for h, group in enumerate(layer.groups):
+            one, other = (groups[h] for groups in alone)
+            assert torch.equal(group.keys, torch.cat([one.keys, other.keys[:, first:]], 1))
+            assert torch.equal(group.values, torch.cat([one.values, other.values[:, first:]], 1))
+            weight = group.bias.exp()
+            assert torch.equal(weight[:, :first], torch.ones(1, first))
+            torch.testing.assert_close(
+                weight[:, first:], torch.full_like(weight[:, first:], 0.5**0.5)
+            )
+
+
+def test_one_pack_stands_as_it_is_and_others_beginnings_are_refused(world, made):
+    alone = front.side_by_side(world[0], [made.content])
+    for layer, groups in zip(
+        alone.cache.layers, kv.groups(made.content, world[0].dtype), strict=True
+    ):
+        for one, other in zip(layer.groups, groups, strict=True):
+            assert all(map(torch.equal, one, other))
+    stranger = dataclasses.replace(made.content, first=made.content.first - 1)
+    with pytest.raises(SkimError, match="different beginnings"):
+        front.side_by_side(world[0], [made.content, stranger])
 
 
 def test_a_pack_for_another_model_is_its_text_with_a_warning(world, made, tmp_path):
@@ -408,10 +415,17 @@ def test_a_pack_for_another_model_is_its_text_with_a_warning(world, made, tmp_pa
     assert warning is None and torch.equal(stands.values, made.content.values)
 
 
-def test_a_pack_of_other_sizes_is_refused_whatever_its_hash_says(world, made):
-    other = skill_model(num_hidden_layers=3)
-    with pytest.raises(SkimError, match="of 2 layers, 2 heads of 16, the model has 3, 2 of 16"):
-        front.before(other, world[1], [made.content])
+@pytest.mark.parametrize(
+    ("sizes", "line"),
+    [
+        (dict(num_hidden_layers=3), "kept of 2 layers, the model has 3"),
+        (dict(num_key_value_heads=4), "kept of 2 heads of 16, the model has 4 of 16"),
+        (dict(head_dim=24), "kept of 2 heads of 16, the model has 2 of 24"),
+    ],
+)
+def test_a_pack_of_other_sizes_is_refused_whatever_its_hash_says(world, made, sizes, line):
+    with pytest.raises(SkimError, match=line):
+        generate.generate(skill_model(**sizes), world[1], "Where?", 4, skills=[made.content])
 
 
 # ---- the file

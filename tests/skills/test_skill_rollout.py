@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from conftest import quantized_linears, tiny_model
+from conftest import CONFIGS, quantized_linears, tiny_model
 from skimlm.errors import SkimError
 from skimlm.models.checkpoint import load
 from skimlm.models.write import save
@@ -17,7 +17,7 @@ from skimlm.skills import rollout
 TEXT = torch.arange(40, 90)
 QUESTIONS = [torch.arange(60, 70), torch.arange(100, 103), torch.arange(33, 39)]
 ANSWERS = [torch.arange(70, 77), torch.arange(90, 91), torch.arange(50, 55)]
-WAYS = ("llama", "qwen3", "phi3", "gemma3", "opt")  # the last two: transformers' own attention
+WAYS = ("llama", "qwen3", "phi3", "opt", "gemma3", "falcon")  # the last two: transformers' own way
 
 
 def oracle_states(model, text, question, answer):
@@ -47,6 +47,34 @@ def test_rows_behind_a_prefix_are_what_the_whole_text_gives(family):
     for states, question, answer in zip(got, QUESTIONS, ANSWERS, strict=True):
         want = oracle_states(model, TEXT, question, answer)
         torch.testing.assert_close(states, want, atol=2e-5, rtol=1e-4)
+
+
+def model_of(family):
+    """A small random one of any family."""
+    if family in CONFIGS:
+        return tiny_model(family)
+    sizes = dict(hidden_size=64, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4)
+    sizes |= dict(vocab_size=259, num_key_value_heads=2, head_dim=16, max_position_embeddings=512)
+    config = transformers.AutoConfig.for_model(family, **sizes, pad_token_id=0)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("family", attention.FAMILIES)
+def test_every_family_attends_to_a_prefix_as_to_the_whole_text(family):
+    model = model_of(family)
+    with torch.no_grad():
+        prefix = rollout.read(model, [TEXT])
+    if not attention.fits(model):
+        pytest.skip(f"transformers {transformers.__version__} attends in another way")
+    got = rollout.score_all(model, prefix, QUESTIONS, ANSWERS, batch=2)
+    for states, question, answer in zip(got, QUESTIONS, ANSWERS, strict=True):
+        want = oracle_states(model, TEXT, question, answer)
+        torch.testing.assert_close(states, want, atol=5e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("family", WAYS)

@@ -30,7 +30,13 @@ from transformers.masking_utils import sdpa_mask
 from skimlm.errors import SkimError
 
 NAME = "skimlm_prefix"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # attention with scaling and nothing else
+FAMILIES = (  # attention with scaling and nothing else: tests hold each against the whole text
+    *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "phi", "phi3"),
+    *("gemma", "olmo", "olmo2", "olmoe", "granite", "granitemoe", "smollm3", "starcoder2"),
+    *("stablelm", "glm", "glm4", "ernie4_5", "cohere", "helium", "seed_oss", "arcee", "nemotron"),
+    *("hunyuan_v1_dense", "apertus", "persimmon", "bitnet"),
+    *("gpt2", "gpt_neox", "gpt_bigcode", "biogpt", "opt"),
+)
 PLAIN = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")  # all compute the same
 
 
@@ -204,6 +210,7 @@ def attend(
             " skills cannot be measured with this model's attention"
         )
     layer, heads = key.behind, query.shape[1] // key.shape[1]
+    check_sizes(layer.groups, key, value)
     parts: list[tuple[Tensor, ...]] = []
     at = 0
     for group in layer.groups:
@@ -218,6 +225,17 @@ def attend(
     if layer.asked is not None:
         layer.asked.append((queries, near))
     return out.transpose(1, 2), None
+
+
+def check_sizes(groups: Sequence[Group], key: Tensor, value: Tensor) -> None:
+    """Refuse a prefix of other heads or sizes than a layer's own keys and values."""
+    got = sum(len(n.keys) for n in groups), groups[0].keys.shape[2], groups[0].values.shape[2]
+    want = key.shape[1], key.shape[3], value.shape[3]
+    if got != want:
+        raise SkimError(
+            f"keys and values kept of {got[0]} heads of {got[1]}, the model has {want[0]} of"
+            f" {want[1]}: made for another model, compress the skill again"
+        )
 
 
 def _attend(
