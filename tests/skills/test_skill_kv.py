@@ -256,7 +256,10 @@ def test_fitting_does_better_than_the_same_positions_as_they_are(world, made):
     )  # fmt: skip
     assert first == plain.first
     kl = [
-        sum(kv_search.measured(gate, "kv", 120, 120, kv.before(p, model.dtype))["kl"] for _ in "1")
+        sum(
+            kv_search.measured(gate, "kv", 120, 120, front.side_by_side(model, [p]))["kl"]
+            for _ in "1"
+        )
         for p in (made.content, plain)
     ]
     assert kl[0] < 0.8 * kl[1]

@@ -50,7 +50,7 @@ def side_by_side(model: Any, packs: Sequence[Pack]) -> Prefix:
         kv.check_fits(pack, model)
         if pack.first != packs[0].first:
             raise SkimError("skills made behind different beginnings cannot be used together")
-    apart = [kv.groups(pack, model.dtype) for pack in packs]
+    apart = [kv.groups(pack, model.dtype, model.device) for pack in packs]
     length = max(pack.length for pack in packs)
     layers = [
         [_joined(heads, packs[0].first) for heads in zip(*layer, strict=True)]

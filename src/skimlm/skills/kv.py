@@ -106,9 +106,10 @@ def watch(
         for cache, lengths in caches:
             ((query, near),) = cache.layers[i].asked  # type: ignore[misc]
             real = torch.arange(query.shape[2]) < lengths[:, None]
-            queries.append(query.transpose(1, 2)[real])  # [tokens, h, d]
-            own.append(near.transpose(1, 2)[real])
+            queries.append(query.cpu().transpose(1, 2)[real])  # [tokens, h, d]
+            own.append(near.cpu().transpose(1, 2)[real])
             cache.layers[i].asked = None
+        group = Group(group.keys.cpu(), group.values.cpu())
         found.append(_watched(group, torch.cat(queries)[picked], torch.cat(own)[picked], weights))
     return found
 
@@ -163,9 +164,10 @@ def fit(prefix: Prefix, watched: Sequence[Watched], keep: Tensor, first: int) ->
     for cached, seen, chosen in zip(prefix.cache.layers, watched, keep, strict=True):
         for h, mine in enumerate(chosen):
             places = mine.nonzero()[:, 0]
-            keys, key_scale = _quantize(cached.keys[0, h, places].float())
+            keys, key_scale = _quantize(cached.keys[0, h].cpu()[places].float())
             stored = keys * key_scale.float()[:, None]
-            bias, values = _refit(seen, h, stored, cached.values[0, h, places].float(), first)
+            values = cached.values[0, h].cpu()[places].float()
+            bias, values = _refit(seen, h, stored, values, first)
             parts.append((keys, key_scale, *_quantize(values), bias, places.to(torch.int32)))
     keys, key_scale, values, scale, bias, places = map(torch.cat, zip(*parts, strict=True))
     scales, counts = torch.stack([key_scale, scale], 1), keep.sum(-1).to(torch.int32)
@@ -210,19 +212,14 @@ def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
     return (rows / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def groups(pack: Pack, dtype: torch.dtype) -> list[list[Group]]:
+def groups(pack: Pack, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[list[Group]]:
     """A pack as it stands before a sequence: every head of every layer a group of its own."""
-    keys = (pack.keys * pack.scales[:, :1].float()).to(dtype)
-    values = (pack.values * pack.scales[:, 1:].float()).to(dtype)
+    keys = (pack.keys * pack.scales[:, :1].float()).to(device, dtype)
+    values = (pack.values * pack.scales[:, 1:].float()).to(device, dtype)
     heads, sizes = pack.counts.shape[1], pack.counts.flatten().tolist()
-    parts = (keys.split(sizes), values.split(sizes), pack.bias.float().split(sizes))
+    parts = (keys.split(sizes), values.split(sizes), pack.bias.float().to(device).split(sizes))
     flat = [Group(k[None], v[None], b[None]) for k, v, b in zip(*parts, strict=True)]
     return [flat[i : i + heads] for i in range(0, len(flat), heads)]
-
-
-def before(pack: Pack, dtype: torch.dtype) -> Prefix:
-    """What stands before a question."""
-    return Prefix(PrefixCache(groups(pack, dtype), pack.length), pack.length)
 
 
 def check_fits(pack: Pack, model: Any) -> None:

@@ -15,6 +15,7 @@ from skimlm.errors import SkimError
 from skimlm.runtime.prefix import FAMILIES, fits
 from skimlm.skills import kv
 from skimlm.skills.document import Document
+from skimlm.skills.front import side_by_side
 from skimlm.skills.gate import Gate, Progress, Settings, evidence, examine, fewest, measured
 from skimlm.skills.kv import Pack
 from skimlm.skills.recall import ASK
@@ -50,7 +51,7 @@ def compress(
     def attempt(size: int) -> tuple[Pack, dict[str, Any]]:
         keep = kv.choose(watched, size + first, first)
         pack = kv.fit(gate.text, watched, keep, first)
-        prefix = kv.before(pack, model.dtype)
+        prefix = side_by_side(model, [pack])
         return pack, measured(gate, "kv", pack.tokens, pack.tokens, prefix)
 
     sizes = resolutions(len(ids)) if k is None else [k]
