@@ -30,7 +30,7 @@ from torch import Tensor
 
 from skimlm.errors import SkimError
 from skimlm.models.blocks import decoder_of
-from skimlm.runtime.prefix import Group, PrefixCache
+from skimlm.runtime.prefix import Group
 from skimlm.skills import rollout
 from skimlm.skills.rollout import Prefix
 
@@ -85,33 +85,43 @@ def watch(
     """
     rows = sorted((row for _, kind in kinds for row in kind), key=len)
     share = {id(row): counts / sum(map(len, kind)) for counts, kind in kinds for row in kind}
-    caches = []
-    for first in range(0, len(rows), rollout.BATCH):
-        some = rows[first : first + rollout.BATCH]
-        cache = rollout.lent(model, prefix, len(some))
-        assert isinstance(cache, PrefixCache)
-        for layer in cache.layers:
-            layer.asked = []
-        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        rollout.run(decoder_of(model), model, prefix, cache, ids)
-        caches.append((cache, torch.tensor([len(row) for row in some])))
     weights = torch.cat([torch.full((len(row),), share[id(row)]) for row in rows])
     chance = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(len(weights), generator=chance)[:QUERIES].sort().values
+    picked = torch.zeros(len(weights), dtype=torch.bool)
+    picked[torch.randperm(len(weights), generator=chance)[:QUERIES]] = True
     weights = weights[picked] / weights[picked].sum()
+    asked: list[list[tuple[Tensor, Tensor]]] = []  # by batch and layer, of the picked tokens
+    done = 0
+    for first in range(0, len(rows), rollout.BATCH):
+        some = rows[first : first + rollout.BATCH]
+        tokens = sum(map(len, some))
+        asked.append(_ask(model, prefix, some, picked[done : done + tokens]))
+        done += tokens
     found = []
-    for i, whole in enumerate(caches[0][0].layers):
-        (group,) = whole.groups
-        queries, own = [], []
-        for cache, lengths in caches:
-            ((query, near),) = cache.layers[i].asked  # type: ignore[misc]
-            real = torch.arange(query.shape[2]) < lengths[:, None]
-            queries.append(query.cpu().transpose(1, 2)[real])  # [tokens, h, d]
-            own.append(near.cpu().transpose(1, 2)[real])
-            cache.layers[i].asked = None
-        group = Group(group.keys.cpu(), group.values.cpu())
-        found.append(_watched(group, torch.cat(queries)[picked], torch.cat(own)[picked], weights))
+    for layer, of_layer in zip(prefix.cache.layers, zip(*asked, strict=True), strict=True):
+        queries, own = (torch.cat(parts) for parts in zip(*of_layer, strict=True))
+        keys, values = layer.keys[0, :, : prefix.length], layer.values[0, :, : prefix.length]
+        found.append(_watched(Group(keys.cpu(), values.cpu()), queries, own, weights))
     return found
+
+
+def _ask(
+    model: Any, prefix: Prefix, rows: Sequence[Tensor], picked: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """By layer, queries [tokens, h, d] of the rows' picked tokens and the log of their own sums."""
+    cache = rollout.lent(model, prefix, len(rows))
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        layer.asked = []
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    rollout.run(decoder_of(model), model, prefix, cache, ids)
+    real = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    real[real.clone()] = picked
+    return [
+        (query.cpu().transpose(1, 2)[real], near.cpu().transpose(1, 2)[real])
+        for layer in layers
+        for query, near in layer.asked
+    ]
 
 
 def _watched(group: Group, queries: Tensor, own: Tensor, weights: Tensor) -> Watched:
