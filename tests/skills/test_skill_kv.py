@@ -15,7 +15,7 @@ from conftest import tiny_model
 from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm import generate
 from skimlm.errors import FormatError, SkimError
-from skimlm.skills import compression, front, kv, kv_file, kv_search, rollout, splice, store
+from skimlm.skills import compression, front, gate, kv, kv_file, kv_search, rollout, splice, store
 from skimlm.skills.document import parse
 from skimlm.skills.gate import Settings
 
@@ -240,9 +240,9 @@ def test_fitting_does_better_than_the_same_positions_as_they_are(world, made):
     model, tokenizer = world
     first = made.content.first
     ids = splice.token_ids(tokenizer, DOCUMENT.text)
-    gate = kv_search.examine(model, tokenizer, DOCUMENT, ids, QUICK, 0.95, 0.9, None)
+    task = kv_search.examine(model, tokenizer, DOCUMENT, ids, QUICK, 0.95, 0.9, None)
     plain = made.content
-    text = [layer for layer in gate.text.cache.layers]
+    text = [layer for layer in task.text.cache.layers]
     values, at = [], 0
     for layer, counts in zip(text, plain.counts.tolist(), strict=True):
         for h, count in enumerate(counts):
@@ -257,7 +257,7 @@ def test_fitting_does_better_than_the_same_positions_as_they_are(world, made):
     assert first == plain.first
     kl = [
         sum(
-            kv_search.measured(gate, "kv", 120, 120, front.side_by_side(model, [p]))["kl"]
+            kv_search.measured(task, "kv", 120, 120, front.side_by_side(model, [p]))["kl"]
             for _ in "1"
         )
         for p in (made.content, plain)
@@ -296,7 +296,26 @@ def test_the_fewest_that_pass_are_served_else_the_text(world, monkeypatch, neede
     good = [size for size in sizes if size >= needed]
     assert made.k == (good[0] if good else None)
     assert made.content.tokens == (good[0] if good else sizes[-1])
-    assert len(tried) <= 4 and sorted(tried) == [r["k"] for r in made.evidence["candidates"]]
+    assert len(tried) <= 5 and sorted(tried) == [r["k"] for r in made.evidence["candidates"]]
+
+
+@pytest.mark.parametrize("usual", [0, 3, 8])
+@pytest.mark.parametrize("needed", range(10))
+def test_few_sizes_are_tried_and_the_smallest_that_passes_is_found(usual, needed):
+    tried = []
+
+    def attempt(size):
+        tried.append(size)
+        return size, row("kv", size) | {"closure": 0.96 if size >= needed else 0.9}
+
+    fields = {field.name: None for field in dataclasses.fields(gate.Gate)}
+    asked = gate.Gate(**fields | dict(target=0.95, floor=0.9, enough=0.0))
+    found, passed, rows = gate.fewest(asked, range(9), attempt, usual)
+    assert (found, passed) == (min(needed, 8), needed < 9)
+    assert tried[0] == usual and len(tried) == len({*tried}) <= 5
+    assert [r["k"] for r in rows] == sorted(tried)
+    if needed in (usual, usual + 1):
+        assert len(tried) <= 3 if needed == usual else len(tried) <= 4
 
 
 def test_sizes_go_down_by_quarters():

@@ -47,7 +47,7 @@ def compress(
     if kind != "soft" and any(for_soft.values()):
         named = ", ".join(name for name, value in for_soft.items() if value)
         raise SkimError(f"{named}: of soft tokens alone: leave it out, or give kind soft")
-    studied = Settings(**({} if kind == "soft" else {"train": kv_search.TRAIN}) | dict(settings))
+    studied = Settings(**({} if kind == "soft" else kv_search.STUDIED) | dict(settings))
     ids = token_ids(tokenizer, document.text)
     check_reach(model, len(ids) + wrapper_tokens(tokenizer), ROOM + studied.answer, document.name)
     k = soft.budget(len(ids), tokens, ratio)

@@ -55,7 +55,7 @@ def compress(
 
     shares = [LEAST + STEP * i for i in range(round((MOST - LEAST) / STEP) + 1)]
     sizes = [max(1, int(share * len(ids))) for share in shares] if k is None else [k]
-    made, passed, rows = fewest(gate, sizes, attempt)
+    made, passed, rows = fewest(gate, sizes, attempt, len(sizes) - 2)
     served = len(token_ids(tokenizer, made.text)) if passed or k is not None else None
     made_for, facts = fingerprints(model, tokenizer), evidence(gate, rows)
     return Skill(document, made, served, "extract", made_for, facts, document.source)

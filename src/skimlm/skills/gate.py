@@ -9,7 +9,6 @@ stays in the artefact. The same inputs give the same: no clock, no judge, no net
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -138,25 +137,36 @@ def without(model: Any, tokenizer: Any, study: Study) -> list[float]:
 
 
 def fewest(
-    gate: Gate, sizes: Sequence[int], attempt: Callable[[int], tuple[Made, dict[str, Any]]]
+    gate: Gate,
+    sizes: Sequence[int],
+    attempt: Callable[[int], tuple[Made, dict[str, Any]]],
+    usual: int,
 ) -> tuple[Made, bool, list[dict[str, Any]]]:
     """Of ascending sizes the smallest whose attempt passes, what was made, and all that was tried.
 
-    An attempt gives what it made and its row of the evidence. If none passes it is the largest one.
+    An attempt gives what it made and its row of the evidence; the first is the size at index
+    `usual`, the second its neighbour, then halves. If none passes it is the largest one.
     """
     made: dict[int, tuple[Made, dict[str, Any]]] = {}
 
-    def passes(size: int) -> bool:
+    def passes(at: int) -> bool:
         if gate.progress:
             gate.progress("fit", len(made), len(made) + 1)
-        made[size] = attempt(size)
-        return choose([made[size][1]], gate.target, gate.floor, gate.enough) is not None
+        made[at] = attempt(sizes[at])
+        return choose([made[at][1]], gate.target, gate.floor, gate.enough) is not None
 
-    at = bisect.bisect_left(sizes, True, key=passes)
+    low, high, at = -1, len(sizes), min(usual, len(sizes) - 1)  # low fails, high passes
+    while high - low > 1:
+        if passes(at):
+            high = at
+        else:
+            low = at
+        at = (at - 1 if at == high else at + 1) if len(made) == 1 else (low + high) // 2
+        at = min(max(at, low + 1), high - 1)
     if gate.progress:
         gate.progress("fit", len(made), len(made))
-    rows = [made[size][1] for size in sorted(made)]
-    return made[sizes[min(at, len(sizes) - 1)]][0], at < len(sizes), rows
+    rows = [made[at][1] for at in sorted(made)]
+    return made[min(high, len(sizes) - 1)][0], high < len(sizes), rows
 
 
 def evidence(gate: Gate, candidates: Sequence[dict[str, Any]], **facts: Any) -> dict[str, Any]:
