@@ -87,6 +87,7 @@ def scored(model, tokenizer, read, skill, others, file, args):
         others,
         time.process_time,
     )
+    row["file"] = Path(row["file"]).name
     return row | {"peak_rss_bytes": peak_rss_bytes(), "provenance": provenance()}
 
 
