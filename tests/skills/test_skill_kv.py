@@ -184,6 +184,15 @@ def test_of_twins_one_is_kept_and_counts_twice():
     torch.testing.assert_close(fitted, values[:6], atol=0.02, rtol=0)
 
 
+def test_where_nobody_looks_everything_stays():
+    torch.manual_seed(1)
+    keys, values = torch.randn(9, 8), torch.randn(9, 8)
+    seen = watched_of(keys, values)
+    unseen = dataclasses.replace(seen, total=seen.total + 500, mass=seen.mass * 0, out=seen.out * 0)
+    bias, fitted = kv._refit(unseen, 0, keys, values, 2)
+    assert torch.equal(bias, torch.zeros(9)) and torch.equal(fitted, values)
+
+
 def test_values_are_those_of_ridge_regression():
     torch.manual_seed(5)
     keys, values = torch.randn(20, 4), torch.randn(20, 4)

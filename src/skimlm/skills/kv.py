@@ -39,6 +39,7 @@ LEAST = 8  # positions more than those that all keep, of every head
 QUERIES = 2048  # tokens whose queries are looked at, at most
 FORCED = 1e3  # above any square of an attention
 RIDGE, PULL = 0.02, 1e-3  # towards the values and a bias of 0, of a Gram matrix' mean diagonal
+LITTLE = 1e-12  # where nobody looks, nothing moves
 STEPS = 200  # of the projected gradient
 FEW, MANY = 0.1, 20.0  # how often a kept position may count
 CHUNK = 1024  # queries whose attention to all positions stands at once
@@ -199,7 +200,7 @@ def _refit(
     a.div_((a.sum(1) + 1 - seen.mass[h])[:, None])
     counted = a[:, free] * seen.weights[:, None]
     gram = counted.T @ a[:, free]
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean() + LITTLE)
     missing = seen.out[h].float() - a @ values
     values = values.clone()
     values[free] += torch.linalg.solve(gram, counted.T @ missing)
@@ -209,7 +210,7 @@ def _refit(
 def _counts(gram: Tensor, aim: Tensor) -> Tensor:
     """Least squares of `gram` w = `aim`, FEW <= w <= MANY, by projected gradient from ones."""
     pull = PULL * gram.diagonal().mean()
-    step = 1 / (gram.abs().sum(1).max() + pull)
+    step = 1 / (gram.abs().sum(1).max() + pull + LITTLE)
     w = torch.ones(len(gram))
     for _ in range(STEPS):
         w = (w - step * (gram @ w - aim + pull * (w - 1))).clamp_(FEW, MANY)
