@@ -133,6 +133,24 @@ def test_what_queries_look_at_is_transformers_own_attention(family):
         assert float(seen.weights.sum()) == pytest.approx(1)
 
 
+def test_of_many_tokens_some_are_looked_at_by_chance(monkeypatch):
+    model = tiny_model()
+    prefix, kinds = read(model), [(1, ROWS[:2]), (2, ROWS[2:])]
+    everything = kv.watch(model, prefix, kinds)
+    monkeypatch.setattr(kv, "QUERIES", 7)
+    monkeypatch.setattr(rollout, "BATCH", 2)
+    some, others = (kv.watch(model, prefix, kinds, seed) for seed in (0, 1))
+    for layer, whole in zip(some, everything, strict=True):
+        assert layer.queries.shape[1] == 14  # of both query heads
+        found = (layer.queries[0][:, None] - whole.queries[0]).abs().amax(-1).argmin(1)
+        assert found.tolist() == sorted({*found.tolist()})
+        ratio = layer.weights / whole.weights[found]
+        torch.testing.assert_close(ratio, ratio[:1].expand(14))
+        assert float(layer.weights.sum()) == pytest.approx(1)
+        torch.testing.assert_close(layer.mass[0], whole.mass[0, found], atol=1e-5, rtol=1e-4)
+    assert not torch.equal(some[0].queries, others[0].queries)
+
+
 def scored(score):
     layers = [kv.Watched(*[torch.zeros(0)] * 4, layer, torch.zeros(0)) for layer in score]
     return layers
@@ -371,13 +389,15 @@ def test_a_pack_goes_into_transformers_generate(world, static):
     prefix, pack = whole_pack(model, tokenizer)
     ids = torch.cat([*splice.opening(tokenizer, [[splice.token_ids(tokenizer, DOCUMENT.text)]]),
                      splice.closing(tokenizer, "Where?", True)])[None]  # fmt: skip
-    want = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    how = dict(max_new_tokens=8, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    want = model.generate(ids, **how)
     layers = exact(prefix, [torch.arange(prefix.length)] * 2, 0.0).cache.layers
     groups = [layer.groups for layer in layers]
     cache = rollout.PrefixCache(groups, pack.length, 64 if static else None)
     with rollout.attending(model):
-        got = model.generate(ids, max_new_tokens=8, do_sample=False, **{rollout.CACHE: cache})
-    assert got[0, ids.shape[1] :].tolist() == want.tolist()
+        got = model.generate(ids, **how, **{rollout.CACHE: cache})
+    assert got.sequences.tolist() == want.sequences.tolist()
+    torch.testing.assert_close(got.logits, want.logits, atol=1e-4, rtol=1e-4)
 
 
 def test_generate_answers_behind_a_pack_and_counts_it(world):
@@ -488,6 +508,12 @@ def put(*place, value):
     return change
 
 
+def move(counts):
+    """Entries of the last head to the one before."""
+    counts[-1, 0] += counts[-1, 1] - 1
+    counts[-1, 1] = 1
+
+
 DAMAGE = {
     "tampered": (lambda p: (changed(p, "values", put(0, 0, value=99)), dict(again=False)),
                  "have been changed"),
@@ -496,6 +522,7 @@ DAMAGE = {
     "counts": (lambda p: (changed(p, "counts", put(0, 0, value=int(p.counts[0, 0]) + 1)), {}),
                "counts: do not add up"),
     "few": (lambda p: (changed(p, "counts", put(0, 0, value=-5)), {}), "counts: do not add up"),
+    "hardly": (lambda p: (changed(p, "counts", move), {}), "counts: do not add up"),
     "order": (lambda p: (changed(p, "places", put(40, value=3)), {}), "places: must ascend"),
     "far": (lambda p: (changed(p, "places", put(int(p.counts[0, 0]) - 1, value=10**6)), {}),
             "places: must ascend"),
@@ -524,6 +551,17 @@ def test_a_damaged_file_is_refused_in_one_line(made, tmp_path, damage):
     with pytest.raises(FormatError, match=complaint) as error:
         store.read(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_what_was_measured_cannot_be_changed_unnoticed(made, tmp_path):
+    path = tmp_path / "a.skim"
+    store.write(path, made)
+    whole = path.read_bytes()
+    there = b'closure\\": 0.'  # JSON within JSON
+    assert whole.count(there) == 1
+    path.write_bytes(whole.replace(there, there.replace(b"0.", b"1.")))
+    with pytest.raises(FormatError, match="metadata has been changed"):
+        store.read(path)
 
 
 def test_no_damage_goes_unnoticed(made, tmp_path):
