@@ -74,6 +74,7 @@ def generate(
     from skimlm.skills.kv import Pack
 
     prompt = well_formed(prompt)  # bytes of a command line that are no UTF-8 come as such halves
+    start = time.perf_counter()
     packed = any(isinstance(skill, Pack) for skill in skills)
     if skills:
         framed = _behind_packs if packed else _with_skills
@@ -90,7 +91,6 @@ def generate(
         how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         torch.manual_seed(seed)
     how |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": 0, "num_beams": 1}
-    start = time.perf_counter()
     with torch.inference_mode(), attending(model) if packed else nullcontext():
         out = model.generate(
             **prompted,
