@@ -71,14 +71,12 @@ def generate(
     `skills` stand before the prompt (skills/front.py has what they may be). What is given here is
     what is used: penalties, beams and sampling of the model's generation config are not.
     """
-    from skimlm.skills.kv import Pack
+    from skimlm.skills.front import taken
 
     prompt = well_formed(prompt)  # bytes of a command line that are no UTF-8 come as such halves
     start = time.perf_counter()
-    packed = any(isinstance(skill, Pack) for skill in skills)
     if skills:
-        framed = _behind_packs if packed else _with_skills
-        prompted, length, chat = framed(model, tokenizer, skills, prompt, max_new_tokens, raw)
+        prompted, length, chat = _framed(model, tokenizer, skills, prompt, max_new_tokens, raw)
     else:
         ids, chat = prompt_ids(tokenizer, prompt, raw)
         if not ids.shape[1]:
@@ -91,7 +89,7 @@ def generate(
         how = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
         torch.manual_seed(seed)
     how |= {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": 0, "num_beams": 1}
-    with torch.inference_mode(), attending(model) if packed else nullcontext():
+    with torch.inference_mode(), attending(model) if CACHE in prompted else nullcontext():
         out = model.generate(
             **prompted,
             attention_mask=torch.ones(1, length, dtype=torch.long, device=model.device),
@@ -114,6 +112,19 @@ def generate(
     )
 
 
+def _framed(
+    model: Any, tokenizer: Any, skills: Sequence[Standing], prompt: str, new: int, raw: bool
+) -> tuple[dict[str, Any], int, bool]:
+    """A prompt with skills in it: what `generate` takes, its length, whether by template."""
+    from skimlm.skills.kv import Pack
+
+    if not prompt.strip():
+        raise SkimError("prompt is empty: give at least one token")
+    packed = any(isinstance(skill, Pack) for skill in skills)
+    framed = _behind_packs if packed else _with_skills
+    return framed(model, tokenizer, skills, prompt, new, raw)
+
+
 def _with_skills(
     model: Any,
     tokenizer: Any,
@@ -122,13 +133,11 @@ def _with_skills(
     new: int,
     raw: bool,
 ) -> tuple[dict[str, Any], int, bool]:
-    """Embed a prompt with skills in it: what `generate` takes, its length, whether by template."""
-    from skimlm.skills import splice
+    """The same where all is text or soft tokens: embeddings."""
+    from skimlm.skills import front, splice
 
-    if not prompt.strip():
-        raise SkimError("prompt is empty: give at least one token")
     pieces = splice.frame(tokenizer, skills, prompt, raw)
-    splice.check_fits(model, sum(map(taken, skills)), splice.length(pieces), new)
+    splice.check_fits(model, sum(map(front.taken, skills)), splice.length(pieces), new)
     with torch.inference_mode():
         embedded = splice.embed(model, pieces)
     return {"inputs_embeds": embedded}, embedded.shape[1], bool(splice.shell(tokenizer, raw)[0])
@@ -145,8 +154,6 @@ def _behind_packs(
     """The same where a skill is keys and values: a cache that holds all but the question."""
     from skimlm.skills import front, rollout, splice
 
-    if not prompt.strip():
-        raise SkimError("prompt is empty: give at least one token")
     with torch.inference_mode():
         prefix = front.before(model, tokenizer, skills, raw)
     question = splice.closing(tokenizer, prompt, True, raw)
@@ -157,13 +164,6 @@ def _behind_packs(
     ids = torch.cat([question[:1].expand(prefix.length), question])[None].to(model.device)
     prompted = {"inputs": ids, CACHE: rollout.lent(model, prefix, 1)}
     return prompted, length, bool(splice.shell(tokenizer, raw)[0])
-
-
-def taken(stands: Standing) -> int:
-    """Positions that stand in a prompt for a skill."""
-    from skimlm.skills.kv import Pack
-
-    return stands.tokens if isinstance(stands, Pack) else sum(len(piece) for piece in stands)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, raw: bool = False) -> tuple[torch.Tensor, bool]:

@@ -48,9 +48,8 @@ class Group(NamedTuple):
 
     keys: Tensor  # [g, p, d]
     values: Tensor  # [g, p, d]
-    bias: Tensor | None = (
-        None  # float32 [g, p], of the logits: its exponential is how often one counts
-    )
+    # float32 [g, p], of the logits: its exponential is how often a position counts
+    bias: Tensor | None = None
 
 
 def fits(model: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from skimlm.errors import FormatError, SkimError
 from skimlm.evaluate.report import table
 from skimlm.skills import store
-from skimlm.skills.document import Document, find
+from skimlm.skills.document import find
 from skimlm.skills.document import read as read_document
 from skimlm.skills.splice import token_ids
 
@@ -49,7 +49,7 @@ def cost(
             "catalogue": count(tokenizer, line),
             "text": count(tokenizer, document.text),
         }
-        rows.append(row | {"compressed": _beside(document, packed)})
+        rows.append(row | {"compressed": packed.get(document.sha256)})
     if not rows:
         raise SkimError(unread[0])
     catalogue = sum(row["catalogue"] for row in rows)
@@ -92,10 +92,6 @@ def compressed(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
                 "bytes": facts["bytes"],
             }
     return found
-
-
-def _beside(document: Document, packed: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
-    return packed.get(document.sha256)
 
 
 def text(facts: Mapping[str, Any]) -> str:

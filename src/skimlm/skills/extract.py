@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skimlm.skills import kv, kv_search, rollout
+from skimlm.skills import kv_search, rollout
 from skimlm.skills.document import FENCE, HEADING, Document, body_start
-from skimlm.skills.gate import Progress, Settings, evidence, examine, fewest, measured
+from skimlm.skills.gate import Progress, Settings, evidence, fewest, measured
 from skimlm.skills.select import tokens as placed
 from skimlm.skills.splice import opening, token_ids
 from skimlm.skills.store import Skill, fingerprints
@@ -37,12 +37,9 @@ def compress(
     progress: Progress | None = None,
 ) -> Skill:
     """Shorten a skill to at most `k` tokens, or to the fewest lines that pass the gate."""
-    kv_search.check_fits(model)
-    gate = examine(
-        model, tokenizer, document, ids, settings, target, floor, progress, kv_search.ENOUGH, False
+    gate, first, watched = kv_search.studied(
+        model, tokenizer, document, ids, settings, target, floor, progress
     )
-    first = sum(map(len, opening(tokenizer, [[]])))
-    watched = kv.watch(model, gate.text, kv_search.study_rows(gate), settings.seed)
     score = torch.stack([layer.score.sum(0) for layer in watched]).sum(0)[first:]
     worth = lines_worth(tokenizer, document, score)
 

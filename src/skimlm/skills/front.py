@@ -26,7 +26,7 @@ from skimlm.runtime.prefix import Group, PrefixCache
 from skimlm.skills import kv, rollout
 from skimlm.skills.kv import Pack
 from skimlm.skills.rollout import Prefix
-from skimlm.skills.splice import WRAPPER, Piece, opening, token_ids
+from skimlm.skills.splice import WRAPPER, Piece, length, opening, token_ids
 
 Standing: TypeAlias = list[Piece] | Pack  # in a prompt for one skill
 
@@ -44,6 +44,11 @@ def before(model: Any, tokenizer: Any, skills: Sequence[Standing], raw: bool = F
         return rollout.read(model, pieces, after=prefix) if pieces else prefix
 
 
+def taken(stands: Standing) -> int:
+    """Positions that stand in a prompt for a skill."""
+    return stands.tokens if isinstance(stands, Pack) else length(stands)
+
+
 def side_by_side(model: Any, packs: Sequence[Pack]) -> Prefix:
     """Packs at their own places behind the beginning of the first."""
     for pack in packs:
@@ -51,12 +56,12 @@ def side_by_side(model: Any, packs: Sequence[Pack]) -> Prefix:
         if pack.first != packs[0].first:
             raise SkimError("skills made behind different beginnings cannot be used together")
     apart = [kv.groups(pack, model.dtype, model.device) for pack in packs]
-    length = max(pack.length for pack in packs)
+    end = max(pack.length for pack in packs)
     layers = [
         [_joined(heads, packs[0].first) for heads in zip(*layer, strict=True)]
         for layer in zip(*apart, strict=True)
     ]
-    return Prefix(PrefixCache(layers, length), length)
+    return Prefix(PrefixCache(layers, end), end)
 
 
 def _joined(groups: Sequence[Group], first: int) -> Group:

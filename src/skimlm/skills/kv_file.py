@@ -16,6 +16,7 @@ from skimlm.skills.kv import Pack
 from skimlm.storage.safetensors import finite
 
 VERSION = 2
+CONTENT = Pack
 MAX_ENTRIES, MAX_WIDTH, MAX_LENGTH = 2**28, 65_536, 2**24
 METHODS = ("kv",)
 FACTS: dict[str, Any] = {"kv_sha256": str, "length": int, "first": int}

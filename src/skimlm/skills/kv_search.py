@@ -17,7 +17,7 @@ from skimlm.skills import kv
 from skimlm.skills.document import Document
 from skimlm.skills.front import side_by_side
 from skimlm.skills.gate import Gate, Progress, Settings, evidence, examine, fewest, measured
-from skimlm.skills.kv import Pack
+from skimlm.skills.kv import Pack, Watched
 from skimlm.skills.recall import ASK
 from skimlm.skills.splice import closing, opening
 from skimlm.skills.store import Skill, fingerprints
@@ -45,12 +45,9 @@ def compress(
     progress: Progress | None = None,
 ) -> Skill:
     """Compress a skill to `k` positions of its text, or to the fewest that pass the gate."""
-    check_fits(model)
-    gate = examine(
-        model, tokenizer, document, ids, settings, target, floor, progress, ENOUGH, False
+    gate, first, watched = studied(
+        model, tokenizer, document, ids, settings, target, floor, progress
     )
-    first = sum(map(len, opening(tokenizer, [[]])))
-    watched = kv.watch(model, gate.text, study_rows(gate), settings.seed)
 
     def attempt(size: int) -> tuple[Pack, dict[str, Any]]:
         keep = kv.choose(watched, size + first, first)
@@ -64,6 +61,25 @@ def compress(
     served = pack.tokens if passed or k is not None else None
     made_for, facts = fingerprints(model, tokenizer), evidence(gate, rows)
     return Skill(document, pack, served, "kv", made_for, facts, document.source)
+
+
+def studied(
+    model: Any,
+    tokenizer: Any,
+    document: Document,
+    ids: Tensor,
+    settings: Settings,
+    target: float,
+    floor: float,
+    progress: Progress | None,
+) -> tuple[Gate, int, list[Watched]]:
+    """What measures a skill, the positions before its text, and what study queries look at."""
+    check_fits(model)
+    gate = examine(
+        model, tokenizer, document, ids, settings, target, floor, progress, ENOUGH, False
+    )
+    first = sum(map(len, opening(tokenizer, [[]])))
+    return gate, first, kv.watch(model, gate.text, study_rows(gate), settings.seed)
 
 
 def check_fits(model: Any) -> None:

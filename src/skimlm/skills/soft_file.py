@@ -33,6 +33,9 @@ class Soft:
     ladder: tuple[int, ...]  # resolutions: vectors[:k]
 
 
+CONTENT = Soft
+
+
 def tensors(content: Soft) -> dict[str, Tensor]:
     """What is stored, by name."""
     return {"soft": content.vectors.detach().to(torch.bfloat16).cpu().contiguous()}

@@ -28,10 +28,10 @@ from skimlm.errors import FormatError, SkimError, first_line
 from skimlm.models.architecture import positions
 from skimlm.skills import kv_file, soft_file, text_file
 from skimlm.skills.document import MAX_BYTES, Document, parse
-from skimlm.skills.front import Standing
+from skimlm.skills.front import Standing, taken
 from skimlm.skills.kv import Pack
 from skimlm.skills.soft_file import Soft
-from skimlm.skills.splice import WRAPPER, length, pieces_of, token_ids, wrapper_tokens
+from skimlm.skills.splice import WRAPPER, pieces_of, token_ids, wrapper_tokens
 from skimlm.skills.text_file import Extract
 from skimlm.storage.folder import check_out_file
 from skimlm.storage.safetensors import read_header, write_file
@@ -41,7 +41,6 @@ SUFFIX = ".skim"
 HASHES = ("tokenizer", "chat_template", "model")
 # what knows each kind's part of a file
 KINDS: dict[str, Any] = {"soft": soft_file, "kv": kv_file, "text": text_file}
-CONTENTS: dict[str, type] = {"soft": Soft, "kv": Pack, "text": Extract}
 Content: TypeAlias = Soft | Pack | Extract
 LISTS = ("trainings", "candidates", "rungs")  # of the evidence
 
@@ -73,7 +72,7 @@ class Skill:
     @property
     def kind(self) -> str:
         """The kind of its content, one of KINDS."""
-        return next(kind for kind, content in CONTENTS.items() if type(self.content) is content)
+        return next(kind for kind, own in KINDS.items() if type(self.content) is own.CONTENT)
 
 
 def fingerprints(model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -155,8 +154,7 @@ def ladder(skill: Skill) -> tuple[int, ...]:
 
 def tokens(stands: Standing, tokenizer: Any) -> int:
     """Positions that stand in a prompt for a skill, wrapper and pinned text included."""
-    own = stands.tokens if isinstance(stands, Pack) else length(stands)
-    return own + wrapper_tokens(tokenizer)
+    return taken(stands) + wrapper_tokens(tokenizer)
 
 
 # ---- the file

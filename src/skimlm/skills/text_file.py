@@ -27,6 +27,9 @@ class Extract:
     text: str
 
 
+CONTENT = Extract
+
+
 def tensors(content: Extract) -> dict[str, Tensor]:
     """What is stored, by name."""
     return {"extract": torch.tensor(list(content.text.encode()), dtype=torch.uint8)}
