@@ -190,6 +190,8 @@ class Skill:
     ) -> Skill:
         """Compress a SKILL.md for a model: seconds on a CPU, of kind "soft" minutes.
 
+        A folder of skills is its catalogue: all names and descriptions.
+
         By default ("kv") it keeps the keys and values that matter, as few as measure up: a closure
         of `target` (0.95) to the full text (1: answers as with it, 0: as without) and a share
         `recall` (0.9) of its literals. Else `tokens`, or a share `ratio` of the text's, fixes the
@@ -238,6 +240,11 @@ class Skill:
     def text(self) -> str:
         """The full text."""
         return self.stored.document.text
+
+    @property
+    def short(self) -> str:
+        """What stands for it where nothing but text can: fewer lines, if of kind "text"."""
+        return store.as_text(self.stored)
 
     def save(self, path: PathLike, *, force: bool = False) -> None:
         """Write it as a .skim file, whole or not at all; `force` replaces one that is there."""

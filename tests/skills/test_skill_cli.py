@@ -85,6 +85,29 @@ def test_inspect_shows_a_skill(packed):
     assert (facts["k"], facts["method"], facts["bytes"]) == (24, "head", packed.stat().st_size)
 
 
+def test_inspect_prints_the_text_for_engines_that_take_nothing_else(folder, packed, source):
+    assert run("inspect", packed, "--text").stdout == TEXT.rstrip() + "\n"
+    fails(run("inspect", packed, "--text", "--json"), "Error: --text prints", 2)
+    fails(run("inspect", folder, "--text"), "Error: --text prints", 2)
+    short = source.with_name("short.skim")
+    options = "--kind text --ratio 0.6 --train 4 --json".split()
+    result = run("skill", "compress", source, short, "--model", folder, *options)
+    assert result.exit_code == 0, result.output
+    text = run("inspect", short, "--text").stdout
+    assert text == store.read(short).content.text + "\n" and len(text) <= 0.6 * len(TEXT)
+
+
+def test_a_folder_of_skills_is_compressed_as_their_catalogue(folder, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "SKILL.md").write_text(TEXT.replace("tidy-notes", name))
+    options = "--tokens 40 --train 4 --json".split()
+    result = run("skill", "compress", tmp_path, tmp_path / "a.skim", "--model", folder, *options)
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert (facts["name"], facts["kind"], facts["k"]) == ("skills", "kv", 40)
+
+
 def test_eval_prints_one_object_with_the_agreed_keys(folder, packed):
     result = run(
         "skill", "eval", packed, "--model", folder, "--questions", 3, "--answer", 4, "--json"

@@ -26,8 +26,8 @@ def folder(tmp_path):
 def test_tokens_are_those_of_the_tokenizer(folder):
     found = cost.cost([folder], chat_tokenizer(), requests=100, used=0.5)
     lines = [  # a byte is a token
-        "tidy-notes: Sort loose notes into files. Use when: a folder of notes is a mess.\n",
-        "other: Does less.\n",
+        "- **tidy-notes**: Sort loose notes into files. Use when: a folder of notes is a mess.\n",
+        "- **other**: Does less.\n",
     ]
     assert found["catalogue"] == sum(map(len, lines)) and not found["estimated"]
     assert found["text"] == len(TEXT.rstrip()) + len(OTHER.rstrip())

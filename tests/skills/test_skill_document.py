@@ -165,3 +165,22 @@ def test_a_search_finds_skills_and_not_what_lies_beside_them(tmp_path):
     assert find([tmp_path / "folders"]) == skills
     assert find([skills[1], tmp_path / "folders", flat[0]]) == sorted([flat[0], *skills])
     assert find([tmp_path / "folders/a/references/api.md"]) != []
+
+
+def test_a_folder_is_its_skill_or_the_catalogue_of_its_skills(tmp_path):
+    for name, text in (("b", TEXT), ("a", "---\nname: a1\ndescription: Does less.\n---\nDo it.\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "SKILL.md").write_text(text)
+    assert read(tmp_path / "b") == parse(TEXT) and read(tmp_path / "b").source == "SKILL.md"
+    both = read(tmp_path)
+    assert both.text == (
+        "---\nname: skills\ndescription: Which of 2 skills to use when.\n---\n"
+        "- **a1**: Does less.\n"
+        "- **tidy-notes**: Sort loose notes into files. Use when: a folder of notes is a mess."
+    )
+    assert both.source == ""
+    asked = questions.questions(both, "dev", 99)
+    assert "Tell me about tidy-notes." in asked
+    (tmp_path / "none").mkdir()
+    with pytest.raises(SkimError, match="none: no skills"):
+        read(tmp_path / "none")

@@ -122,12 +122,21 @@ def _stdin() -> str:
 
 @click.command()
 @click.argument("path", type=click.Path(exists=True))
+@click.option("--text", is_flag=True, help="Print a .skim for engines that take text alone.")
 @JSON
-def inspect(path: str, as_json: bool) -> None:
-    """Show what is in a compressed folder or a .skim: sizes, measurements, provenance."""
+def inspect(path: str, text: bool, as_json: bool) -> None:
+    """Show what is in a compressed folder or a .skim: sizes, measurements, provenance.
+
+    --text prints the shortened text of a .skim of kind text, of another kind the full one.
+    """
     from skimlm import inspect
     from skimlm.evaluate import inspect_text
     from skimlm.skills import store
 
-    text = store.inspect_text if Path(path).suffix == store.SUFFIX else inspect_text
-    show(inspect(path), text, as_json)
+    packed = Path(path).suffix == store.SUFFIX
+    if text:
+        if not packed or as_json:
+            raise click.UsageError("--text prints a .skim, as nothing but text")
+        click.echo(store.as_text(store.read(path)))
+        return
+    show(inspect(path), store.inspect_text if packed else inspect_text, as_json)

@@ -27,7 +27,7 @@ def skill() -> None:
 
 
 @skill.command("compress")
-@click.argument("path", metavar="SKILL.md", type=FILE)
+@click.argument("path", metavar="SKILL.md", type=click.Path())
 @click.argument("out", metavar="OUT.skim", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--model", required=True, help="Folder, hub id or .gguf the skill is for.")
 @click.option(
@@ -91,7 +91,10 @@ def skill_compress(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compress a SKILL.md into OUT.skim for one model."""
+    """Compress a SKILL.md into OUT.skim for one model.
+
+    A folder is the SKILL.md in it, or else the catalogue of its skills: all names and descriptions.
+    """
     if options["tokens"] is not None and options["ratio"] is not None:
         raise click.UsageError("give one of --ratio and --tokens")
     from skimlm import load

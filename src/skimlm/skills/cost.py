@@ -18,7 +18,7 @@ from typing import Any
 from skimlm.errors import FormatError, SkimError
 from skimlm.evaluate.report import table
 from skimlm.skills import store
-from skimlm.skills.document import find
+from skimlm.skills.document import catalogue_line, find
 from skimlm.skills.document import read as read_document
 from skimlm.skills.splice import token_ids
 
@@ -42,11 +42,10 @@ def cost(
         except SkimError as error:
             unread.append(str(error))
             continue
-        line = f"{document.name}: {document.description}\n"
         row = {
             "name": document.name,
             "file": str(file),
-            "catalogue": count(tokenizer, line),
+            "catalogue": count(tokenizer, catalogue_line(document)),
             "text": count(tokenizer, document.text),
         }
         rows.append(row | {"compressed": packed.get(document.sha256)})

@@ -1,6 +1,7 @@
 """A SKILL.md taken apart: front matter, sections, and the spans that only work word for word.
 
     read(path)        -> Document         the text as it will be served, and what is known of it
+    catalogue(skills) -> Document         of many skills, their names and descriptions
     sections(text)    -> [Section]        cut at headings; joined again they are the text
     spans(text)       -> [(begin, end)]   code, commands, paths, URLs, flags, numbers, prohibitions
     literals(text)    -> [str]            the short ones of them: what can be asked back
@@ -61,8 +62,14 @@ class Section:
 
 
 def read(path: str | os.PathLike[str]) -> Document:
-    """Read a SKILL.md; SkimError in one line for anything that is none."""
+    """Read a SKILL.md, or a folder: its SKILL.md, else the catalogue of all the skills in it.
+
+    SkimError in one line for anything that is none.
+    """
     path = Path(path)
+    if path.is_dir():
+        own = [file for file in sorted(path.iterdir()) if file.name.lower() == "skill.md"]
+        return read(own[0]) if own else _catalogue_of(path)
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise SkimError(f"{path}: {size:,} bytes, a skill has at most {MAX_BYTES:,}: split it")
@@ -71,6 +78,25 @@ def read(path: str | os.PathLike[str]) -> Document:
     except UnicodeDecodeError as error:
         raise SkimError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     return replace(parse(text, str(path)), source=path.name)
+
+
+def catalogue(skills: Iterable[Document]) -> Document:
+    """What an agent reads of many skills in every request: a line of each."""
+    lines = [catalogue_line(skill) for skill in skills]
+    front = f"---\nname: skills\ndescription: Which of {len(lines)} skills to use when.\n---\n"
+    return parse(front + "".join(lines))
+
+
+def catalogue_line(skill: Document) -> str:
+    """Name and description of a skill, as they stand in a catalogue."""
+    return f"- **{skill.name}**: {skill.description}\n"
+
+
+def _catalogue_of(folder: Path) -> Document:
+    skills = [read(file) for file in find([folder])]
+    if not skills:
+        raise SkimError(f"{folder}: no skills: a SKILL.md has front matter")
+    return catalogue(sorted(skills, key=lambda skill: skill.name))
 
 
 def find(places: Iterable[str | os.PathLike[str]]) -> list[Path]:

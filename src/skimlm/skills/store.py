@@ -140,8 +140,14 @@ def standing(skill: Skill, tokenizer: Any, k: int | None = None) -> Standing:
     if isinstance(content, Pack):
         return content
     if isinstance(content, Extract):
-        return [token_ids(tokenizer, content.text)]
+        return [token_ids(tokenizer, as_text(skill))]
     return pieces_of(tokenizer, content.vectors, content.pins, k)
+
+
+def as_text(skill: Skill) -> str:
+    """What stands in a prompt where nothing but text can: shortened, where that is its kind."""
+    content = skill.content
+    return content.text if isinstance(content, Extract) and skill.k else skill.document.text
 
 
 def ladder(skill: Skill) -> tuple[int, ...]:
