@@ -24,7 +24,7 @@ from skimlm.format.layer import Layer
 from skimlm.native.structs import POINTER, SIZE, STRUCTS, BodyStruct, layer_struct, with_order
 
 ISAS = ("portable", "avx2", "avx512")
-ABI = 5  # of kernels.h; raised whenever a function or a struct there changes
+ABI = 6  # of kernels.h; raised whenever a function or a struct there changes
 FOLDER = Path(__file__).parent  # where the libraries are
 SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}  # elsewhere .so: as CMake names shared libraries
 REINSTALL = "reinstall skimlm with `pip install --force-reinstall .`"
@@ -179,11 +179,11 @@ _MATMUL = (ctypes.c_char_p, POINTER, SIZE, POINTER, SIZE, SIZE)
 _EACH = (ctypes.c_char_p, SIZE, POINTER, SIZE, SIZE, POINTER)
 _UNPACK = (ctypes.c_char_p, POINTER, SIZE, SIZE, SIZE, SIZE)
 _ROWS = (ctypes.c_char_p, POINTER, SIZE, POINTER, SIZE)
-_DECODE = (POINTER, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE, SIZE, POINTER, POINTER)
+_DECODE = (POINTER, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE, POINTER)
 
 
 def layer_matmul(
-    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, out: torch.Tensor, exact: bool
+    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, out: torch.Tensor, exact: int
 ) -> bool:
     """`skimlm_layer_matmul`, called hundreds of times per token: False if tensors do not fit.
 
@@ -275,15 +275,12 @@ def decode(
     x: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    past: Any,
-    capacity: int,
-    length: int,
-    prefix: Any,
+    sequences: Any,
     out: torch.Tensor,
 ) -> bool:
     """`skimlm_decode`: False if sizes do not fit each other.
 
-    `past` is an array of pointers, `prefix` one of PrefixStructs, or None.
+    `sequences` is an array of SequenceStructs, one for every token of `x` [n, width].
     """
     status = _function(library(), "skimlm_decode", _DECODE)(
         ctypes.addressof(body),
@@ -291,10 +288,8 @@ def decode(
         cos.data_ptr(),
         sin.data_ptr(),
         cos.shape[-1],
-        ctypes.addressof(past),
-        capacity,
-        length,
-        None if prefix is None else ctypes.addressof(prefix),
+        ctypes.addressof(sequences),
+        len(sequences),
         out.data_ptr(),
         torch.get_num_threads(),
     )

@@ -1,12 +1,14 @@
 // What the processor can run; asked of the portable library before another one is loaded.
+#include <iterator>
+
 #include "guard.h"
 #include "kernels.h"
 #include "parallel.h"
 
 int64_t skimlm_abi(int64_t what) {
-  constexpr int64_t found[] = {5, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody),
-                               sizeof(SkimlmPrefix)};
-  return what >= 0 && what < 5 ? found[what] : -1;
+  constexpr int64_t found[] = {6, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody),
+                               sizeof(SkimlmPrefix), sizeof(SkimlmSequence)};
+  return what >= 0 && what < int64_t(std::size(found)) ? found[what] : -1;
 }
 
 void skimlm_use_openmp(void* gomp_parallel, void* omp_get_num_threads) {

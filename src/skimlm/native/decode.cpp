@@ -1,5 +1,6 @@
-// One token through all decoder blocks of a model of the llama family (runtime/decode.py), in one call: on a
-// small model the way from one product to the next takes longer than the products.
+// One token each of some sequences through all decoder blocks of a model of the llama family (runtime/decode.py), in
+// one call: on a small model the way from one product to the next takes longer than the products. A token's numbers
+// are the same whatever others go with it.
 //
 //   norm -> q, k, v -> (norm of heads) -> rotation -> cache -> attention -> o -> + x
 //        -> norm -> silu(gate) * up -> down -> + x
@@ -53,27 +54,36 @@ inline float exp_negative(float x) {
   return p * power;
 }
 
-// Of this token: where a block's keys and values are, [kv_heads, capacity, head_dim], and how many; before
-// them, for every head of every block, those of a prefix.
-struct Past {
-  void *const *keys, *const *values;
-  int64_t capacity, length, rotary;
-  const SkimlmPrefix* prefix;  // null without one
+// The tokens of a call: each is the next one of a sequence of its own.
+struct Batch {
+  const SkimlmSequence* sequences;
+  int64_t n, rotary;
+};
+
+// Tokens on the short way from one product to the next.
+struct Tokens {
+  std::vector<float> state, normed, turn;  // of every token
+  std::vector<Integers> inputs;            // of products, one for every number of columns there is
+  Integers& columns(int64_t c) {
+    return *std::find_if(inputs.begin(), inputs.end(), [&](const Integers& x) { return x.c == c; });
+  }
 };
 
 // What the threads of a team share: results of one step that the next step reads whole.
 struct Shared {
+  Tokens tokens;  // where there are several
   std::vector<float> qkv, mixed, attended, routed, gate_up, out, u;
-  std::vector<std::atomic<int64_t>> next;  // per step: the part whose turn it is
+  std::vector<std::atomic<int64_t>> next;  // per token and step: the part whose turn it is
 };
 
-// What each thread has for itself. The short way from one product to the next every thread goes alone.
+// What each thread has for itself.
 struct Own {
-  std::vector<float> state, normed, weight, turn;
+  Tokens tokens;  // a single one goes the short way on every thread
+  std::vector<float> weight, gated;
   std::vector<std::pair<float, int64_t>> chosen;  // experts, and what each counts
   std::vector<const SkimlmLayer*> layers;         // of the chosen ones
   std::vector<Matrix> matrices;
-  std::vector<Integers> x;
+  std::vector<Integers> x;  // of experts
   std::vector<Product> products;
   std::vector<SparseProduct> sparse;
 };
@@ -87,32 +97,54 @@ void rms_norm(const float* x, int64_t n, const void* weight, bool bf16, double e
   for (int64_t j = 0; j < n; ++j) out[j] = x[j] * inverse * scratch[j];
 }
 
-// Products of several layers with the same x, or with `apart` columns more for each layer, their outputs one
-// after the other; this thread's share. `u` holds the ranks of all of them; `next` are three counters.
-void times(const SkimlmLayer* const* layers, int64_t count, const float* x, int64_t apart, Own& own, float* out,
-           float* u, Team& team, std::atomic<int64_t>* next) {
+// What the products of `layers` take of token t, x [cols].
+void prepare(const SkimlmLayer* const* layers, int64_t count, const float* x, int64_t t, Tokens& at) {
+  if (std::any_of(layers, layers + count, [](const SkimlmLayer* w) { return is_plain(*w); }))
+    fill(at.columns(layers[0]->cols), t, x);
+}
+
+// Products of several layers with the same tokens, x [n, cols], once prepared: their outputs one after the other
+// for each token, `stride` numbers apart; this thread's share. `u` holds the ranks of all of them for every token.
+void times(const SkimlmLayer* const* layers, int64_t count, const float* x, int64_t n, Tokens& at, Own& own,
+           float* out, int64_t stride, float* u, Team& team, std::atomic<int64_t>* next, int64_t apart) {
   own.products.clear();
-  own.sparse.clear();
   own.matrices.resize(std::max(own.matrices.size(), size_t(count)));
-  own.x.resize(std::max(own.x.size(), size_t(count)));
-  int64_t made = 0;  // of own.x
-  for (int64_t i = 0; i < count; ++i) {
+  float* to = out;
+  for (int64_t i = 0; i < count; to += layers[i++]->rows) {
     const SkimlmLayer& w = *layers[i];
-    const Output to{out, false, w.rows, w.bias};
-    if (is_plain(w)) {
-      if (!lay_out(w, own.matrices[i])) throw std::invalid_argument("an expert's sizes do not fit each other");
-      if (apart || !made) own.x[made++] = to_integers(x + i * apart, 1, w.cols);
-      own.products.push_back({w, own.matrices[i], own.x[made - 1], to});
-    } else {
-      own.sparse.push_back({w, u, to});
-      u += w.rank;
-    }
-    out += w.rows;
+    if (!is_plain(w)) continue;
+    lay_out(w, own.matrices[i]);
+    own.products.push_back({w, own.matrices[i], at.columns(w.cols), Output{to, false, stride, w.bias}});
   }
   if (!own.products.empty())
     multiply(own.products.data(), int64_t(own.products.size()), team.size, next);
-  if (!own.sparse.empty())
-    multiply(own.sparse.data(), int64_t(own.sparse.size()), x, team, next + 1);
+  if (int64_t(own.products.size()) == count) return;
+  for (int64_t t = 0; t < n; ++t) {
+    own.sparse.clear();
+    to = out + t * stride;
+    for (int64_t i = 0; i < count; to += layers[i++]->rows) {
+      if (is_plain(*layers[i])) continue;
+      own.sparse.push_back({*layers[i], u, Output{to, false, layers[i]->rows, layers[i]->bias}});
+      u += layers[i]->rank;
+    }
+    multiply(own.sparse.data(), int64_t(own.sparse.size()), x + t * layers[0]->cols, team, next + t * apart + 1);
+  }
+}
+
+// The same for one token and experts, whose x are `apart` numbers apart, or the same if that is 0.
+void times_each(const SkimlmLayer* const* layers, int64_t count, const float* x, int64_t apart, Own& own,
+                float* out, Team& team, std::atomic<int64_t>* next) {
+  own.products.clear();
+  own.matrices.resize(std::max(own.matrices.size(), size_t(count)));
+  own.x.resize(std::max(own.x.size(), size_t(count)));
+  for (int64_t i = 0; i < count; ++i) {
+    const SkimlmLayer& w = *layers[i];
+    if (!lay_out(w, own.matrices[i])) throw std::invalid_argument("an expert's sizes do not fit each other");
+    if (apart || !i) own.x[i] = to_integers(x + i * apart, 1, w.cols);
+    own.products.push_back({w, own.matrices[i], own.x[apart ? i : 0], Output{out, false, w.rows, w.bias}});
+    out += w.rows;
+  }
+  multiply(own.products.data(), count, team.size, next);
 }
 
 void rotate(float* x, const float* cos, const float* sin, int64_t n) {
@@ -195,14 +227,15 @@ void choose(const SkimlmBlock& b, const float* logits, std::vector<std::pair<flo
 
 constexpr int64_t STEPS = 14;  // of a block: three of every product, attention, and the router
 
-// The experts' part of a block: what the token's own add to its state.
-void run_experts(const SkimlmBlock& b, const SkimlmBody& m, Shared& shared, Own& own, Team& team,
-                 std::atomic<int64_t>* next) {
+// The experts' part of a block: what those of one token, normed [width], add to its state; by one thread if it is
+// shared.
+void run_experts(const SkimlmBlock& b, const SkimlmBody& m, const float* normed, float* state, bool adds,
+                 Shared& shared, Own& own, Team& team, std::atomic<int64_t>* next) {
   const int64_t inner = b.down[0]->cols, size = m.bf16 ? 2 : 4;
   for (int64_t e; (e = next[13].fetch_add(1)) < b.experts;) {
     const void* row = static_cast<const char*>(b.router) + e * m.width * size;
-    shared.routed[e] = m.bf16 ? dot(own.normed.data(), static_cast<const uint16_t*>(row), m.width)
-                              : dot(own.normed.data(), static_cast<const float*>(row), m.width);
+    shared.routed[e] = m.bf16 ? dot(normed, static_cast<const uint16_t*>(row), m.width)
+                              : dot(normed, static_cast<const float*>(row), m.width);
   }
   team.wait();
   choose(b, shared.routed.data(), own.chosen);
@@ -211,66 +244,103 @@ void run_experts(const SkimlmBlock& b, const SkimlmBody& m, Shared& shared, Own&
     for (const auto& [share, e] : own.chosen) own.layers.push_back(all[e]);
     return own.layers.data();
   };
-  times(of_chosen(b.mlp), b.chosen, own.normed.data(), 0, own, shared.gate_up.data(), nullptr, team, next + 7);
+  times_each(of_chosen(b.mlp), b.chosen, normed, 0, own, shared.gate_up.data(), team, next + 7);
   team.wait();
-  for (int64_t i = 0; i < b.chosen; ++i)
-    gated(&shared.gate_up[2 * i * inner], inner, &own.normed[i * inner]);
-  times(of_chosen(b.down), b.chosen, own.normed.data(), inner, own, shared.out.data(), nullptr, team, next + 10);
+  own.gated.resize(b.chosen * inner);
+  for (int64_t i = 0; i < b.chosen; ++i) gated(&shared.gate_up[2 * i * inner], inner, &own.gated[i * inner]);
+  times_each(of_chosen(b.down), b.chosen, own.gated.data(), inner, own, shared.out.data(), team, next + 10);
   team.wait();
-  for (int64_t i = 0; i < b.chosen; ++i)
-    for (int64_t j = 0; j < m.width; ++j) own.state[j] += own.chosen[i].first * shared.out[i * m.width + j];
+  for (int64_t i = 0; adds && i < b.chosen; ++i)
+    for (int64_t j = 0; j < m.width; ++j) state[j] += own.chosen[i].first * shared.out[i * m.width + j];
 }
 
-void run(const SkimlmBody& m, int64_t index, const Past& past, Shared& shared, Own& own, Team& team,
+// Calls each(t) for every token: on every thread if there is only one, else shared out and waited for.
+template <class Each>
+void each_token(int64_t n, Team& team, int thread, const Each& each) {
+  if (n == 1) return each(0);
+  for (int64_t t = thread; t < n; t += team.size) each(t);
+  team.wait();
+}
+
+// Query head h of a token's q, k and v attends; what comes is [head_dim].
+void run_head(const SkimlmBody& m, const SkimlmBlock& b, int64_t index, int64_t h, const SkimlmSequence& past,
+              float* q, const float* cos, const float* sin, int64_t rotary, Own& own, float* out) {
+  const int64_t d = m.head_dim, size = m.bf16 ? 2 : 4, kv = h / (m.heads / m.kv_heads);
+  if (b.q_norm) rms_norm(q, d, b.q_norm, m.bf16, m.eps, own.weight, q);
+  rotate(q, cos, sin, rotary);
+  const int64_t at = kv * past.capacity * d * size;
+  const char* keys = static_cast<char*>(past.places[index]) + at;
+  const char* values = static_cast<char*>(past.places[m.count + index]) + at;
+  const SkimlmPrefix before = past.prefix ? past.prefix[index * m.kv_heads + kv] : SkimlmPrefix{};
+  const auto as = [&](auto type) {
+    using T = decltype(type);
+    attend(q, reinterpret_cast<const T*>(keys), reinterpret_cast<const T*>(values), past.length + 1, before, d,
+           float(m.scale), out);
+  };
+  m.bf16 ? as(uint16_t()) : as(float());
+}
+
+void run(const SkimlmBody& m, int64_t index, const Batch& batch, Shared& shared, Own& own, Team& team,
          int thread) {
   const SkimlmBlock& b = m.blocks[index];
-  char *keys = static_cast<char*>(past.keys[index]), *values = static_cast<char*>(past.values[index]);
-  const int64_t d = m.head_dim, nq = m.heads * d, nk = m.kv_heads * d, length = past.length;
-  const int64_t size = m.bf16 ? 2 : 4, group = m.heads / m.kv_heads;
-  const float *cos = own.turn.data(), *sin = cos + past.rotary;
+  const int64_t n = batch.n, d = m.head_dim, nq = m.heads * d, nk = m.kv_heads * d, row = nq + 2 * nk;
+  const int64_t inner = b.down[0]->cols, width = m.width, size = m.bf16 ? 2 : 4;
+  const int64_t apart = STEPS * m.count;  // counters of a token and of the next
   std::atomic<int64_t>* next = &shared.next[index * STEPS];
-  float *state = own.state.data(), *normed = own.normed.data(), *u = shared.u.data();
+  Tokens& at = n == 1 ? own.tokens : shared.tokens;
+  float *state = at.state.data(), *normed = at.normed.data(), *u = shared.u.data();
+  const auto turn = [&](int64_t t) { return &at.turn[2 * t * batch.rotary]; };
+  const auto add = [&](int64_t t, const float* more) {
+    for (int64_t j = 0; j < width; ++j) state[t * width + j] += more[t * width + j];
+  };
 
-  rms_norm(state, m.width, b.norm, m.bf16, m.eps, own.weight, normed);
-  times(b.in, b.in_count, normed, 0, own, shared.qkv.data(), u, team, next);
+  each_token(n, team, thread, [&](int64_t t) {
+    rms_norm(state + t * width, width, b.norm, m.bf16, m.eps, own.weight, normed + t * width);
+    prepare(b.in, b.in_count, normed + t * width, t, at);
+  });
+  times(b.in, b.in_count, normed, n, at, own, shared.qkv.data(), row, u, team, next, apart);
   team.wait();
-  for (int64_t h = thread; h < m.kv_heads; h += team.size) {
-    float* head = &shared.qkv[nq + h * d];
+  for (int64_t i = thread; i < n * m.kv_heads; i += team.size) {
+    const int64_t t = i / m.kv_heads, h = i % m.kv_heads;
+    const SkimlmSequence& past = batch.sequences[t];
+    float* head = &shared.qkv[t * row + nq + h * d];
     if (b.k_norm) rms_norm(head, d, b.k_norm, m.bf16, m.eps, own.weight, head);
-    rotate(head, cos, sin, past.rotary);
-    const int64_t at = (h * past.capacity + length) * d * size;
-    from_float(head, m.bf16, d, keys + at);
-    from_float(head + nk, m.bf16, d, values + at);
+    rotate(head, turn(t), turn(t) + batch.rotary, batch.rotary);
+    const int64_t to = (h * past.capacity + past.length) * d * size;
+    from_float(head, m.bf16, d, static_cast<char*>(past.places[index]) + to);
+    from_float(head + nk, m.bf16, d, static_cast<char*>(past.places[m.count + index]) + to);
   }
   team.wait();
-  for (int64_t h; (h = next[3].fetch_add(1)) < m.heads;) {
-    float* q = &shared.qkv[h * d];
-    if (b.q_norm) rms_norm(q, d, b.q_norm, m.bf16, m.eps, own.weight, q);
-    rotate(q, cos, sin, past.rotary);
-    const int64_t at = h / group * past.capacity * d * size;
-    const float scale = float(m.scale);
-    const SkimlmPrefix before = past.prefix ? past.prefix[index * m.kv_heads + h / group] : SkimlmPrefix{};
-    if (m.bf16)
-      attend(q, reinterpret_cast<const uint16_t*>(keys + at),
-             reinterpret_cast<const uint16_t*>(values + at), length + 1, before, d, scale,
-             &shared.mixed[h * d]);
-    else
-      attend(q, reinterpret_cast<const float*>(keys + at),
-             reinterpret_cast<const float*>(values + at), length + 1, before, d, scale,
-             &shared.mixed[h * d]);
+  for (int64_t i; (i = next[3].fetch_add(1)) < n * m.heads;) {
+    const int64_t t = i / m.heads, h = i % m.heads;
+    run_head(m, b, index, h, batch.sequences[t], &shared.qkv[t * row + h * d], turn(t), turn(t) + batch.rotary,
+             batch.rotary, own, &shared.mixed[t * nq + h * d]);
   }
   team.wait();
-  times(&b.o, 1, shared.mixed.data(), 0, own, shared.attended.data(), u, team, next + 4);
+  each_token(n, team, thread, [&](int64_t t) { prepare(&b.o, 1, &shared.mixed[t * nq], t, at); });
+  times(&b.o, 1, shared.mixed.data(), n, at, own, shared.attended.data(), width, u, team, next + 4, apart);
   team.wait();
-  for (int64_t j = 0; j < m.width; ++j) state[j] += shared.attended[j];
-  rms_norm(state, m.width, b.mlp_norm, m.bf16, m.eps, own.weight, normed);
-  if (b.experts) return run_experts(b, m, shared, own, team, next);
-  times(b.mlp, b.mlp_count, normed, 0, own, shared.gate_up.data(), u, team, next + 7);
+  each_token(n, team, thread, [&](int64_t t) {
+    add(t, shared.attended.data());
+    rms_norm(state + t * width, width, b.mlp_norm, m.bf16, m.eps, own.weight, normed + t * width);
+    if (!b.experts) prepare(b.mlp, b.mlp_count, normed + t * width, t, at);
+  });
+  if (b.experts) {
+    for (int64_t t = 0; t < n; ++t)
+      run_experts(b, m, normed + t * width, state + t * width, n == 1 || !thread, shared, own, team,
+                  next + t * apart);
+    if (n > 1) team.wait();
+    return;
+  }
+  times(b.mlp, b.mlp_count, normed, n, at, own, shared.gate_up.data(), 2 * inner, u, team, next + 7, apart);
   team.wait();
-  gated(shared.gate_up.data(), b.down[0]->cols, normed);
-  times(b.down, 1, normed, 0, own, shared.out.data(), u, team, next + 10);
+  each_token(n, team, thread, [&](int64_t t) {
+    gated(&shared.gate_up[2 * t * inner], inner, normed + t * inner);
+    prepare(b.down, 1, normed + t * inner, t, at);
+  });
+  times(b.down, 1, normed, n, at, own, shared.out.data(), width, u, team, next + 10, apart);
   team.wait();
-  for (int64_t j = 0; j < m.width; ++j) state[j] += shared.out[j];
+  each_token(n, team, thread, [&](int64_t t) { add(t, shared.out.data()); });
 }
 
 bool fits(const SkimlmLayer& w, int64_t cols) { return w.cols == cols && !w.in_scale && ::fits(w); }
@@ -302,43 +372,64 @@ int64_t ranks(const SkimlmLayer* const* layers, int64_t count) {
 // The most that a block needs room for.
 struct Room {
   int64_t inner = 0, mlps = 1, experts = 0, rank = 0;
+  std::vector<const SkimlmLayer*> kinds;  // plain ones, one for every number of columns
+
+  void take(const SkimlmLayer* const* layers, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const auto same = [&](const SkimlmLayer* w) { return w->cols == layers[i]->cols; };
+      if (is_plain(*layers[i]) && std::none_of(kinds.begin(), kinds.end(), same)) kinds.push_back(layers[i]);
+    }
+  }
 };
 
-void decode(const SkimlmBody& m, const void* x, const void* cos, const void* sin, const Past& past,
+// A single token with its own room on every thread, or several that all share.
+Tokens tokens_of(const SkimlmBody& m, const Room& room, int64_t n, int64_t rotary) {
+  Tokens at{std::vector<float>(n * m.width), std::vector<float>(n * std::max(room.inner, m.width)),
+            std::vector<float>(2 * n * rotary), {}};
+  for (const SkimlmLayer* w : room.kinds) at.inputs.push_back(room_for(n, w->cols));
+  return at;
+}
+
+void decode(const SkimlmBody& m, const void* x, const void* cos, const void* sin, const Batch& batch,
             const Room& room, void* out, int threads) {
-  const int64_t nq = m.heads * m.head_dim, nk = m.kv_heads * m.head_dim, inner = room.inner;
-  Shared shared{std::vector<float>(nq + 2 * nk),
-                std::vector<float>(nq),
-                std::vector<float>(m.width),
+  const int64_t n = batch.n, nq = m.heads * m.head_dim, nk = m.kv_heads * m.head_dim, size = m.bf16 ? 2 : 4;
+  const int64_t rotary = batch.rotary, width = m.width;
+  Shared shared{n == 1 ? Tokens{} : tokens_of(m, room, n, rotary),
+                std::vector<float>(n * (nq + 2 * nk)),
+                std::vector<float>(n * nq),
+                std::vector<float>(n * width),
                 std::vector<float>(room.experts),
-                std::vector<float>(2 * inner),
-                std::vector<float>(room.mlps * m.width),
-                std::vector<float>(room.rank),
-                std::vector<std::atomic<int64_t>>(STEPS * m.count)};
+                std::vector<float>(2 * n * room.inner),
+                std::vector<float>(std::max(n, room.mlps) * width),
+                std::vector<float>(n * room.rank),
+                std::vector<std::atomic<int64_t>>(STEPS * m.count * n)};
+  const auto of = [&](const void* all, int64_t at) { return static_cast<const char*>(all) + at * size; };
   run_team(threads, [&](Team& team, int thread) {
     Own own;
-    own.state.resize(m.width);
-    own.normed.resize(std::max(inner, m.width));
-    own.turn.resize(2 * past.rotary);
-    to_float(x, m.bf16, m.width, own.state.data());
-    to_float(cos, m.bf16, past.rotary, own.turn.data());
-    to_float(sin, m.bf16, past.rotary, own.turn.data() + past.rotary);
-    for (int64_t i = 0; i < m.count; ++i) run(m, i, past, shared, own, team, thread);
-    if (thread) return;
-    rms_norm(own.state.data(), m.width, m.norm, m.bf16, m.eps, own.weight, own.normed.data());
-    from_float(own.normed.data(), m.bf16, m.width, out);
+    if (n == 1) own.tokens = tokens_of(m, room, 1, rotary);
+    Tokens& at = n == 1 ? own.tokens : shared.tokens;
+    each_token(n, team, thread, [&](int64_t t) {
+      to_float(of(x, t * width), m.bf16, width, &at.state[t * width]);
+      to_float(of(cos, t * rotary), m.bf16, rotary, &at.turn[2 * t * rotary]);
+      to_float(of(sin, t * rotary), m.bf16, rotary, &at.turn[(2 * t + 1) * rotary]);
+    });
+    for (int64_t i = 0; i < m.count; ++i) run(m, i, batch, shared, own, team, thread);
+    if (n == 1 && thread) return;
+    for (int64_t t = thread; t < n; t += team.size) {
+      rms_norm(&at.state[t * width], width, m.norm, m.bf16, m.eps, own.weight, &at.normed[t * width]);
+      from_float(&at.normed[t * width], m.bf16, width, static_cast<char*>(out) + t * width * size);
+    }
   });
 }
 
 }  // namespace
 
-int skimlm_decode(const SkimlmBody* m, const void* x, const void* cos, const void* sin,
-                  int64_t rotary, void* const* past, int64_t capacity, int64_t length,
-                  const SkimlmPrefix* prefix, void* out, int threads) {
+int skimlm_decode(const SkimlmBody* m, const void* x, const void* cos, const void* sin, int64_t rotary,
+                  const SkimlmSequence* sequences, int64_t n, void* out, int threads) {
   return guarded([&] {
-    if (length < 0 || length >= capacity || rotary > m->head_dim || rotary % 2 ||
-        m->heads % m->kv_heads)
-      return MISFIT;
+    if (n < 1 || rotary > m->head_dim || rotary % 2 || m->heads % m->kv_heads) return MISFIT;
+    for (int64_t t = 0; t < n; ++t)
+      if (sequences[t].length < 0 || sequences[t].length >= sequences[t].capacity) return MISFIT;
     Room room;
     for (int64_t i = 0; i < m->count; ++i) {
       const SkimlmBlock& b = m->blocks[i];
@@ -349,9 +440,11 @@ int skimlm_decode(const SkimlmBody* m, const void* x, const void* cos, const voi
       room.experts = std::max(room.experts, b.experts);
       room.rank = std::max({room.rank, ranks(b.in, b.in_count), ranks(&b.o, 1), ranks(b.mlp, b.mlp_count),
                             ranks(b.down, 1)});
+      room.take(b.in, b.in_count);
+      room.take(&b.o, 1);
+      if (!b.experts) room.take(b.mlp, b.mlp_count), room.take(b.down, 1);
     }
-    const Past places{past, past + m->count, capacity, length, rotary, prefix};
-    decode(*m, x, cos, sin, places, room, out, threads);
+    decode(*m, x, cos, sin, {sequences, n, rotary}, room, out, threads);
     return DONE;
   });
 }

@@ -75,31 +75,34 @@ std::vector<float> to_floats(const void* x, bool bf16, const uint16_t* in_scale,
   return out;
 }
 
-Integers to_integers(const float* x, int64_t n, int64_t c, int parts) {
-  const bool paired = parts == 0;
-  parts = std::max(parts, 1);
-  const int64_t line = c / parts, unit = paired ? PAIR : CHUNK;
+Integers room_for(int64_t n, int64_t c, int lines) {
+  const int64_t parts = std::max(lines, 1), line = c / parts, unit = lines ? CHUNK : PAIR;
   const int64_t padded = (line + unit - 1) / unit * unit;
   Integers out{n * parts, line, padded / CHUNK, {}, {}, {}, {}};
-  const bool vbmi = skimlm_has_vbmi() && line <= LONGEST;
-  std::vector<int32_t> token(c), whole(padded);
   out.sums.resize(out.n);
   out.steps.resize(out.n);
-  if (vbmi)
+  if (skimlm_has_vbmi() && line <= LONGEST)
     out.planes = Lines<int8_t>(out.n * PLANES * padded);
   else
     out.digits.resize(out.n * 2 * padded);
-  for (int64_t t = 0; t < out.n; ++t) {
-    if (t % parts == 0)
-      out.steps[t] = integers(x + t * line, c, token.data());
-    else
-      out.steps[t] = out.steps[t - 1];
-    const int32_t* from = &token[t % parts * line];
+  return out;
+}
+
+void fill(Integers& out, int64_t token, const float* x, int lines) {
+  const bool paired = lines == 0;
+  const int64_t parts = std::max(lines, 1), unit = paired ? PAIR : CHUNK;
+  const int64_t line = out.c, padded = out.chunks * CHUNK;
+  std::vector<int32_t> all(line * parts), whole(padded);
+  const double step = integers(x, line * parts, all.data());
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t t = token * parts + part;
+    const int32_t* from = &all[part * line];
     int64_t sum = 0;
     for (int64_t j = 0; j < line; ++j) sum += from[j];
     out.sums[t] = sum;
+    out.steps[t] = step;
     std::copy_n(from, line, whole.data());
-    if (vbmi) {
+    if (out.planes) {
       for (int64_t k = 0; k < padded; k += unit)
         for (int64_t h = 0; h < unit / CHUNK; ++h) {
           int32_t q[CHUNK];
@@ -124,5 +127,10 @@ Integers to_integers(const float* x, int64_t n, int64_t c, int parts) {
       }
     }
   }
+}
+
+Integers to_integers(const float* x, int64_t n, int64_t c, int lines) {
+  Integers out = room_for(n, c, lines);
+  for (int64_t t = 0; t < n; ++t) fill(out, t, x + t * c, lines);
   return out;
 }

@@ -20,7 +20,7 @@
 #endif
 
 // The version of this interface, and the bytes of the structs that cross it: what native/__init__.py was
-// written for must be the same. 0: the version, 1: SkimlmLayer, 2: SkimlmBlock, 3: SkimlmBody; else -1.
+// written for must be the same. 0: the version, then the structs in the order of STRUCTS in native/structs.py; -1 behind.
 SKIMLM_API int64_t skimlm_abi(int64_t what);
 
 SKIMLM_API int skimlm_best_isa();
@@ -99,7 +99,8 @@ SKIMLM_API int skimlm_has_vbmi();
 
 // out [n, rows] = x [n, cols] times a layer transposed, its adapter and bias included (runtime/ops.py,
 // FORMAT.md). x and out are float, or bfloat16 bits if x_bf16. exact = 0, of a layer without sparsity, grid
-// and adapter: x is rounded to int8 per token and 128 columns. `threads` is not 0.
+// and adapter: x is rounded to int8 per token and 128 columns; 2: every token to the bit what it gives alone.
+// `threads` is not 0.
 SKIMLM_API int skimlm_layer_matmul(const SkimlmLayer* layer, const void* x, int64_t x_bf16, void* out,
                                    int64_t n, int64_t exact, int threads);
 
@@ -124,10 +125,6 @@ SKIMLM_API int skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t*
                                     const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,
                                     int threads);
 
-// One token through the blocks of a model (decode.cpp, runtime/decode.py): x and out [width], cos and sin [rotary],
-// all bfloat16 bits or float; past: the keys of every block, then the values, [kv_heads, capacity,
-// head_dim] each, this token's go to place `length`, and what lies below stays. The structs do not change from
-// token to token; native/structs.py has the same.
 // A block has one mlp, or `experts` of them, of which each token takes the `chosen` likeliest; their probabilities
 // are divided by the sum of those chosen if `normalised`. Experts are layers without sparsity, grid and adapter,
 // whose sizes the caller has checked.
@@ -156,7 +153,17 @@ struct SkimlmPrefix {
   int64_t length;
 };
 
-// `prefix` has one for every key-value head of every block, in this order, or is null.
+// A sequence that gets one more token: `places` has the keys of every block, then the values, [kv_heads, capacity,
+// head_dim] each; the token's go to place `length`, and what lies below stays. `prefix` has one for every key-value
+// head of every block, in this order, or is null.
+struct SkimlmSequence {
+  void* const* places;
+  int64_t capacity, length;
+  const SkimlmPrefix* prefix;
+};
+
+// One token each of n sequences through the blocks of a model (decode.cpp, runtime/decode.py): x and out [n, width],
+// cos and sin [n, rotary], all bfloat16 bits or float. The body's structs do not change from token to token;
+// native/structs.py has the same.
 SKIMLM_API int skimlm_decode(const SkimlmBody* body, const void* x, const void* cos, const void* sin,
-                             int64_t rotary, void* const* past, int64_t capacity, int64_t length,
-                             const SkimlmPrefix* prefix, void* out, int threads);
+                             int64_t rotary, const SkimlmSequence* sequences, int64_t n, void* out, int threads);

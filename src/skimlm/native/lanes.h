@@ -219,10 +219,14 @@ VBMI inline __attribute__((always_inline)) void add_planes(const __m512i (&sum)[
   int32_t plane[PLANES][R];
 #pragma GCC unroll 3
   for (int p = 0; p < PLANES; ++p) {
-    if constexpr (R == 4)
-      add_lanes(quarters(sum[0][p], sum[1][p], sum[2][p], sum[3][p]), plane[p]);
-    else
+    if constexpr (R % 4 == 0) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r += 4)
+        add_lanes(quarters(sum[r][p], sum[r + 1][p], sum[r + 2][p], sum[r + 3][p]), plane[p] + r);
+    } else {
+      static_assert(R == 1);
       plane[p][0] = _mm512_reduce_add_epi32(sum[0][p]);
+    }
   }
   for (int r = 0; r < R; ++r)
     total[r] = int64_t(plane[2][r]) * 65536 + int64_t(plane[1][r]) * 256 + int64_t(plane[0][r]);

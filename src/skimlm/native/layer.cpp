@@ -12,10 +12,15 @@ int skimlm_layer_matmul(const SkimlmLayer* layer, const void* x, int64_t x_bf16,
     Matrix m{}, a{};
     if (n < 0 || !lay_out(w, m) || !lay_out_adapter(w, a)) return MISFIT;
     const Output output{out, x_bf16 != 0, w.rows, w.bias};
-    if (n && is_plain(w))
+    if (n && is_plain(w)) {
       matmul_plain(w, m, x, x_bf16, n, exact, output, threads);
-    else if (n)
-      matmul_any(w, m, a, x, x_bf16, n, output, threads);
+      return DONE;
+    }
+    const int64_t size = x_bf16 ? 2 : 4, turn = exact == 2 ? 1 : n;  // tokens at once
+    for (int64_t t = 0; t < n; t += turn) {
+      const Output to{static_cast<char*>(out) + t * w.rows * size, x_bf16 != 0, w.rows, w.bias};
+      matmul_any(w, m, a, static_cast<const char*>(x) + t * w.cols * size, x_bf16, turn, to, threads);
+    }
     return DONE;
   });
 }

@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int64_t PER_THREAD = 1 << 16;  // bytes
+constexpr int64_t TOKENS = 4;             // that are multiplied by the same codes
 constexpr int64_t MANY = 2;              // tokens from which rows are turned into bfloat16 (gemm.cpp)
 
 // ---- any processor: a row becomes integers, then one dot product per token
@@ -254,10 +255,10 @@ struct Rows {
   int64_t zero(const Group& g, int64_t i) const { return B <= 5 ? 128 : g.zeros[i]; }
 };
 
-template <int B, int R, bool T, bool MASK, bool FAR>
+template <int B, int R, int N, bool T, bool MASK, bool FAR>
 VBMI inline __attribute__((always_inline)) void exact_pairs(const Rows<B, R, T>& rows, int64_t begin,
-                                                            int64_t end, const int8_t* x,
-                                                            __m512i (&sum)[R][PLANES]) {
+                                                            int64_t end, const int8_t* x, int64_t apart,
+                                                            __m512i (&sum)[N * R][PLANES]) {
   for (int64_t k = begin; k < end; ++k) {
     const int8_t* xs = x + k * PLANES * PAIR;
     rows.template prefetch<FAR>(k);
@@ -267,34 +268,37 @@ VBMI inline __attribute__((always_inline)) void exact_pairs(const Rows<B, R, T>&
     for (int r = 0; r < R; ++r) {
       __m512i half[2];
       rows.template pair<MASK>(r, k, ends, half);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n)
 #pragma GCC unroll 3
-      for (int p = 0; p < PLANES; ++p) {
-        add_dot(sum[r][p], half[0], _mm512_load_si512(xs + p * PAIR));
-        add_dot(sum[r][p], half[1], _mm512_load_si512(xs + p * PAIR + CHUNK));
-      }
+        for (int p = 0; p < PLANES; ++p) {
+          add_dot(sum[n * R + r][p], half[0], _mm512_load_si512(xs + n * apart + p * PAIR));
+          add_dot(sum[n * R + r][p], half[1], _mm512_load_si512(xs + n * apart + p * PAIR + CHUNK));
+        }
     }
   }
 }
 
-// R rows of one width times one token.
-template <int B, int R, bool T, bool FAR>
+// R rows of one width times N tokens: codes are cut and looked up once for all of them.
+template <int B, int R, int N, bool T, bool FAR>
 VBMI void block_exact(const Group& g, int64_t i, const Integers& x, int64_t token,
                       const uint16_t* row_scale, const int32_t* order, const Output& out) {
   const Rows<B, R, T> rows(g, i, x.c);
-  __m512i sum[R][PLANES];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = sum[r][2] = _mm512_setzero_si512();
-  const int64_t pairs = x.chunks / 2, full = rows.inside(pairs, i + R < g.rows);
-  const int8_t* xs = &x.planes[token * pairs * PLANES * PAIR];
-  exact_pairs<B, R, T, false, FAR>(rows, 0, full, xs, sum);
-  exact_pairs<B, R, T, true, FAR>(rows, full, pairs, xs, sum);
-  int64_t total[R];
-  add_planes<R>(sum, total);
-  for (int r = 0; r < R; ++r) {
-    const float scale = from_bf16(row_scale[g.first + i + r]);
-    out.put(token, order[g.first + i + r],
-            to_value(total[r], rows.zero(g, i + r), x.sums[token], scale, x.steps[token]));
-  }
+  __m512i sum[N * R][PLANES];
+#pragma GCC unroll 8
+  for (__m512i(&planes)[PLANES] : sum) planes[0] = planes[1] = planes[2] = _mm512_setzero_si512();
+  const int64_t pairs = x.chunks / 2, full = rows.inside(pairs, i + R < g.rows), apart = pairs * PLANES * PAIR;
+  const int8_t* xs = &x.planes[token * apart];
+  exact_pairs<B, R, N, T, false, FAR>(rows, 0, full, xs, apart, sum);
+  exact_pairs<B, R, N, T, true, FAR>(rows, full, pairs, xs, apart, sum);
+  int64_t total[N * R];
+  add_planes<N * R>(sum, total);
+  for (int n = 0; n < N; ++n, ++token)
+    for (int r = 0; r < R; ++r) {
+      const float scale = from_bf16(row_scale[g.first + i + r]);
+      out.put(token, order[g.first + i + r],
+              to_value(total[n * R + r], rows.zero(g, i + r), x.sums[token], scale, x.steps[token]));
+    }
 }
 
 template <int B, int R, bool T, bool MASK, bool FAR>
@@ -342,12 +346,18 @@ VBMI void block_rounded(const Group& g, int64_t i, const Rounded& x, int64_t tok
 template <int B, bool T>
 VBMI void exact_vbmi(const Group& g, int64_t begin, int64_t end, const Integers& x,
                      const uint16_t* row_scale, const int32_t* order, const Output& out) {
-  const auto four = 4 * g.stride > AHEAD ? block_exact<B, 4, T, true> : block_exact<B, 4, T, false>;
+  const auto four = 4 * g.stride > AHEAD ? block_exact<B, 4, 1, T, true> : block_exact<B, 4, 1, T, false>;
+  const int64_t many = x.n / TOKENS * TOKENS;
+  for (int64_t t = 0; t < many; t += TOKENS)  // x of these stays in the first cache
+    for (int64_t i = begin; i < end; i += 2) {
+      const auto block = i + 2 <= end ? block_exact<B, 2, TOKENS, T, false> : block_exact<B, 1, TOKENS, T, false>;
+      block(g, i, x, t, row_scale, order, out);
+    }
   int64_t i = begin;
   for (; i + 4 <= end; i += 4)
-    for (int64_t t = 0; t < x.n; ++t) four(g, i, x, t, row_scale, order, out);
+    for (int64_t t = many; t < x.n; ++t) four(g, i, x, t, row_scale, order, out);
   for (; i < end; ++i)
-    for (int64_t t = 0; t < x.n; ++t) block_exact<B, 1, T, false>(g, i, x, t, row_scale, order, out);
+    for (int64_t t = many; t < x.n; ++t) block_exact<B, 1, 1, T, false>(g, i, x, t, row_scale, order, out);
 }
 
 template <int B, bool T>
@@ -419,9 +429,9 @@ void multiply(const Product* products, int64_t count, int threads, std::atomic<i
   });
 }
 
-void matmul_plain(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n, bool exact,
+void matmul_plain(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n, int64_t exact,
                   const Output& out, int threads) {
-  if (exact && n >= MANY && skimlm_has_vbmi()) return multiply_many(w, m, x, bf16, n, out, threads);
+  if (exact == 1 && n >= MANY && skimlm_has_vbmi()) return multiply_many(w, m, x, bf16, n, out, threads);
   const std::vector<float> values = to_floats(x, bf16, w.in_scale, n, w.cols);
   const Integers whole = exact ? to_integers(values.data(), n, w.cols) : Integers{};
   const Product product{w, m, whole, out};

@@ -53,6 +53,10 @@ std::vector<float> to_floats(const void* x, bool bf16, const uint16_t* in_scale,
 // becomes n * lines), for tables.
 Integers to_integers(const float* x, int64_t n, int64_t c, int lines = 0);
 
+// The same in two steps: room for n tokens of c columns, and one of them, x [c].
+Integers room_for(int64_t n, int64_t c, int lines = 0);
+void fill(Integers& out, int64_t token, const float* x, int lines = 0);
+
 // x of n tokens rounded to int8, padded with zeros to whole pairs of chunks.
 struct Rounded {
   int64_t n, c, pairs;
@@ -109,7 +113,7 @@ void multiply(const SparseProduct* products, int64_t count, const float* x, Team
               std::atomic<int64_t>* next);
 
 // What layer.cpp chooses from, its layout being known; x and out as in skimlm_layer_matmul.
-void matmul_plain(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n, bool exact,
+void matmul_plain(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n, int64_t exact,
                  const Output& out, int threads);
 void matmul_any(const SkimlmLayer& w, const Matrix& m, const Matrix& a, const void* x, bool bf16, int64_t n,
                 const Output& out, int threads);

@@ -49,12 +49,23 @@ class PrefixStruct(ctypes.Structure):
     _fields_ = [*[(n, POINTER) for n in ("keys", "values", "bias")], ("length", SIZE)]
 
 
+class SequenceStruct(ctypes.Structure):
+    """`SkimlmSequence` of native/kernels.h."""
+
+    _fields_ = [
+        ("places", POINTER),
+        *[(n, SIZE) for n in ("capacity", "length")],
+        ("prefix", POINTER),
+    ]
+
+
 # as `skimlm_abi` counts them
 STRUCTS = {
     "SkimlmLayer": LayerStruct,
     "SkimlmBlock": BlockStruct,
     "SkimlmBody": BodyStruct,
     "SkimlmPrefix": PrefixStruct,
+    "SkimlmSequence": SequenceStruct,
 }
 # every member of a LayerStruct has eight bytes: to fill it field by field takes microseconds more
 _MEMBERS = struct.Struct(f"={len(LayerStruct._fields_)}q")

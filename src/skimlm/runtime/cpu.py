@@ -51,6 +51,16 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
     return out
 
 
+def matmul_alone(x: Tensor, layer: Layer, bias: Tensor | None) -> Any:
+    """`ops.matmul_alone`."""
+    if x.dtype not in DTYPES or not layer.spec.row_codes <= KNOWN_ROW_CODES or native.missing():
+        return NotImplemented
+    out = torch.empty(*x.shape[:-1], layer.spec.rows, dtype=x.dtype)
+    shift = None if bias is None else bias.float()
+    done = native.layer_matmul(x.contiguous(), layer, shift, out, 2)
+    return out if done else NotImplemented  # one by one it shows what does not fit
+
+
 def matmul_each(x: Tensor, layers: Sequence[Layer]) -> Any:
     """`ops.matmul_each`."""
     first = layers[0].spec
@@ -101,7 +111,24 @@ def table_matmul(x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tenso
     return out if bias is None else out + bias
 
 
-for _implementation in (matmul, matmul_each, dequantize, rows, table_matmul):
+def table_matmul_alone(
+    x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tensor | None
+) -> Any:
+    """`ops.table_matmul_alone`: sums are exact."""
+    some = x.split(FEW_TOKENS - 1)
+    parts = [table_matmul(rows, codes, scale, bits, bias) for rows in some]
+    return NotImplemented if any(p is NotImplemented for p in parts) else torch.cat(parts)
+
+
+for _implementation in (
+    matmul,
+    matmul_alone,
+    matmul_each,
+    dequantize,
+    rows,
+    table_matmul,
+    table_matmul_alone,
+):
     register(_implementation.__name__, "cpu", _implementation)
 
 

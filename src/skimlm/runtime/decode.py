@@ -1,5 +1,8 @@
 """One token through all decoder blocks in one native call, for models of the llama family.
 
+    fuse(model)                           single tokens of `model(...)`, `generate` ... are native
+    together(model, ids, caches)          one token each of several sequences, each with its cache
+
 Decoding a small model, most of the time goes to Python and to starting torch's operations, not to
 the weights. `fuse` gives the body of such a model (what stands between embedding and head) a
 forward that, while one token of one sequence passes, runs all blocks as native code
@@ -9,13 +12,17 @@ the cache. It does so only if that is what transformers' own code would do: the 
 plain one or one behind a prefix (prefix.py), and no mode of torch is on. Else everything given goes
 to the model's own forward.
 
+What comes of several sequences together is to the bit what comes of each alone.
+
 The cache stays a DynamicCache anyone may use. Only, its tensors are views of longer ones, which
 double when they are full, in place of being copied for every token.
 """
 
 from __future__ import annotations
 
+import ctypes
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,10 +35,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from skimlm import native
-from skimlm.native.structs import POINTER, PrefixStruct
+from skimlm.native.structs import POINTER, PrefixStruct, SequenceStruct
 from skimlm.runtime import plan as planning
 from skimlm.runtime.plan import Plan
 from skimlm.runtime.prefix import PrefixCache, PrefixLayer
+from skimlm.runtime.tables import CompressedHead, PackedHead
 
 # the name that transformers gives the cache: another one since 5.24
 CACHE = "cache" if hasattr(BaseModelOutputWithPast, "cache") else "past_key_values"
@@ -54,6 +62,12 @@ class _Room:
     @property
     def capacity(self) -> int:
         return self.whole.shape[4]
+
+    def struct(self, length: int) -> SequenceStruct:
+        """For native code, `length` tokens being there."""
+        places = ctypes.addressof(self.pointers)
+        prefix = None if self.prefix is None else ctypes.addressof(self.prefix)
+        return SequenceStruct(places, self.capacity, length, prefix)
 
 
 # beside the caches, not on them: they may be copied
@@ -97,65 +111,101 @@ class OneToken:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             cache = _cache(args, kwargs)
-            length = 0 if cache is None else _length(cache)
-            if cache is not None and length:
-                seen = _behind(cache) + length
-                if _shows_all(kwargs, seen + 1):
-                    room = _room(cache)
-                    plan = self._plan(cache, length, room is not None, kwargs.get("use_cache"))
-                    if plan is not None and seen < plan.window:
-                        return self._one_token(plan, cache, room, length, kwargs)
+            one = None if cache is None else _tokens(cache)
+            if one is not None and _shows_all(kwargs, one.seen + 1):
+                plan = self._plan([one], kwargs.get("use_cache"))
+                if plan is not None:
+                    return self._one_token(plan, one, kwargs)
             self.looked = False
         return type(self.body).forward(self.body, *args, **kwargs)
 
-    def _plan(
-        self, cache: DynamicCache, length: int, ours: bool, use_cache: bool | None
-    ) -> Plan | None:
-        """The plan, made again if it does not hold; None to run as usual.
+    def together(self, ids: Tensor, caches: Sequence[Any]) -> Tensor | None:
+        """`together` of this body's model."""
+        tokens = None if _mode() else [_tokens(cache) for cache in caches]
+        known = [one for one in tokens or () if one is not None]
+        plan = self._plan(known, None) if known and len(known) == len(caches) else None
+        out = None
+        if plan is not None:
+            places = torch.tensor([[one.seen] for one in known], device=ids.device)
+            out = self._run(plan, known, self.body.embed_tokens(ids[:, None]), places)
+        self.looked = self.looked and out is not None
+        return out
 
-        `ours`: what is in the cache is what the last native call left there.
-        """
+    def _plan(self, tokens: Sequence[_Tokens], use_cache: bool | None) -> Plan | None:
+        """The plan, made again if it does not hold; None to run as usual."""
         plan = self.plan
-        known = ours and self.looked
+        known = self.looked and all([one.room is not None for one in tokens])
         if plan is None or not (known and plan.may_hold(self.body)):
             if plan is None or not plan.holds(self.body):
                 plan, known = planning.make(self.body), False
                 self.plan = plan
             self.looked = plan is not None
-        if plan is None:
+        if plan is None or any([one.seen >= plan.window for one in tokens]):
             return None
         if not (plan.asked["use_cache"] if use_cache is None else use_cache):
             return None
-        return plan if known or _fits(plan, cache, length) else None
+        fits = known or all([_fits(plan, one.cache, one.length) for one in tokens])
+        return plan if fits else None
 
-    def _one_token(
-        self,
-        plan: Plan,
-        cache: DynamicCache,
-        room: _Room | None,
-        length: int,
-        given: dict[str, Any],
-    ) -> Any:
+    def _one_token(self, plan: Plan, one: _Tokens, given: dict[str, Any]) -> Any:
         body, ids, x = self.body, given.get("input_ids"), given.get("inputs_embeds")
         if x is None:
             x = body.embed_tokens(ids)
         positions = given.get("position_ids")
         if positions is None:
-            positions = torch.tensor([[_behind(cache) + length]], device=x.device)
-        if _is(x, plan.dtype, (1, 1, plan.width)):
-            cos, sin = body.rotary_emb(x, positions)
-            turned = (1, 1, cos.shape[-1])
-            if _is(cos, plan.dtype, turned) and _is(sin, plan.dtype, turned):
-                if room is None or length >= room.capacity:
-                    room = _make_room(plan, cache, length)
-                    if room is not None:
-                        _rooms[cache] = room
-                out = None if room is None else _call(plan, (x, cos, sin), cache, room, length)
-                if out is not None:
-                    return plan.output(last_hidden_state=out, **{CACHE: cache})
+            positions = torch.tensor([[one.seen]], device=x.device)
+        out = self._run(plan, [one], x, positions)
+        if out is not None:
+            return plan.output(last_hidden_state=out, **{CACHE: one.cache})
         self.looked = False
         rest = {name: value for name, value in given.items() if name != "input_ids"}
         return type(body).forward(body, **rest | {"inputs_embeds": x})
+
+    def _run(
+        self, plan: Plan, tokens: Sequence[_Tokens], x: Tensor, positions: Tensor
+    ) -> Tensor | None:
+        """x [n, 1, width] through all blocks, the caches longer by it; None and nothing done."""
+        n = len(tokens)
+        if not _is(x, plan.dtype, (n, 1, plan.width)):
+            return None
+        cos, sin = self.body.rotary_emb(x, positions)
+        turned = (n, 1, cos.shape[-1])
+        if not (_is(cos, plan.dtype, turned) and _is(sin, plan.dtype, turned)):
+            return None
+        for one in tokens:
+            if one.room is None or one.length >= one.room.capacity:
+                one.room = _make_room(plan, one.cache, one.length)
+                if one.room is None:
+                    return None
+                _rooms[one.cache] = one.room
+        return _call(plan, (x, cos, sin), tokens)
+
+
+@dataclass
+class _Tokens:
+    """The tokens in a cache of one sequence."""
+
+    cache: Any
+    length: int
+    seen: int  # with the positions of a prefix
+    room: _Room | None  # what is behind it, if it is as the last native call left it
+
+
+def together(model: Any, ids: Tensor, caches: Sequence[Any]) -> Tensor | None:
+    """One token each of several sequences: ids [n] behind what their caches hold.
+
+    Gives logits [n, vocabulary], to the bit what each gives alone; every cache is one token longer.
+    None, and nothing done, where the model's own code has to do it.
+    """
+    forward, head = model.base_model.__dict__.get("forward"), model.get_output_embeddings()
+    if not isinstance(forward, OneToken) or not planning.plain_head(model, head):
+        return None
+    states = forward.together(ids, caches)
+    if states is None:
+        return None
+    if isinstance(head, (PackedHead, CompressedHead)):
+        return head.alone(states[:, 0])
+    return torch.cat([head(state) for state in states])
 
 
 def _cache(args: tuple[Any, ...], given: dict[str, Any]) -> DynamicCache | None:
@@ -194,6 +244,12 @@ def _length(cache: DynamicCache) -> int:
     if not plain or any([type(n) is not kind for n in cache.layers]):
         return 0
     return DynamicLayer.get_seq_length(cache.layers[0])
+
+
+def _tokens(cache: Any) -> _Tokens | None:
+    """What is in a cache; None of one that is empty or not of a known kind."""
+    length = _length(cache) if type(cache) in LAYERS else 0
+    return _Tokens(cache, length, _behind(cache) + length, _room(cache)) if length else None
 
 
 def _behind(cache: DynamicCache) -> int:
@@ -239,10 +295,8 @@ def _room(cache: DynamicCache) -> _Room | None:
     return room if same and all(map(operator.is_, _groups(cache), room.groups)) else None
 
 
-def _call(
-    plan: Plan, inputs: tuple[Tensor, ...], cache: DynamicCache, room: _Room, length: int
-) -> Tensor | None:
-    """The native call on x, cos and sin; the cache is one token longer afterwards.
+def _call(plan: Plan, inputs: tuple[Tensor, ...], tokens: Sequence[_Tokens]) -> Tensor | None:
+    """The native call on x, cos and sin; the caches are one token longer afterwards.
 
     None, and nothing done, if the stored tensors do not fit each other.
     """
@@ -251,15 +305,16 @@ def _call(
     if copies:
         torch._foreach_copy_(copies, biases)
     out = torch.empty_like(x)
-    if not native.decode(
-        plan.struct, x, cos, sin, room.pointers, room.capacity, length, room.prefix, out
-    ):
+    rooms = [one.room for one in tokens if one.room is not None]
+    structs = [room.struct(one.length) for room, one in zip(rooms, tokens, strict=True)]
+    if not native.decode(plan.struct, x, cos, sin, (SequenceStruct * len(structs))(*structs), out):
         return None
-    views = list(room.whole.narrow(4, 0, length + 1).flatten(0, 1).unbind())
-    layers: list[Any] = cache.layers
-    for i, layer in enumerate(layers):
-        layer.keys, layer.values = views[2 * i], views[2 * i + 1]
-    room.views = views
+    for room, one in zip(rooms, tokens, strict=True):
+        views = list(room.whole.narrow(4, 0, one.length + 1).flatten(0, 1).unbind())
+        layers: list[Any] = one.cache.layers
+        for i, layer in enumerate(layers):
+            layer.keys, layer.values = views[2 * i], views[2 * i + 1]
+        room.views = views
     return out
 
 

@@ -164,10 +164,12 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 # operation -> device type -> implementation, with the arguments of the function of that name below
 OPERATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "matmul": {},
+    "matmul_alone": {},
     "matmul_each": {},
     "dequantize": {},
     "rows": {},
     "table_matmul": {},
+    "table_matmul_alone": {},
 }
 
 
@@ -189,6 +191,15 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None = None, exact: bool = Tr
     run = OPERATIONS["matmul"].get(x.device.type)
     out = NotImplemented if run is None else run(x, layer, bias, exact)
     return matmul_reference(x, layer, bias) if out is NotImplemented else out
+
+
+def matmul_alone(x: Tensor, layer: Layer, bias: Tensor | None = None) -> Tensor:
+    """`matmul`, each row of `x` [n, c] to the bit what it gives without the others: [n, r]."""
+    run = OPERATIONS["matmul_alone"].get(x.device.type)
+    out = NotImplemented if run is None else run(x, layer, bias)
+    if out is not NotImplemented:
+        return out
+    return torch.cat([matmul(row, layer, bias) for row in x.split(1)])
 
 
 def matmul_each(x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -233,6 +244,17 @@ def table_matmul(
     run = OPERATIONS["table_matmul"].get(x.device.type)
     out = NotImplemented if run is None else run(x, codes, scale, bits, bias)
     return table_matmul_reference(x, codes, scale, bits, bias) if out is NotImplemented else out
+
+
+def table_matmul_alone(
+    x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tensor | None = None
+) -> Tensor:
+    """`table_matmul`, each row of `x` [n, d] to the bit what it gives without the others."""
+    run = OPERATIONS["table_matmul_alone"].get(x.device.type)
+    out = NotImplemented if run is None else run(x, codes, scale, bits, bias)
+    if out is not NotImplemented:
+        return out
+    return torch.cat([table_matmul(row, codes, scale, bits, bias) for row in x.split(1)])
 
 
 # ---- the same for torch.compile

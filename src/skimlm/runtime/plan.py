@@ -163,13 +163,28 @@ def family(body: Any) -> ModuleType | None:
     return None
 
 
+def plain_head(model: Any, head: Any) -> bool:
+    """Whether logits are nothing but the head's product with the states of a known body."""
+    file = family(model.base_model)
+    kind = None if file is None else getattr(file, f"{_name(file)}ForCausalLM")
+    return (
+        type(model) is kind
+        and head is model._modules.get("lm_head")
+        and all(_genuine(type(m).forward) and untouched(m) for m in (model, head))
+    )
+
+
+def _name(file: ModuleType) -> str:
+    return next(name for name in FAMILIES if hasattr(file, f"{name}Model"))
+
+
 def parts(file: ModuleType, block: Any) -> Parts | None:
     """The parts of a block.
 
     None for a block that does not qualify: one with a module of another class than the family has,
     a linear left dense or scaled, another activation, experts with more than codes.
     """
-    name = next(name for name in FAMILIES if hasattr(file, f"{name}Model"))
+    name = _name(file)
     kinds = {getattr(file, f"{name}{part}", None) for part in PARTS}
     kinds |= {CompressedLinear, Stack, nn.Dropout, *ACTIVATIONS}
     if not set(map(type, block.modules())) <= kinds:

@@ -172,6 +172,10 @@ class CompressedHead(_Table):
             product = torch.ops.skimlm.table_matmul
         return product(x, self.weight, self.scale, self.bits, self.bias)
 
+    def alone(self, x: Tensor) -> Tensor:
+        """The same for x [n, cols], each row to the bit what it gives without the others."""
+        return ops.table_matmul_alone(x, self.weight, self.scale, self.bits, self.bias)
+
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The ordinary layer this stands for."""
         return dense_linear(self.dequantize(dtype), self.bias)
@@ -219,6 +223,10 @@ class PackedHead(_PackedTable):
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states `[..., cols]` to logits `[..., rows]`."""
         return self.product(x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """The same for x [n, cols], each row to the bit what it gives without the others."""
+        return ops.matmul_alone(x, self.layer, self.bias)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """The ordinary layer this stands for."""
