@@ -13,6 +13,7 @@ from skimlm import __version__
 from skimlm.cli.compress import compress, export, finetune
 from skimlm.cli.errors import Commands, open_streams
 from skimlm.cli.run import evaluate, generate, inspect
+from skimlm.cli.serve import serve
 from skimlm.cli.skill import skill
 from skimlm.cli.tools import bench, cache, demo, info
 
@@ -39,6 +40,7 @@ for _command in (
     export,
     inspect,
     skill,
+    serve,
     demo,
     bench,
     info,

@@ -101,6 +101,11 @@ struct Product {
 // team that call it with the same arguments and the same counter at 0; else on threads of its own.
 void multiply(const Product* products, int64_t count, int threads, std::atomic<int64_t>* next = nullptr);
 
+// Several tokens of exact products, with VBMI (panels.cpp): stored rows begin..end, PANEL at most.
+constexpr int64_t PANEL = 32;
+bool takes_panels(const Integers& x);
+void multiply_panel(const Product& product, int64_t begin, int64_t end);
+
 // The same for layers of any kind: one token, in_scale left out.
 struct SparseProduct {
   const SkimlmLayer& layer;

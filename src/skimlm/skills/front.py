@@ -1,6 +1,7 @@
 """What stands before a question: texts, soft tokens and kept keys and values, as one prefix.
 
     before(model, tokenizer, skills) -> Prefix       read where there is something to read
+    ahead(tokenizer, skills) -> int                  positions it takes
 
 Packs (kv.py) are made apart, each behind the same beginning, and come first: they are there without
 being read. Several stand side by side, all at their own places behind one beginning, and the
@@ -42,6 +43,16 @@ def before(model: Any, tokenizer: Any, skills: Sequence[Standing], raw: bool = F
         between = token_ids(tokenizer, WRAPPER[1])
         pieces = [piece for text in texts for piece in (between, *text)]
         return rollout.read(model, pieces, after=prefix) if pieces else prefix
+
+
+def ahead(tokenizer: Any, skills: Sequence[Standing], raw: bool = False) -> int:
+    """Positions that `before` takes: where the question begins."""
+    packs = [skill for skill in skills if isinstance(skill, Pack)]
+    texts = [skill for skill in skills if not isinstance(skill, Pack)]
+    if not packs:
+        return length(opening(tokenizer, texts, raw))
+    between = len(token_ids(tokenizer, WRAPPER[1]))
+    return max(pack.length for pack in packs) + sum(between + length(text) for text in texts)
 
 
 def taken(stands: Standing) -> int:

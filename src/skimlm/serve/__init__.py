@@ -1,0 +1,8 @@
+"""`skimlm serve`: an OpenAI-compatible server of one model and a folder of skills.
+
+app, schema, guard     routes; what requests may hold; who may ask
+engine, sampling       continuous batching; the next token
+prompt, skills         what a request asks, what stands before it
+answer, text           tokens to text, as they come
+metrics, page/         what is counted; a page to chat on
+"""

@@ -1,0 +1,472 @@
+"""The HTTP side: OpenAI's chat and text completions with skills, and a page to chat on.
+
+    app(loaded, name, skills, engine, limits) -> an ASGI application
+
+A client sends text and names of skills, never tensors. Every error is a JSON object with a status
+that says whose fault it was; what went wrong inside stays in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from skimlm import __version__
+from skimlm.errors import SkimError
+from skimlm.serve import prompt
+from skimlm.serve.answer import Answer, Failed, Late
+from skimlm.serve.engine import Engine, Full, Job
+from skimlm.serve.guard import INVALID, Guard, Limits, error_body
+from skimlm.serve.metrics import Metrics
+from skimlm.serve.sampling import Sampling
+from skimlm.serve.schema import Body, ChatBody, TextBody
+from skimlm.serve.skills import Skills
+from skimlm.serve.text import Pieces
+from skimlm.skills.distill import ends
+
+PAGE = Path(__file__).parent / "page"
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; " + (
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+LOG = logging.getLogger("skimlm.serve")
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the routes need."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    skills: Skills
+    engine: Engine
+    limits: Limits
+    metrics: Metrics
+    about: dict[str, Any]  # of the model, for the page
+    created: int
+
+
+class Refused(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, message: str, kind: str = INVALID, code: str | None = None):
+        super().__init__(message)
+        self.status, self.body = status, error_body(message, kind, code)
+
+
+def app(
+    model: Any,
+    tokenizer: Any,
+    name: str,
+    skills: Skills,
+    engine: Engine,
+    limits: Limits,
+    about: dict[str, Any] | None = None,
+) -> FastAPI:
+    """The application that serves one model."""
+    metrics = Metrics(engine, skills)
+    server = Server(
+        model, tokenizer, name, skills, engine, limits, metrics, about or {}, int(time.time())
+    )
+
+    @contextlib.asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    made = FastAPI(
+        title="skimlm", version=__version__, lifespan=life, docs_url=None, redoc_url=None
+    )
+    _errors(made)
+    _completions(made, server)
+    _facts(made, server)
+    _page(made)
+    made.add_middleware(Guard, limits=limits)
+    return made
+
+
+# ---- answers
+
+
+def _completions(made: FastAPI, server: Server) -> None:
+    @made.post("/v1/chat/completions", responses=RESPONSES)
+    async def chat(body: ChatBody, request: Request) -> Response:
+        """Answer a conversation, with skills before it."""
+        names = _named(server, body)
+        messages = [message.plain() for message in body.messages]
+        tools = body.tools if body.tool_choice != "none" else None
+        ids = await asyncio.to_thread(
+            prompt.chat_ids, server.tokenizer, messages, tools, bool(names)
+        )
+        most = body.max_completion_tokens or body.max_tokens
+        asked = _ask(server, body, ids, names, most, raw=False)
+        return await _respond(server, request, body, asked, Chat(server))
+
+    @made.post("/v1/completions", responses=RESPONSES)
+    async def text(body: TextBody, request: Request) -> Response:
+        """Go on with a text."""
+        names = _named(server, body)
+        words = body.words()
+        ids = await asyncio.to_thread(prompt.text_ids, server.tokenizer, words, bool(names))
+        asked = _ask(server, body, ids, names, body.max_tokens, raw=True)
+        return await _respond(server, request, body, asked, Text(server))
+
+
+def _named(server: Server, body: Body) -> tuple[str, ...]:
+    """The skills of a request; the model it names must be the one there is."""
+    if body.model not in (None, server.name):
+        raise Refused(404, f"no model {body.model!r:.200}: there is {server.name!r}",
+                      code="model_not_found")  # fmt: skip
+    try:
+        return server.skills.known(body.skills)
+    except SkimError as error:
+        raise Refused(404, str(error), code="skill_not_found") from None
+
+
+@dataclass
+class Asked:
+    """An answer that is being made, and what it was asked for with."""
+
+    answer: Answer
+    names: tuple[str, ...]
+    prompt_tokens: int  # positions before the answer
+    cached_tokens: int  # of these, skills: read once, or never
+    saved_tokens: int  # of skills' texts, for which fewer stand
+
+
+def _ask(
+    server: Server, body: Body, ids: Any, names: tuple[str, ...], most: int | None, raw: bool
+) -> Asked:
+    """Hand a request to the engine."""
+    behind = server.skills.length(names, raw) if names else 0
+    engine, limits = server.engine, server.limits
+    room = prompt.check(server.model, server.tokenizer, ids, behind, engine.context)
+    room = min(room, limits.tokens or room)
+    seed = random.getrandbits(63) if body.seed is None else body.seed
+    job = Job(
+        ids,
+        min(room, most or room),
+        lambda job, item: answer.put(job, item),
+        ends(server.model, server.tokenizer),
+        (lambda: server.skills.prefix(names, raw)) if names else None,
+        _sampling(server, body, seed),
+    )
+    answer = Answer(engine, job, Pieces(server.tokenizer, body.stops()), limits.seconds)
+    if not engine.alive():
+        raise Refused(503, "the engine is being started: ask again", "server_error")
+    try:
+        engine.submit(job)
+    except Full:
+        raise Refused(
+            429, "too many requests wait: ask again", "server_error", "queue_full"
+        ) from None
+    standing, full = server.skills.tokens(names)
+    return Asked(answer, names, behind + len(ids), behind, full - standing)
+
+
+def _sampling(server: Server, body: Body, seed: int) -> Sampling:
+    rows = server.model.get_input_embeddings().num_embeddings
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    return Sampling(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k or 0,
+        presence=body.presence_penalty or 0.0,
+        frequency=body.frequency_penalty or 0.0,
+        bias={token: value for token, value in bias.items() if token < rows},
+        seed=seed % 2**64,
+    )
+
+
+class Text:
+    """How a text completion is written."""
+
+    id, object, chunk = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, server: Server) -> None:
+        self.base = {
+            "id": f"{self.id}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": server.name,
+        }
+
+    def whole(self, text: str, finish: str) -> dict[str, Any]:
+        """The answer in one."""
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+        return {**self.base, "object": self.object, "choices": [choice]}
+
+    def piece(self, text: str | None, finish: str | None = None) -> dict[str, Any]:
+        """A part of it; None begins."""
+        choice = {"index": 0, "text": text or "", "logprobs": None, "finish_reason": finish}
+        return {**self.base, "object": self.chunk, "choices": [choice]}
+
+
+class Chat(Text):
+    """How a chat completion is written."""
+
+    id, object, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def whole(self, text: str, finish: str) -> dict[str, Any]:
+        """The answer in one."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+        return {**self.base, "object": self.object, "choices": [choice]}
+
+    def piece(self, text: str | None, finish: str | None = None) -> dict[str, Any]:
+        """A part of it; None begins."""
+        begun: dict[str, Any] = {"role": "assistant", "content": ""}
+        delta = begun if text is None else ({"content": text} if text else {})
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {**self.base, "object": self.chunk, "choices": [choice]}
+
+
+def _usage(asked: Asked) -> dict[str, Any]:
+    answer = asked.answer
+    return {
+        "prompt_tokens": asked.prompt_tokens,
+        "completion_tokens": answer.tokens,
+        "total_tokens": asked.prompt_tokens + answer.tokens,
+        "prompt_tokens_details": {"cached_tokens": asked.cached_tokens},
+        "skills": list(asked.names),
+        "skill_tokens_saved": asked.saved_tokens,
+        "seconds_to_first_token": answer.first,
+        "tokens_per_second": answer.speed(),
+    }
+
+
+async def _respond(
+    server: Server, request: Request, body: Body, asked: Asked, form: Text
+) -> Response:
+    if body.stream:
+        usage = bool(body.stream_options and body.stream_options.include_usage)
+        return StreamingResponse(
+            _events(server, request, asked, form, usage),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+    text = asyncio.ensure_future(asked.answer.text())
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({text, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not text.done():
+            server.metrics.requests.labels("gone").inc()
+            return Response(status_code=499)
+        said = text.result()
+    except (Failed, Late, SkimError) as error:
+        raise _as_refused(server, error) from error
+    finally:
+        gone.cancel()
+        text.cancel()
+    _count(server, asked)
+    return JSONResponse({**form.whole(said, asked.answer.finish), "usage": _usage(asked)})
+
+
+async def _events(
+    server: Server, request: Request, asked: Asked, form: Text, usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events of an answer."""
+    pieces = asked.answer.__aiter__()
+    try:
+        yield _event(form.piece(None)) if isinstance(form, Chat) else ""
+        async for piece in pieces:
+            yield _event(form.piece(piece))
+        yield _event(form.piece("", asked.answer.finish))
+        if usage:
+            yield _event({**form.base, "object": form.chunk, "choices": [], "usage": _usage(asked)})
+        yield "data: [DONE]\n\n"
+        _count(server, asked)
+    except (Failed, Late, SkimError) as error:
+        yield _event(_as_refused(server, error).body)
+    finally:
+        if not asked.answer.finish:
+            server.metrics.requests.labels("gone").inc()
+        await pieces.aclose()  # type: ignore[attr-defined]
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _count(server: Server, asked: Asked) -> None:
+    metrics, answer = server.metrics, asked.answer
+    metrics.requests.labels(answer.finish).inc()
+    metrics.saved.inc(max(asked.saved_tokens, 0))
+    if answer.first is not None:
+        metrics.first.observe(answer.first)
+
+
+def _as_refused(server: Server, error: Exception) -> Refused:
+    if isinstance(error, SkimError):
+        server.metrics.requests.labels("refused").inc()
+        return Refused(400, str(error))
+    if isinstance(error, Late):
+        server.metrics.requests.labels("late").inc()
+        seconds = server.limits.seconds
+        return Refused(504, f"the answer took longer than {seconds:g} s", "server_error", "timeout")
+    server.metrics.requests.labels("failed").inc()
+    LOG.error("the engine failed", exc_info=error)
+    return Refused(503, "the engine failed: ask again", "server_error", "engine_failed")
+
+
+# ---- what there is
+
+
+def _facts(made: FastAPI, server: Server) -> None:
+    listed = {
+        "id": server.name,
+        "object": "model",
+        "created": server.created,
+        "owned_by": "skimlm",
+        "context_length": server.engine.context,
+    }
+
+    @made.get("/v1/models", responses=LISTED)
+    async def models() -> dict[str, Any]:
+        """The one model that is served."""
+        return {"object": "list", "data": [listed]}
+
+    @made.get("/v1/models/{name:path}", responses={**LISTED, 404: ERROR})
+    async def model(name: str) -> dict[str, Any]:
+        """What is known of a model."""
+        if name != server.name:
+            raise Refused(404, f"no model {name!r:.200}: there is {server.name!r}",
+                          code="model_not_found")  # fmt: skip
+        return listed
+
+    @made.get("/v1/skills", responses=LISTED)
+    async def skills() -> dict[str, Any]:
+        """The skills that a request can name."""
+        rows = [
+            {
+                "id": entry.name,
+                "object": "skill",
+                "description": entry.description,
+                "kind": entry.kind,
+                "tokens": entry.tokens,
+                "text_tokens": entry.text_tokens,
+                "warning": entry.warning,
+            }
+            for entry in server.skills.entries.values()
+        ]
+        return {"object": "list", "data": rows}
+
+    @made.get("/healthz", responses={503: ERROR})
+    async def healthz() -> dict[str, Any]:
+        """Whether requests are answered."""
+        if not server.engine.alive():
+            raise Refused(503, "the engine does not run", "server_error")
+        return {"status": "ok"}
+
+    @made.get("/metrics", responses={200: {"content": {"text/plain": {}}}, 401: ERROR})
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(server.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @made.get("/v1/about", responses=LISTED)
+    async def about() -> dict[str, Any]:
+        """What the page shows of the model: what it costs beside its original."""
+        return {"name": server.name, "version": __version__, **server.about}
+
+
+def _page(made: FastAPI) -> None:
+    headers = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff",
+               "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}  # fmt: skip
+
+    def route(path: str, file: Path) -> None:
+        @made.get(path, include_in_schema=False)
+        async def page() -> Response:
+            return FileResponse(file, headers=headers)
+
+    route("/", PAGE / "index.html")
+    for file in sorted(PAGE.glob("*.*")):
+        route(f"/page/{file.name}", file)
+
+
+# ---- errors
+
+
+def _errors(made: FastAPI) -> None:
+    def answer(status: int, body: dict[str, Any], **headers: str) -> JSONResponse:
+        return JSONResponse(body, status, headers=headers)
+
+    @made.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> JSONResponse:
+        headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+        return answer(error.status, error.body, **headers)
+
+    @made.exception_handler(SkimError)
+    async def skim(_: Request, error: SkimError) -> JSONResponse:
+        return answer(400, error_body(str(error), INVALID))
+
+    @made.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(400, error_body(_told(error.errors()), INVALID))
+
+    @made.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        return answer(error.status_code, error_body(str(error.detail), INVALID),
+                      **(error.headers or {}))  # fmt: skip
+
+    @made.exception_handler(Exception)
+    async def other(_: Request, error: Exception) -> JSONResponse:
+        return answer(500, error_body("the server failed", "server_error"))
+
+
+def _told(errors: Sequence[Any]) -> str:
+    """What is wrong with a body, in one line; nothing of it is repeated."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"][1:] if part != "body")
+    said = str(first["msg"])
+    if first["type"] == "extra_forbidden":
+        said = "is not supported"
+    if first["type"] == "json_invalid":
+        return "the body is not JSON"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{place}: {said}{more}" if place else said + more
+
+
+ERROR: dict[str, Any] = {
+    "description": "What was wrong",
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "required": ["error"],
+                "properties": {
+                    "error": {
+                        "type": "object",
+                        "required": ["message", "type"],
+                        "properties": {"message": {"type": "string"}, "type": {"type": "string"}},
+                    }
+                },
+            }
+        }
+    },
+}
+LISTED: dict[int | str, dict[str, Any]] = {401: ERROR, 421: ERROR}
+STATUSES = (400, 401, 404, 413, 415, 421, 422, 429, 499, 500, 503, 504)
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    **{status: ERROR for status in STATUSES},
+    200: {"content": {"application/json": {}, "text/event-stream": {}}},
+}
