@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from skimlm.models.blocks import decoder_linears
 from skimlm.models.source import BlockSource
 from skimlm.pipeline.states import StateStore
 from skimlm.pipeline.walk import Walk, statistics
+from skimlm.runtime import decode
 
 VOCAB = 259  # 256 bytes, <pad>, <s>, </s>
 SIZE = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -104,6 +106,13 @@ def take(isa, monkeypatch):
     library = native._open(isa)
     monkeypatch.setattr(native, "library", lambda: library)
     return isa
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """A server's model of fifty tokens a second."""
+    real = decode.together
+    monkeypatch.setattr(decode, "together", lambda *a: time.sleep(0.02) or real(*a))
 
 
 def at_once(count, call):

@@ -14,7 +14,6 @@ import pytest
 
 from serve_sample import TEXT, chat_tokenizer, compressed_model, running, write_skills
 from skimlm.generate import generate
-from skimlm.runtime import decode
 from skimlm.serve.guard import Limits
 from skimlm.serve.skills import Skills
 
@@ -46,13 +45,6 @@ def client(served):
 
 def post(address, path="/v1/chat/completions", **body):
     return httpx.post(address + path, json=body, timeout=60)
-
-
-@pytest.fixture
-def slow(monkeypatch):
-    """A model of fifty tokens a second."""
-    real = decode.together
-    monkeypatch.setattr(decode, "together", lambda *a: time.sleep(0.02) or real(*a))
 
 
 def message_of(response, status):
@@ -137,6 +129,19 @@ def test_a_stop_string_ends_an_answer(client):
     got = client.chat.completions.create(**how, stop=[stop, "never said"])
     assert got.choices[0].message.content == whole[: whole.index(stop)]
     assert got.choices[0].finish_reason == "stop"
+
+
+def test_what_a_model_samples_with_holds_where_nothing_is_asked(world, monkeypatch):
+    usual = world[0].generation_config
+    monkeypatch.setattr(usual, "do_sample", True)
+    monkeypatch.setattr(usual, "top_k", 1)
+    with running(*world, limits=Limits(tokens=10)) as (address, _):
+        asked = [dict(seed=1), dict(seed=2), dict(temperature=0), dict(seed=1, top_k=9)]
+        said = [
+            post(address, messages=ASK, **how).json()["choices"][0]["message"]["content"]
+            for how in asked
+        ]
+        assert said[0] == said[1] == said[2] != said[3]
 
 
 def test_seeds_make_answers_the_same(client):

@@ -182,10 +182,17 @@ def _ask(
 def _sampling(server: Server, body: Body, seed: int) -> Sampling:
     rows = server.model.get_input_embeddings().num_embeddings
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    usual = server.model.generation_config  # heeded where it samples
+    if not usual.do_sample:
+        usual = None
+    asked = {
+        name: value if (value := getattr(body, name)) is not None else getattr(usual, name, None)
+        for name in ("temperature", "top_p", "top_k")
+    }
     return Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k or 0,
+        temperature=1.0 if asked["temperature"] is None else asked["temperature"],
+        top_p=1.0 if asked["top_p"] is None else asked["top_p"],
+        top_k=asked["top_k"] or 0,
         presence=body.presence_penalty or 0.0,
         frequency=body.frequency_penalty or 0.0,
         bias={token: value for token, value in bias.items() if token < rows},

@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from skimlm import inspect, load
+from skimlm import load
 from skimlm.errors import SkimError
+from skimlm.runtime.linear import Stored
 from skimlm.serve.app import app
 from skimlm.serve.engine import Engine
 from skimlm.serve.guard import LOOPBACK, Limits
@@ -40,28 +41,26 @@ def make(
     offered = Skills(loaded.model, loaded.tokenizer, skills)
     engine = Engine(loaded.model, rows, queue)
     limits = Limits(seconds=timeout, tokens=max_tokens, key=key, hosts=() if key else LOOPBACK)
-    made = app(
-        loaded.model, loaded.tokenizer, name, offered, engine, limits, _about(model, loaded.model)
-    )
+    made = app(loaded.model, loaded.tokenizer, name, offered, engine, limits, about(loaded.model))
     return made, _told(name, offered)
 
 
-def _about(path: str, model: Any) -> dict[str, Any]:
-    """What the model costs in memory beside its original, in bytes."""
-    weights = sum(t.nbytes for t in {t.data_ptr(): t for t in _tensors(model)}.values())
-    found: dict[str, Any] = {"bytes": weights, "original_bytes": weights}
-    if Path(path).is_dir():
-        try:
-            facts = inspect(path)
-        except SkimError:
-            return found  # not one of ours
-        found["bits_per_weight"] = facts.get("bits_per_weight")
-        found["original_bytes"] = 2 * facts["parameters"] if "parameters" in facts else weights
-    return found
-
-
-def _tensors(model: Any) -> list[Any]:
-    return [*model.parameters(), *model.buffers()]
+def about(model: Any) -> dict[str, Any]:
+    """What a model costs in memory beside its original in bfloat16, in bytes."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
+    packed, own = {}, set()
+    for module in model.modules():
+        held = [getattr(module, name, None) for name in getattr(module, "stored", ())]
+        places = [tensor.data_ptr() for tensor in held if tensor is not None]
+        if isinstance(module, Stored) and places:
+            packed[places[0]] = module
+            own.update(places)
+    numbers = sum(module.rows * module.cols for module in packed.values())
+    numbers += sum(tensor.numel() for place, tensor in tensors.items() if place not in own)
+    return {
+        "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "original_bytes": 2 * numbers,
+    }
 
 
 def _told(name: str, skills: Skills) -> str:
