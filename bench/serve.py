@@ -159,7 +159,7 @@ async def first_tokens(address, names, texts, reps=7):
 def check_client(address):
     """The real client of OpenAI, once."""
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
-    (model,) = client.models.list()
+    model = next(iter(client.models.list()))
     made = client.chat.completions.create(
         model=model.id, messages=[{"role": "user", "content": QUESTIONS[0]}], max_tokens=8
     )

@@ -105,6 +105,21 @@ def test_skills_stand_before_the_question(world, client, names):
     assert got.usage.skill_tokens_saved == saved and got.usage.skills == names
 
 
+def test_skills_in_the_name_of_the_model_are_for_clients_that_can_send_no_more(client):
+    def say(model, **more):
+        got = client.chat.completions.create(
+            model=model, messages=ASK, max_tokens=9, temperature=0, extra_body=more
+        )
+        return got.choices[0].message.content, got.usage.skills
+
+    names = ["other", "tidy-notes"]
+    assert say("tiny+other+tidy-notes") == say("tiny", skills=names)
+    assert say("tiny+other", skills=["tidy-notes", "other"]) == say("tiny", skills=names)
+    for wrong in ("tiny+", "tiny+none", "tiny-other", "+other"):
+        with pytest.raises(openai.NotFoundError):
+            say(wrong)
+
+
 def test_a_conversation_with_a_skill_goes_on(client):
     def say(messages, **more):
         got = client.chat.completions.create(
@@ -177,8 +192,10 @@ def test_many_clients_get_what_each_gets_alone(world, served):
 
 def test_models_skills_and_metrics(served, client):
     address, _ = served
-    assert [model.id for model in client.models.list()] == ["tiny"]
-    assert client.models.retrieve("tiny").id == "tiny"
+    names = ["tiny", "tiny+other", "tiny+tidy-notes"]
+    assert [model.id for model in client.models.list()] == names
+    assert [client.models.retrieve(name).id for name in names] == names
+    message_of(httpx.get(f"{address}/v1/models/tiny+none"), 404)
     rows = {row["id"]: row for row in httpx.get(f"{address}/v1/skills").json()["data"]}
     assert set(rows) == {"other", "tidy-notes"}
     tidy = rows["tidy-notes"]

@@ -128,14 +128,22 @@ def _completions(made: FastAPI, server: Server) -> None:
 
 
 def _named(server: Server, body: Body) -> tuple[str, ...]:
-    """The skills of a request; the model it names must be the one there is."""
-    if body.model not in (None, server.name):
+    """The skills of a request, and those in the name of its model: NAME+SKILL+SKILL."""
+    name, *more = [server.name] if body.model is None else _parts(server.name, body.model)
+    if name != server.name:
         raise Refused(404, f"no model {body.model!r:.200}: there is {server.name!r}",
                       code="model_not_found")  # fmt: skip
     try:
-        return server.skills.known(body.skills)
+        return server.skills.known([*more, *body.skills])
     except SkimError as error:
         raise Refused(404, str(error), code="skill_not_found") from None
+
+
+def _parts(name: str, asked: str) -> list[str]:
+    """What a model is called, taken apart; its own name may have a + in it."""
+    if asked.startswith(f"{name}+"):
+        return [name, *asked.removeprefix(f"{name}+").split("+")]
+    return [asked]
 
 
 @dataclass
@@ -340,26 +348,26 @@ def _as_refused(server: Server, error: Exception) -> Refused:
 
 
 def _facts(made: FastAPI, server: Server) -> None:
-    listed = {
-        "id": server.name,
-        "object": "model",
-        "created": server.created,
-        "owned_by": "skimlm",
-        "context_length": server.engine.context,
-    }
+    def listed(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": server.created,
+            "owned_by": "skimlm",
+            "context_length": server.engine.context,
+        }
 
     @made.get("/v1/models", responses=LISTED)
     async def models() -> dict[str, Any]:
-        """The one model that is served."""
-        return {"object": "list", "data": [listed]}
+        """The model that is served, and the same with each of its skills."""
+        names = [server.name, *(f"{server.name}+{skill}" for skill in server.skills.entries)]
+        return {"object": "list", "data": [listed(name) for name in names]}
 
     @made.get("/v1/models/{name:path}", responses={**LISTED, 404: ERROR})
     async def model(name: str) -> dict[str, Any]:
         """What is known of a model."""
-        if name != server.name:
-            raise Refused(404, f"no model {name!r:.200}: there is {server.name!r}",
-                          code="model_not_found")  # fmt: skip
-        return listed
+        _named(server, Body(model=name))
+        return listed(name)
 
     @made.get("/v1/skills", responses=LISTED)
     async def skills() -> dict[str, Any]:
