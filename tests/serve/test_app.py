@@ -137,6 +137,44 @@ def test_a_conversation_with_a_skill_goes_on(client):
     assert (said, count) == say(written, skills=["tidy-notes"])
 
 
+SHAPE = {
+    "type": "object",
+    "properties": {"name": {"enum": ["ann", "bob"]}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_keeps_to_a_json_schema(client, temperature):
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SHAPE}}
+    for seed in range(4):
+        got = client.chat.completions.create(
+            model="tiny", messages=ASK, max_tokens=200, temperature=temperature, seed=seed,
+            response_format=form,
+        )  # fmt: skip
+        assert got.choices[0].finish_reason == "stop"
+        said = json.loads(got.choices[0].message.content)
+        assert set(said) == {"name", "age"} and said["name"] in ("ann", "bob")
+        assert isinstance(said["age"], int) and said["age"] <= 99
+
+
+def test_a_json_object_is_one_as_far_as_it_goes(served, client):
+    got = client.chat.completions.create(
+        model="tiny", messages=ASK, max_tokens=30, temperature=0,
+        response_format={"type": "json_object"},
+    )  # fmt: skip
+    assert got.choices[0].message.content.lstrip().startswith("{")
+    plain = client.chat.completions.create(
+        model="tiny", messages=ASK, max_tokens=30, temperature=0
+    )  # an answer beside it is not touched
+    assert not plain.choices[0].message.content.lstrip().startswith("{")
+    wrong = {"type": "json_schema", "json_schema": {"schema": {"type": "no such type"}}}
+    assert "response_format" in message_of(
+        post(served[0], messages=ASK, response_format=wrong), 400
+    )
+
+
 def test_a_stop_string_ends_an_answer(client):
     how = dict(model="tiny", messages=ASK, max_tokens=30, temperature=0)
     whole = client.chat.completions.create(**how).choices[0].message.content

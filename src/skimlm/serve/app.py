@@ -35,6 +35,7 @@ from skimlm.serve.guard import INVALID, Guard, Limits, error_body
 from skimlm.serve.metrics import Metrics
 from skimlm.serve.sampling import Sampling
 from skimlm.serve.schema import Body, ChatBody, TextBody
+from skimlm.serve.shape import Rule, Shapes
 from skimlm.serve.skills import Skills
 from skimlm.serve.text import Pieces
 from skimlm.skills.distill import ends
@@ -57,6 +58,7 @@ class Server:
     engine: Engine
     limits: Limits
     metrics: Metrics
+    shapes: Shapes
     about: dict[str, Any]  # of the model, for the page
     created: int
 
@@ -80,9 +82,12 @@ def app(
 ) -> FastAPI:
     """The application that serves one model."""
     metrics = Metrics(engine, skills)
+    rows = model.get_input_embeddings().num_embeddings
+    shapes = Shapes(tokenizer, rows, ends(model, tokenizer))
     server = Server(
-        model, tokenizer, name, skills, engine, limits, metrics, about or {}, int(time.time())
-    )
+        model, tokenizer, name, skills, engine, limits, metrics, shapes, about or {},
+        int(time.time()),
+    )  # fmt: skip
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -113,8 +118,10 @@ def _completions(made: FastAPI, server: Server) -> None:
         ids = await asyncio.to_thread(
             prompt.chat_ids, server.tokenizer, messages, tools, bool(names)
         )
+        shape = body.shape()
+        rule = None if shape is None else await asyncio.to_thread(server.shapes.rule, shape)
         most = body.max_completion_tokens or body.max_tokens
-        asked = _ask(server, body, ids, names, most, raw=False)
+        asked = _ask(server, body, ids, names, most, raw=False, rule=rule)
         return await _respond(server, request, body, asked, Chat(server))
 
     @made.post("/v1/completions", responses=RESPONSES)
@@ -158,7 +165,13 @@ class Asked:
 
 
 def _ask(
-    server: Server, body: Body, ids: Any, names: tuple[str, ...], most: int | None, raw: bool
+    server: Server,
+    body: Body,
+    ids: Any,
+    names: tuple[str, ...],
+    most: int | None,
+    raw: bool,
+    rule: Rule | None = None,
 ) -> Asked:
     """Hand a request to the engine."""
     behind = server.skills.length(names, raw) if names else 0
@@ -172,7 +185,7 @@ def _ask(
         lambda job, item: answer.put(job, item),
         ends(server.model, server.tokenizer),
         (lambda: server.skills.prefix(names, raw)) if names else None,
-        _sampling(server, body, seed),
+        _sampling(server, body, seed, rule),
     )
     answer = Answer(engine, job, Pieces(server.tokenizer, body.stops()), limits.seconds)
     if not engine.alive():
@@ -187,7 +200,7 @@ def _ask(
     return Asked(answer, names, behind + len(ids), behind, full - standing)
 
 
-def _sampling(server: Server, body: Body, seed: int) -> Sampling:
+def _sampling(server: Server, body: Body, seed: int, rule: Rule | None) -> Sampling:
     rows = server.model.get_input_embeddings().num_embeddings
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     usual = server.model.generation_config  # heeded where it samples
@@ -205,6 +218,7 @@ def _sampling(server: Server, body: Body, seed: int) -> Sampling:
         frequency=body.frequency_penalty or 0.0,
         bias={token: value for token, value in bias.items() if token < rows},
         seed=seed % 2**64,
+        rule=rule,
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from skimlm.serve.shape import Rule
+
 COLDEST = 1e-5  # as good as greedy, and no overflow
 
 
@@ -17,7 +19,7 @@ class Sampling:
 
     Of the likeliest tokens those are drawn from that together have `top_p`, `top_k` at most (0:
     any). Logits of tokens that were said before become less by `presence`, and by `frequency` for
-    every time; `bias` is added to logits by id.
+    every time; `bias` is added to logits by id. A `rule` says which tokens may come at all.
     """
 
     temperature: float = 0.0
@@ -27,11 +29,12 @@ class Sampling:
     frequency: float = 0.0
     bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
+    rule: Rule | None = None
 
     @property
     def plain(self) -> bool:
         """Whether it is the likeliest token, nothing else looked at."""
-        return not (self.temperature or self.presence or self.frequency or self.bias)
+        return not (self.temperature or self.presence or self.frequency or self.bias or self.rule)
 
 
 class Sampler:
@@ -43,6 +46,16 @@ class Sampler:
 
     def choose(self, logits: Tensor, said: Sequence[int]) -> int:
         """A token for logits [vocabulary], `said` being the answer so far."""
+        how = self.how
+        if how.rule is not None:
+            allowed = how.rule.allowed()[: len(logits)]
+            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+        token = self._choose(logits, said)
+        if how.rule is not None:
+            how.rule.take(token)
+        return token
+
+    def _choose(self, logits: Tensor, said: Sequence[int]) -> int:
         how = self.how
         logits = logits.float().cpu() if how.plain else logits.float().cpu().clone()
         if how.bias:

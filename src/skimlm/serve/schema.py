@@ -92,6 +92,33 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool = False
 
 
+class Shape(BaseModel):
+    """A JSON schema that an answer keeps to."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: str = ""
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class TextFormat(BaseModel):
+    """Any answer."""
+
+    type: Literal["text"] = "text"
+
+
+class JsonFormat(BaseModel):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class ShapeFormat(BaseModel):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: Shape
+
+
 class Body(BaseModel):
     """What chat and text requests share."""
 
@@ -133,7 +160,13 @@ class ChatBody(Body):
     tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     logprobs: Literal[False] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: TextFormat | JsonFormat | ShapeFormat | None = None
+
+    def shape(self) -> dict[str, Any] | None:
+        """The JSON schema that is asked for."""
+        if isinstance(self.response_format, ShapeFormat):
+            return self.response_format.json_schema.schema_
+        return {"type": "object"} if isinstance(self.response_format, JsonFormat) else None
 
 
 class TextBody(Body):
