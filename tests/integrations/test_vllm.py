@@ -77,7 +77,10 @@ def served(monkeypatch):
         made = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params)
         return [list(one.outputs[0].token_ids) for one in made]
 
-    return run
+    yield run
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
