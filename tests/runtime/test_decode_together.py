@@ -1,5 +1,7 @@
 """Several sequences, one token each in one native call: to the bit what each gives alone."""
 
+import contextlib
+
 import pytest
 import torch
 from test_decode import FUSED, KINDS, PROMPT, calls, close, distance, pair, prefix_of
@@ -7,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from skimlm import native
 from skimlm.runtime import decode, ops
-from skimlm.runtime.prefix import PrefixCache, attending
+from skimlm.runtime.prefix import Group, PrefixCache, attending
 
 __all__ = ["calls", "pair"]
 PROMPTS = [
@@ -38,7 +40,7 @@ def run(model, caches, steps=4):
     """Logits [sequences, steps, vocabulary] of fixed tokens, other ones for every sequence."""
     found = []
     for step in range(steps):
-        ids = torch.tensor([30 + 7 * i + step for i in range(len(caches))])
+        ids = [torch.tensor([30 + 7 * i + step]) for i in range(len(caches))]
         found.append(decode.together(model, ids, caches))
     return torch.stack(found, 1)
 
@@ -129,7 +131,7 @@ def test_caches_grow_past_their_room_and_sequences_come_and_go(pair, calls, monk
         for turn in range(12):
             if turn == 4:
                 there = [2, 1]  # the first stops, the second begins
-            ids = torch.tensor([30 + 7 * i + len(found[i]) for i in there])
+            ids = [torch.tensor([30 + 7 * i + len(found[i])]) for i in there]
             rows = decode.together(model, ids, [caches[i] for i in there])
             for i, row in zip(there, rows, strict=True):
                 found[i].append(row)
@@ -138,6 +140,78 @@ def test_caches_grow_past_their_room_and_sequences_come_and_go(pair, calls, monk
     assert torch.equal(torch.stack(found[1]), want[1])
     assert torch.equal(torch.stack(found[2][:8]), want[2])
     assert caches[1].get_seq_length() == PROMPTS[1].shape[1] + 8
+
+
+@torch.no_grad()
+def fed(model, parts, layers=None):
+    """Logits after the last of `parts`, given one after the other to an empty cache."""
+    empty = DynamicCache(config=model.config) if layers is None else PrefixCache(layers, 40)
+    rows = [decode.together(model, [part], [empty])[0] for part in parts]
+    return rows[-1], empty
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("behind", [False, True], ids=["alone", "behind a prefix"])
+def test_prompts_are_read_natively_however_they_are_cut(pair, calls, isa, family, dtype, behind):
+    model, dense = pair(family, dtype)
+    layers = prefix_of(model) if behind and family in ("llama", "qwen3", "phi3") else None
+    ids = torch.arange(40) * 7 % 90 + 3
+    want, cache = fed(model, ids.split(1), layers)
+    for size in (40, 17, 3):
+        got, other = fed(model, ids.split(size), layers)
+        assert torch.equal(got, want)
+        for a, b in zip(cache.layers, other.layers, strict=True):
+            assert torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+            assert (b.is_initialized, b.keys.dtype, b.keys.shape[2]) == (True, dtype, 40)
+    assert len(calls) == 40 + 1 + 3 + 14
+    if family == "mixtral":  # a rounding sends a token to other experts
+        return
+
+    def body(own, layers):
+        cache = begun(own, ids[None, :39], layers)
+        with torch.no_grad(), attending(own) if layers else contextlib.nullcontext():
+            return own(ids[None, 39:], **{decode.CACHE: cache}).logits[0, 0]
+
+    usual = body(dense, layers)
+    if dtype == torch.float32:
+        assert close(want, usual) and close(want, body(model, layers))
+        return
+    whole = layers and [
+        [Group(g.keys.float(), g.values.float(), g.bias) for g in layer] for layer in layers
+    ]
+    exact = body(dense.float(), whole)
+    assert distance(want, exact) <= max(distance(usual, exact), 1e-2)
+
+
+def test_prompts_and_single_tokens_go_together(pair, calls):
+    model, _ = pair()
+    going = begun(model, PROMPT)
+    want = one_by_one(model, [PROMPT], 1)[0, 0]
+    alone, _ = fed(model, [PROMPT[0]])
+    with torch.no_grad():
+        new = DynamicCache(config=model.config)
+        both = decode.together(model, [torch.tensor([30]), PROMPT[0]], [going, new])
+    assert torch.equal(both[0], want) and torch.equal(both[1], alone)
+    assert (going.get_seq_length(), new.get_seq_length()) == (8, 7)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
+         "original_max_position_embeddings": 16},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_rotations_that_look_at_the_longest_sequence(pair, calls, rope):
+    model, _ = pair(rope_parameters=rope, max_position_embeddings=16)
+    prompts = [PROMPT[:, :2], PROMPT.repeat(1, 5), PROMPT[:, :3]]
+    got = run(model, [begun(model, ids) for ids in prompts])
+    want = [run(model, [begun(model, ids)], 4) for ids in prompts]
+    assert torch.equal(got[:1], want[0])  # the fixed tokens of the first
+    assert len(calls) == 16
 
 
 def test_heads_of_every_kind_give_each_row_what_it_gives_alone(pair, isa_or_none):
@@ -184,24 +258,25 @@ def test_a_model_that_is_changed_is_left_to_its_own_code(pair, calls, spoil):
     model, _ = pair()
     caches = [begun(model, ids) for ids in PROMPTS[:2]]
     spoil(model)
-    assert decode.together(model, torch.tensor([3, 4]), caches) is None and not calls
+    assert decode.together(model, torch.tensor([3, 4]).split(1), caches) is None and not calls
     assert [cache.get_seq_length() for cache in caches] == [1, 7]
 
 
 def test_a_family_that_is_not_known_is_left_alone(pair, calls):
     model, _ = pair("gemma3")
     cache = begun(model, PROMPT)
-    assert decode.together(model, PROMPT[0, :1], [cache]) is None and not calls
+    assert decode.together(model, [PROMPT[0, :1]], [cache]) is None and not calls
 
 
 def test_what_cannot_be_done_together_is_left_alone(pair, calls):
     model, _ = pair()
-    ids = torch.tensor([3, 4])
+    ids = torch.tensor([3, 4]).split(1)
     some = begun(model, PROMPT)
     with torch.no_grad():
         static = StaticCache(config=model.config, max_cache_len=20)
         assert decode.together(model, ids, [some, static]) is None
         assert decode.together(model, ids, [some, DynamicCache()]) is None
-        assert decode.together(model, ids[:0], []) is None
+        assert decode.together(model, [], []) is None
+        assert decode.together(model, [PROMPT[0, :0], ids[0]], [some, some]) is None
     assert decode.together(model, ids[:1], [some]) is None  # gradients are followed
     assert not calls and some.get_seq_length() == 7

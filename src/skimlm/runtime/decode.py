@@ -1,7 +1,7 @@
 """One token through all decoder blocks in one native call, for models of the llama family.
 
     fuse(model)                           single tokens of `model(...)`, `generate` ... are native
-    together(model, ids, caches)          one token each of several sequences, each with its cache
+    together(model, ids, caches)          some tokens each of several sequences, each with its cache
 
 Decoding a small model, most of the time goes to Python and to starting torch's operations, not to
 the weights. `fuse` gives the body of such a model (what stands between embedding and head) a
@@ -112,24 +112,29 @@ class OneToken:
         if not torch.compiler.is_compiling():
             cache = _cache(args, kwargs)
             one = None if cache is None else _tokens(cache)
-            if one is not None and _shows_all(kwargs, one.seen + 1):
+            if one is not None and one.length and _shows_all(kwargs, one.seen + 1):
                 plan = self._plan([one], kwargs.get("use_cache"))
                 if plan is not None:
                     return self._one_token(plan, one, kwargs)
             self.looked = False
         return type(self.body).forward(self.body, *args, **kwargs)
 
-    def together(self, ids: Tensor, caches: Sequence[Any]) -> Tensor | None:
-        """`together` of this body's model."""
-        tokens = None if _mode() else [_tokens(cache) for cache in caches]
-        known = [one for one in tokens or () if one is not None]
-        plan = self._plan(known, None) if known and len(known) == len(caches) else None
+    def together(self, ids: Sequence[Tensor], caches: Sequence[Any]) -> Tensor | None:
+        """States [sequences, width] after the last token of each, for `together`."""
+        parts = list(zip(ids, caches, strict=True))
+        tokens = [] if _mode() else [_tokens(cache, len(some)) for some, cache in parts]
+        known = [one for one in tokens if one is not None]
+        plan = self._plan(known, None) if known and len(known) == len(parts) else None
         out = None
         if plan is not None:
-            places = torch.tensor([[one.seen] for one in known], device=ids.device)
-            out = self._run(plan, known, self.body.embed_tokens(ids[:, None]), places)
+            places = torch.cat([torch.arange(one.seen, one.seen + one.new) for one in known])
+            x = self.body.embed_tokens(torch.cat([*ids])[:, None])
+            out = self._run(plan, known, x, places[:, None])
         self.looked = self.looked and out is not None
-        return out
+        if out is None:
+            return None
+        last = torch.tensor([one.new for one in known]).cumsum(0) - 1
+        return out[last, 0]
 
     def _plan(self, tokens: Sequence[_Tokens], use_cache: bool | None) -> Plan | None:
         """The plan, made again if it does not hold; None to run as usual."""
@@ -140,7 +145,7 @@ class OneToken:
                 plan, known = planning.make(self.body), False
                 self.plan = plan
             self.looked = plan is not None
-        if plan is None or any([one.seen >= plan.window for one in tokens]):
+        if plan is None or any([one.seen + one.new > plan.window for one in tokens]):
             return None
         if not (plan.asked["use_cache"] if use_cache is None else use_cache):
             return None
@@ -165,37 +170,53 @@ class OneToken:
         self, plan: Plan, tokens: Sequence[_Tokens], x: Tensor, positions: Tensor
     ) -> Tensor | None:
         """x [n, 1, width] through all blocks, the caches longer by it; None and nothing done."""
-        n = len(tokens)
+        n = sum([one.new for one in tokens])
         if not _is(x, plan.dtype, (n, 1, plan.width)):
             return None
-        cos, sin = self.body.rotary_emb(x, positions)
+        cos, sin = self._turns(tokens, x, positions)
         turned = (n, 1, cos.shape[-1])
         if not (_is(cos, plan.dtype, turned) and _is(sin, plan.dtype, turned)):
             return None
         for one in tokens:
-            if one.room is None or one.length >= one.room.capacity:
-                one.room = _make_room(plan, one.cache, one.length)
+            if one.room is None or one.length + one.new > one.room.capacity:
+                one.room = _make_room(plan, one.cache, one.length, one.new)
                 if one.room is None:
                     return None
                 _rooms[one.cache] = one.room
         return _call(plan, (x, cos, sin), tokens)
 
+    def _turns(
+        self, tokens: Sequence[_Tokens], x: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [n, 1, rotary] of the positions [n, 1]."""
+        rotary = self.body.rotary_emb
+        kind = str(getattr(rotary, "rope_type", ""))
+        if len(tokens) == 1 or not ("dynamic" in kind or kind == "longrope"):
+            return rotary(x, positions)
+        # they look at the largest position of a call: each sequence has a call of its own
+        sizes = [one.new for one in tokens]
+        parts = zip(x.split(sizes), positions.split(sizes), strict=True)
+        cos, sin = zip(*[rotary(some, places) for some, places in parts], strict=True)
+        return torch.cat(cos), torch.cat(sin)
+
 
 @dataclass
 class _Tokens:
-    """The tokens in a cache of one sequence."""
+    """The tokens in a cache of one sequence, and how many come."""
 
     cache: Any
     length: int
     seen: int  # with the positions of a prefix
     room: _Room | None  # what is behind it, if it is as the last native call left it
+    new: int = 1
 
 
-def together(model: Any, ids: Tensor, caches: Sequence[Any]) -> Tensor | None:
-    """One token each of several sequences: ids [n] behind what their caches hold.
+def together(model: Any, ids: Sequence[Tensor], caches: Sequence[Any]) -> Tensor | None:
+    """Some tokens each of several sequences: ids [t] behind what their caches hold, empty or not.
 
-    Gives logits [n, vocabulary], to the bit what each gives alone; every cache is one token longer.
-    None, and nothing done, where the model's own code has to do it.
+    Gives logits [sequences, vocabulary] after the last of each, to the bit what each gives alone,
+    however its tokens are cut; every cache is longer by them. None, and nothing done, where the
+    model's own code has to do it.
     """
     forward, head = model.base_model.__dict__.get("forward"), model.get_output_embeddings()
     if not isinstance(forward, OneToken) or not planning.plain_head(model, head):
@@ -204,8 +225,8 @@ def together(model: Any, ids: Tensor, caches: Sequence[Any]) -> Tensor | None:
     if states is None:
         return None
     if isinstance(head, (PackedHead, CompressedHead)):
-        return head.alone(states[:, 0])
-    return torch.cat([head(state) for state in states])
+        return head.alone(states)
+    return torch.cat([head(state[None]) for state in states])
 
 
 def _cache(args: tuple[Any, ...], given: dict[str, Any]) -> DynamicCache | None:
@@ -246,10 +267,21 @@ def _length(cache: DynamicCache) -> int:
     return DynamicLayer.get_seq_length(cache.layers[0])
 
 
-def _tokens(cache: Any) -> _Tokens | None:
-    """What is in a cache; None of one that is empty or not of a known kind."""
-    length = _length(cache) if type(cache) in LAYERS else 0
-    return _Tokens(cache, length, _behind(cache) + length, _room(cache)) if length else None
+def _tokens(cache: Any, new: int = 1) -> _Tokens | None:
+    """What is in a cache; None of one that is not of a known kind."""
+    if type(cache) not in LAYERS or not new:
+        return None
+    length = _length(cache)
+    if not length and not _is_empty(cache):
+        return None
+    return _Tokens(cache, length, _behind(cache) + length, _room(cache), new)
+
+
+def _is_empty(cache: DynamicCache) -> bool:
+    """Whether a cache has plain layers that hold nothing."""
+    kind = LAYERS[type(cache)]
+    plain = "update" not in cache.__dict__ and not cache.offloading and cache.layers
+    return bool(plain) and all([type(n) is kind and not n.is_initialized for n in cache.layers])
 
 
 def _behind(cache: DynamicCache) -> int:
@@ -277,6 +309,8 @@ def _fits(plan: Plan, cache: DynamicCache, length: int) -> bool:
     """Whether a cache holds what the plan says, in every layer alike."""
     count, heads, size = plan.cached
     shape = (1, heads, length, size)
+    if not length:
+        return len(cache.layers) == count and all("update" not in n.__dict__ for n in cache.layers)
     return len(cache.layers) == count and all(
         "update" not in layer.__dict__
         and _is(layer.keys, plan.dtype, shape)
@@ -296,7 +330,7 @@ def _room(cache: DynamicCache) -> _Room | None:
 
 
 def _call(plan: Plan, inputs: tuple[Tensor, ...], tokens: Sequence[_Tokens]) -> Tensor | None:
-    """The native call on x, cos and sin; the caches are one token longer afterwards.
+    """The native call on x, cos and sin; the caches are longer by the tokens afterwards.
 
     None, and nothing done, if the stored tensors do not fit each other.
     """
@@ -306,12 +340,19 @@ def _call(plan: Plan, inputs: tuple[Tensor, ...], tokens: Sequence[_Tokens]) -> 
         torch._foreach_copy_(copies, biases)
     out = torch.empty_like(x)
     rooms = [one.room for one in tokens if one.room is not None]
-    structs = [room.struct(one.length) for room, one in zip(rooms, tokens, strict=True)]
+    structs = [
+        room.struct(one.length + at)
+        for room, one in zip(rooms, tokens, strict=True)
+        for at in range(one.new)
+    ]
     if not native.decode(plan.struct, x, cos, sin, (SequenceStruct * len(structs))(*structs), out):
         return None
     for room, one in zip(rooms, tokens, strict=True):
-        views = list(room.whole.narrow(4, 0, one.length + 1).flatten(0, 1).unbind())
+        views = list(room.whole.narrow(4, 0, one.length + one.new).flatten(0, 1).unbind())
         layers: list[Any] = one.cache.layers
+        if not one.length:
+            for layer in layers:
+                layer.lazy_initialization(views[0], views[0])
         for i, layer in enumerate(layers):
             layer.keys, layer.values = views[2 * i], views[2 * i + 1]
         room.views = views
@@ -344,17 +385,19 @@ def _prefix(plan: Plan, groups: list[Any]) -> Any:
     return (PrefixStruct * len(found))(*found) if len(found) == count * heads else None
 
 
-def _make_room(plan: Plan, cache: DynamicCache, length: int) -> _Room | None:
+def _make_room(plan: Plan, cache: DynamicCache, length: int, new: int) -> _Room | None:
     """Longer tensors than the cache has, with its content; None if its prefix does not fit."""
     groups = _groups(cache)
     prefix = _prefix(plan, groups) if groups else None
     if groups and prefix is None:
         return None
     layers: list[Any] = cache.layers
-    _, heads, _, size = layers[0].keys.shape
-    capacity = length + max(ROOM, length)
-    whole = layers[0].keys.new_empty(len(layers), 2, 1, heads, capacity, size)
+    _, heads, size = plan.cached
+    capacity = length + new + max(ROOM, length)
+    whole = torch.empty(len(layers), 2, 1, heads, capacity, size, dtype=plan.dtype)
     for layer, (keys, values) in zip(layers, whole, strict=True):
+        if not length:
+            break
         keys[:, :, :length] = layer.keys
         values[:, :, :length] = layer.values
     places = [whole[i, j].data_ptr() for j in (0, 1) for i in range(len(layers))]

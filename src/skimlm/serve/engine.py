@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from skimlm import native
 from skimlm.models.architecture import positions
 from skimlm.runtime import decode
 from skimlm.runtime.prefix import PrefixCache, attending
@@ -32,6 +33,7 @@ from skimlm.skills import rollout
 from skimlm.skills.rollout import Prefix
 
 PART = 512  # tokens of a prompt that are read at once: a third of a second of a small model
+FEW = 64  # tokens of a whole prompt that go along with the tokens of others, in the native call
 SHARE = 0.5  # of the memory that is free at the start, for keys and values
 
 ANSWER = 256  # tokens that room is kept for where an answer may be of any length
@@ -78,6 +80,8 @@ class Engine:
         self.running: list[Job] = []
         self.reading: Job | None = None
         self.budget = _budget(model)  # positions of all that run
+        # elsewhere the model's own code reads several tokens faster
+        self.few = FEW if not native.missing() and native.library().skimlm_has_vbmi() else 0
         self.tokens = self.prompt_tokens = self.together = 0  # so far; calls that took several
         self.failures = 0
         self._changed = threading.Condition()
@@ -158,56 +162,69 @@ class Engine:
                 self.reading = job
 
     def _turn(self) -> None:
-        reading = self.reading
-        if reading is not None:
-            try:
-                self._read(reading)
-            except Exception as error:  # of this one prompt: the others go on
-                self.reading, reading.cache = None, None
-                self.failures += 1
-                reading.put(reading, error)
         for job in self.running:
             if job.cancelled:
                 job.cache = None
         self.running = [job for job in self.running if job.cache is not None]
+        if self.reading is not None and not self._read(self.reading):
+            return
         if self.running:
             self._step(self.running)
         self.running = [job for job in self.running if job.cache is not None]
 
-    def _read(self, job: Job) -> None:
-        """A part of a prompt; with the last one comes the first token."""
-        if job.cancelled:
-            self.reading, job.cache = None, None
-            return
-        if job.cache is None:
-            job.sampler = Sampler(job.sampling)
-            job.cache = (
-                DynamicCache(config=self.model.config)
-                if job.prefix is None
-                else rollout.lent(self.model, job.prefix(), 1)
-            )
-        part = job.ids[job.read : job.read + PART]
-        logits = self._forward(job, part)
-        job.read += len(part)
-        self.prompt_tokens += len(part)
-        if job.read == len(job.ids):
-            self.reading = None
-            self._take(job, logits)
-            if job.cache is not None:
-                self.running.append(job)
+    def _read(self, job: Job) -> bool:
+        """A part of a prompt, with the last one comes the first token; whether others still wait.
 
-    def _step(self, jobs: Sequence[Job]) -> None:
-        """One token for each."""
-        ids = torch.tensor([job.said[-1] for job in jobs])
+        A short prompt goes along with the tokens of the others.
+        """
+        try:
+            if job.cancelled:
+                self.reading, job.cache = None, None
+                return True
+            if job.cache is None:
+                job.sampler = Sampler(job.sampling)
+                job.cache = (
+                    DynamicCache(config=self.model.config)
+                    if job.prefix is None
+                    else rollout.lent(self.model, job.prefix(), 1)
+                )
+            if len(job.ids) <= self.few and self._together([*self.running, job]):
+                self.prompt_tokens += len(job.ids)
+                done, self.reading = [*self.running, job], None
+                self.running = [one for one in done if one.cache is not None]
+                return False
+            part = job.ids[job.read : job.read + PART]
+            logits = self._forward(job, part)
+            job.read += len(part)
+            self.prompt_tokens += len(part)
+            if job.read == len(job.ids):
+                self.reading = None
+                self._take(job, logits)
+                if job.cache is not None:
+                    self.running.append(job)
+        except Exception as error:  # of this one prompt: the others go on
+            self.reading, job.cache = None, None
+            self.failures += 1
+            job.put(job, error)
+        return True
+
+    def _together(self, jobs: Sequence[Job]) -> bool:
+        """A token for each in one native call; whether that was possible."""
+        ids = [torch.tensor([job.said[-1]]) if job.said else job.ids for job in jobs]
         rows = decode.together(self.model, ids, [job.cache for job in jobs])
         if rows is None:
-            for job, token in zip(jobs, ids, strict=True):
-                self._take(job, self._forward(job, token[None]))
-            return
+            return False
         self.together += len(jobs) > 1
         likeliest = rows.argmax(-1).tolist()
         for job, logits, first in zip(jobs, rows, likeliest, strict=True):
             self._take(job, logits, first)
+        return True
+
+    def _step(self, jobs: Sequence[Job]) -> None:
+        """One token for each."""
+        if not self._together(jobs):
+            for job in jobs:
+                self._take(job, self._forward(job, torch.tensor([job.said[-1]])))
 
     def _forward(self, job: Job, ids: Tensor) -> Tensor:
         """Logits [vocabulary] of the model's own code behind a job's cache."""
