@@ -222,6 +222,32 @@ def test_memory_for_keys_and_values_is_not_given_twice(world, start):
     assert waits()[1] == "length"
 
 
+@pytest.mark.parametrize("few", [0, 64])
+def test_what_outgrows_memory_waits_and_goes_on_where_it_was(world, start, monkeypatch, few):
+    monkeypatch.setattr(engines, "ANSWER", 4)
+    engine = start(world[0])
+    engine.few, engine.budget = few, 10**6
+    how = Sampling(temperature=1.0, seed=3)
+    want = [ask(engine, ids, 40, sampling=how)()[0] for ids in PROMPTS[:4]]
+    engine.budget = 120
+    waiting = [ask(engine, ids, 40, sampling=how) for ids in PROMPTS[:4]]
+    assert [all_of() for all_of in waiting] == [(tokens, "length") for tokens in want]
+    assert engine.prompt_tokens > 2 * sum(map(len, PROMPTS[:4]))  # some were read again
+
+
+def test_one_whose_token_cannot_be_chosen_is_told_alone(world, start):
+    engine = start(world[0])
+
+    class Broken:
+        def allowed(self):
+            raise RuntimeError("no rule")
+
+    beside = ask(engine, PROMPTS[0], 20)
+    _, error = ask(engine, PROMPTS[1], sampling=Sampling(rule=Broken()))()
+    assert str(error) == "no rule"
+    assert beside() == (alone(world[0], PROMPTS[0], 20), "length")
+
+
 def test_one_that_fails_is_told_and_the_others_go_on(world, start):
     engine = start(world[0])
 

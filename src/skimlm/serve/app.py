@@ -14,8 +14,8 @@ import json
 import logging
 import random
 import time
-import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from skimlm.errors import SkimError
 from skimlm.serve import prompt
 from skimlm.serve.answer import Answer, Failed, Late
 from skimlm.serve.engine import Engine, Full, Job
+from skimlm.serve.forms import Chat, Text
 from skimlm.serve.guard import INVALID, Guard, Limits, error_body
 from skimlm.serve.metrics import Metrics
 from skimlm.serve.sampling import Sampling
@@ -59,6 +60,7 @@ class Server:
     limits: Limits
     metrics: Metrics
     shapes: Shapes
+    words: ThreadPoolExecutor  # of one thread
     about: dict[str, Any]  # of the model, for the page
     created: int
 
@@ -85,7 +87,8 @@ def app(
     rows = model.get_input_embeddings().num_embeddings
     shapes = Shapes(tokenizer, rows, ends(model, tokenizer))
     server = Server(
-        model, tokenizer, name, skills, engine, limits, metrics, shapes, about or {},
+        model, tokenizer, name, skills, engine, limits, metrics, shapes,
+        ThreadPoolExecutor(1), about or {},
         int(time.time()),
     )  # fmt: skip
 
@@ -115,23 +118,27 @@ def _completions(made: FastAPI, server: Server) -> None:
         names = _named(server, body)
         messages = [message.plain() for message in body.messages]
         tools = body.tools if body.tool_choice != "none" else None
-        ids = await asyncio.to_thread(
-            prompt.chat_ids, server.tokenizer, messages, tools, bool(names)
-        )
+        parts = server.tokenizer, messages, tools, bool(names)
+        ids = await _apart(server, prompt.chat_ids, *parts)
         shape = body.shape()
-        rule = None if shape is None else await asyncio.to_thread(server.shapes.rule, shape)
+        rule = None if shape is None else await _apart(server, server.shapes.rule, shape)
         most = body.max_completion_tokens or body.max_tokens
         asked = _ask(server, body, ids, names, most, raw=False, rule=rule)
-        return await _respond(server, request, body, asked, Chat(server))
+        return await _respond(server, request, body, asked, Chat(server.name))
 
     @made.post("/v1/completions", responses=RESPONSES)
     async def text(body: TextBody, request: Request) -> Response:
         """Go on with a text."""
         names = _named(server, body)
         words = body.words()
-        ids = await asyncio.to_thread(prompt.text_ids, server.tokenizer, words, bool(names))
+        ids = await _apart(server, prompt.text_ids, server.tokenizer, words, bool(names))
         asked = _ask(server, body, ids, names, body.max_tokens, raw=True)
-        return await _respond(server, request, body, asked, Text(server))
+        return await _respond(server, request, body, asked, Text(server.name))
+
+
+async def _apart(server: Server, call: Callable[..., Any], *args: Any) -> Any:
+    """Run a call that uses the tokenizer on the one thread for that: it has a state of its own."""
+    return await asyncio.get_running_loop().run_in_executor(server.words, call, *args)
 
 
 def _named(server: Server, body: Body) -> tuple[str, ...]:
@@ -220,48 +227,6 @@ def _sampling(server: Server, body: Body, seed: int, rule: Rule | None) -> Sampl
         seed=seed % 2**64,
         rule=rule,
     )
-
-
-class Text:
-    """How a text completion is written."""
-
-    id, object, chunk = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, server: Server) -> None:
-        self.base = {
-            "id": f"{self.id}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": server.name,
-        }
-
-    def whole(self, text: str, finish: str) -> dict[str, Any]:
-        """The answer in one."""
-        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
-        return {**self.base, "object": self.object, "choices": [choice]}
-
-    def piece(self, text: str | None, finish: str | None = None) -> dict[str, Any]:
-        """A part of it; None begins."""
-        choice = {"index": 0, "text": text or "", "logprobs": None, "finish_reason": finish}
-        return {**self.base, "object": self.chunk, "choices": [choice]}
-
-
-class Chat(Text):
-    """How a chat completion is written."""
-
-    id, object, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def whole(self, text: str, finish: str) -> dict[str, Any]:
-        """The answer in one."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        return {**self.base, "object": self.object, "choices": [choice]}
-
-    def piece(self, text: str | None, finish: str | None = None) -> dict[str, Any]:
-        """A part of it; None begins."""
-        begun: dict[str, Any] = {"role": "assistant", "content": ""}
-        delta = begun if text is None else ({"content": text} if text else {})
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return {**self.base, "object": self.chunk, "choices": [choice]}
 
 
 def _usage(asked: Asked) -> dict[str, Any]:

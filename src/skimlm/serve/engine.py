@@ -9,6 +9,9 @@ gives every running request a token (runtime/decode.py), so a long prompt delays
 part of it. A request's tokens do not depend on what else runs: native rows are to the bit what they
 are alone, prompts are read one at a time in parts of the same size, and each request draws by a
 seed of its own. A model that has no native way gets one request after the other: right, and slower.
+
+When answers grow beyond the memory that there is for keys and values, the youngest request waits
+again; what it said is read once more when there is room, and it goes on where it was.
 """
 
 from __future__ import annotations
@@ -63,6 +66,11 @@ class Job:
     read: int = 0  # of ids
     said: list[int] = field(default_factory=list, repr=False)
     sampler: Sampler | None = field(default=None, repr=False)
+
+    @property
+    def taken(self) -> int:
+        """Positions it takes by now."""
+        return len(self.ids) + len(self.said)
 
     @property
     def room(self) -> int:
@@ -166,6 +174,10 @@ class Engine:
             if job.cancelled:
                 job.cache = None
         self.running = [job for job in self.running if job.cache is not None]
+        while len(self.running) > 1 and sum(job.taken for job in self.running) > self.budget:
+            youngest = self.running.pop()
+            youngest.cache, youngest.read = None, 0
+            self.waiting.appendleft(youngest)
         if self.reading is not None and not self._read(self.reading):
             return
         if self.running:
@@ -188,18 +200,22 @@ class Engine:
                     if job.prefix is None
                     else rollout.lent(self.model, job.prefix(), 1)
                 )
-            if len(job.ids) <= self.few and self._together([*self.running, job]):
+            short = len(job.ids) <= self.few and not job.said
+            if short and self._together([*self.running, job]):
                 self.prompt_tokens += len(job.ids)
                 done, self.reading = [*self.running, job], None
                 self.running = [one for one in done if one.cache is not None]
                 return False
             part = job.ids[job.read : job.read + PART]
-            logits = self._forward(job, part)
+            logits = self._next(job, part)
             job.read += len(part)
             self.prompt_tokens += len(part)
             if job.read == len(job.ids):
                 self.reading = None
-                self._take(job, logits)
+                if job.said:  # it had to wait in between
+                    self._again(job)
+                else:
+                    self._take(job, logits)
                 if job.cache is not None:
                     self.running.append(job)
         except Exception as error:  # of this one prompt: the others go on
@@ -207,6 +223,20 @@ class Engine:
             self.failures += 1
             job.put(job, error)
         return True
+
+    def _next(self, job: Job, part: Tensor) -> Tensor:
+        """Logits after a part of a prompt, read in the way that its length decides."""
+        if len(job.ids) <= self.few:
+            rows = decode.together(self.model, [part], [job.cache])
+            if rows is not None:
+                return rows[0]
+        return self._forward(job, part)
+
+    def _again(self, job: Job) -> None:
+        """Read what a job has said, but for the last token, as it was said."""
+        for token in torch.tensor(job.said[:-1]).split(1):
+            if decode.together(self.model, [token], [job.cache]) is None:
+                self._forward(job, token)
 
     def _together(self, jobs: Sequence[Job]) -> bool:
         """A token for each in one native call; whether that was possible."""
@@ -236,13 +266,19 @@ class Engine:
         return self.model(ids, **how).logits[0, -1]
 
     def _take(self, job: Job, logits: Tensor, likeliest: int | None = None) -> None:
-        """Choose a job's next token, and let it go if that was the last."""
+        """Choose a job's next token, and let it go if that was the last, or cannot be chosen."""
         if job.cancelled:
             job.cache = None
             return
         assert job.sampler is not None
-        greedy = likeliest is not None and job.sampling.plain
-        token = likeliest if greedy else job.sampler.choose(logits, job.said)
+        try:
+            greedy = likeliest is not None and job.sampling.plain
+            token = likeliest if greedy else job.sampler.choose(logits, job.said)
+        except Exception as error:  # the others have theirs to come
+            job.cache = None
+            self.failures += 1
+            job.put(job, error)
+            return
         assert token is not None
         self.tokens += 1
         done = "stop" if token in job.ends else None
