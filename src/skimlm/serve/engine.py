@@ -194,7 +194,7 @@ class Engine:
                 self.reading, job.cache = None, None
                 return True
             if job.cache is None:
-                job.sampler = Sampler(job.sampling)
+                job.sampler = job.sampler or Sampler(job.sampling)
                 job.cache = (
                     DynamicCache(config=self.model.config)
                     if job.prefix is None
