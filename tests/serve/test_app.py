@@ -443,13 +443,13 @@ def test_a_server_that_stops_says_so(world):
         assert message_of(post(address, messages=ASK), 503)
 
 
-def test_its_own_description_holds(world):
+def test_its_own_description_holds(world, tmp_path):
     pytest.importorskip("schemathesis")
     with running(*world, limits=Limits(tokens=3)) as (address, _):
         done = subprocess.run(
             [sys.executable, "-m", "schemathesis.cli", "run", f"{address}/openapi.json",
              "--max-examples", "20", "--seed", "1", "--generation-database", "none"],
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, text=True, timeout=300, cwd=tmp_path,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
         assert post(address, messages=ASK, max_tokens=2).status_code == 200
