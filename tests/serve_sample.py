@@ -44,6 +44,15 @@ def write_skills(folder, model, tokenizer):
     store.write(folder / "tidy" / "tidy.skim", made)
 
 
+def make_world(tmp_path_factory):
+    """A compressed model, its tokenizer and a folder of skills."""
+    model = compressed_model(tmp_path_factory.mktemp("model") / "out")
+    tokenizer = chat_tokenizer()
+    folder = tmp_path_factory.mktemp("skills")
+    write_skills(folder, model, tokenizer)
+    return model, tokenizer, folder
+
+
 @contextlib.contextmanager
 def running(model, tokenizer, skills=None, limits=None, rows=16, waiting=64):
     """Serve on a free port: gives the address and the engine."""
@@ -68,4 +77,4 @@ def running(model, tokenizer, skills=None, limits=None, rows=16, waiting=64):
         assert not thread.is_alive()
 
 
-__all__ = ["OTHER", "TEXT", "chat_tokenizer", "compressed_model", "running", "write_skills"]
+__all__ = ["OTHER", "TEXT", "compressed_model", "make_world", "running"]

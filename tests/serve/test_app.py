@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from serve_sample import TEXT, chat_tokenizer, compressed_model, running, write_skills
+from serve_sample import TEXT, make_world, running
 from skimlm.generate import generate
 from skimlm.serve.guard import Limits
 from skimlm.serve.skills import Skills
@@ -23,12 +23,7 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A compressed model, its tokenizer and a folder of skills."""
-    model = compressed_model(tmp_path_factory.mktemp("model") / "out")
-    tokenizer = chat_tokenizer()
-    folder = tmp_path_factory.mktemp("skills")
-    write_skills(folder, model, tokenizer)
-    return model, tokenizer, folder
+    return make_world(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from serve_sample import TEXT, chat_tokenizer, compressed_model, write_skills
+from serve_sample import TEXT, compressed_model, make_world
 from skill_sample import skill_model
 from skimlm.generate import generate
 from skimlm.runtime import decode
@@ -24,10 +24,7 @@ PROMPTS = [torch.tensor([60 + i] * (3 + 5 * i)) for i in range(6)]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A compressed model, its tokenizer, and skills."""
-    model = compressed_model(tmp_path_factory.mktemp("model") / "out")
-    tokenizer = chat_tokenizer()
-    folder = tmp_path_factory.mktemp("skills")
-    write_skills(folder, model, tokenizer)
+    model, tokenizer, folder = make_world(tmp_path_factory)
     return model, tokenizer, Skills(model, tokenizer, folder)
 
 

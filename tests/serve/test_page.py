@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from serve_sample import chat_tokenizer, compressed_model, running, write_skills
+from serve_sample import make_world, running
 from skimlm.serve.guard import Limits
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -18,11 +18,7 @@ expect = playwright.expect
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    model = compressed_model(tmp_path_factory.mktemp("model") / "out")
-    tokenizer = chat_tokenizer()
-    folder = tmp_path_factory.mktemp("skills")
-    write_skills(folder, model, tokenizer)
-    return model, tokenizer, folder
+    return make_world(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
