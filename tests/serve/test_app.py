@@ -374,6 +374,9 @@ def test_when_too_many_wait_one_is_told_to_ask_again(world, slow):
                 response = post(address, messages=ASK)
                 assert "too many requests" in message_of(response, 429)
                 assert response.headers["retry-after"] == "1"
+        while engine.running or engine.waiting:  # until it is seen that both have gone
+            assert time.monotonic() < until
+            time.sleep(0.01)
         assert post(address, messages=ASK, max_tokens=2).status_code == 200
 
 

@@ -99,7 +99,8 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Let a job run when its turn comes."""
         with self._changed:
-            if self._stopping or len(self.waiting) >= self.most_waiting:
+            waiting = sum(not other.cancelled for other in self.waiting)
+            if self._stopping or waiting >= self.most_waiting:
                 raise Full
             self.waiting.append(job)
             self._changed.notify()
