@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
 
 from conftest import FAMILIES, quantized_linears, tiny_model
 from folder_sample import IDS, assert_same_logits, config_of, logits, open_folder, stored
@@ -150,6 +150,29 @@ def test_generate_works(tmp_path, family):
     model = open_folder(tmp_path / "out", torch.bfloat16)
     out = model.generate(IDS, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert out.shape == (2, 24)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe"])
+def test_a_static_cache_and_an_assistant_give_the_same_tokens(tmp_path, family):
+    compress(tmp_path / "out", tiny_model(family))
+    compress(tmp_path / "small", tiny_model(family, num_hidden_layers=1))
+    model, small = open_folder(tmp_path / "out"), open_folder(tmp_path / "small")
+    how = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    want = model.generate(IDS[:1], **how)
+    assert torch.equal(model.generate(IDS[:1], **how, cache_implementation="static"), want)
+    assert torch.equal(model.generate(IDS[:1], **how, assistant_model=small), want)
+    dense = open_folder(tmp_path / "out").dequantize()
+    assert torch.equal(dense.generate(IDS[:1], **how, assistant_model=model), want)
+
+
+def test_a_pipeline_goes_on_with_a_text(tmp_path, tokenizer):
+    compress(tmp_path / "out", tiny_model("llama"), tokenizer)
+    made = pipeline("text-generation", str(tmp_path / "out"), dtype=torch.float32)
+    (got,) = made("Read every", max_new_tokens=5, do_sample=False)
+    model = open_folder(tmp_path / "out")
+    ids = tokenizer("Read every", return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert got["generated_text"] == tokenizer.decode(out[0], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
