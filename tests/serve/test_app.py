@@ -1,6 +1,7 @@
 """The server over HTTP, by the real `openai` client and by hand."""
 
 import asyncio
+import copy
 import json
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from serve_sample import TEXT, make_world, running
 from skimlm.generate import generate
 from skimlm.serve.guard import Limits
 from skimlm.serve.skills import Skills
+from skimlm.serve.text import Pieces
 
 ASK = [{"role": "user", "content": "What now?"}]
 JSON = {"Content-Type": "application/json"}
@@ -168,6 +170,41 @@ def test_a_json_object_is_one_as_far_as_it_goes(served, client):
     assert "response_format" in message_of(
         post(served[0], messages=ASK, response_format=wrong), 400
     )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools_come_as_such(world, monkeypatch, stream):
+    model, tokenizer, _ = world
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template += "{# calls are written as <tool_call> #}"
+    said = ["Let me ", "see. <tool", '_call>{"name": "weather", "argum', 'ents": {"city": "Bern"}}']
+    said += ["</tool_call>"]
+
+    def add(pieces, token):
+        pieces.ids.append(token)
+        return said[len(pieces.ids) - 1] if len(pieces.ids) <= len(said) else ""
+
+    monkeypatch.setattr(Pieces, "add", add)
+    monkeypatch.setattr(Pieces, "end", lambda pieces: "")
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    with running(model, tokenizer, limits=Limits(tokens=8)) as (address, _):
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        how = dict(model="tiny", messages=ASK, temperature=0, tools=tools)
+        if stream:
+            with client.chat.completions.stream(**how) as events:
+                choice = events.get_final_completion().choices[0]
+        else:
+            choice = client.chat.completions.create(**how).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content.rstrip() == "Let me see."
+        (call,) = choice.message.tool_calls
+        assert call.function.name == "weather"
+        assert json.loads(call.function.arguments) == {"city": "Bern"}
+        plain = client.chat.completions.create(**{**how, "tools": []}).choices[0]
+        assert "<tool_call>" in plain.message.content and not plain.message.tool_calls
+        back = [*ASK, choice.message.model_dump(exclude_none=True),
+                {"role": "tool", "tool_call_id": call.id, "content": "rain"}]  # fmt: skip
+        assert post(address, messages=back, tools=tools, max_tokens=2).status_code == 200
 
 
 def test_a_stop_string_ends_an_answer(client):

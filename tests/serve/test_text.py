@@ -1,11 +1,14 @@
-"""Pieces of text against the whole text decoded at once."""
+"""Pieces of text against the whole text decoded at once; calls of tools in it."""
 
+import asyncio
+import json
 import random
 
 import pytest
 
 from conftest import byte_tokenizer
 from skimlm.serve.text import Pieces
+from skimlm.serve.tools import Split, split
 
 TEXT = "Grüße, 東京 — naïve 🙂 ends\n\nhere. STOP not this"
 
@@ -74,3 +77,44 @@ def test_against_brute_force(tokenizer):
 def test_bytes_that_are_no_character_are_said_to_be_none(tokenizer):
     ids = ids_of("aé")[:-1]
     assert "".join(run(Pieces(tokenizer), ids)) == "a\ufffd"
+
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
+
+
+def split_pieces(text, size):
+    """The same for text that comes in pieces."""
+
+    async def pieces():
+        for i in range(0, len(text), size):
+            yield text[i : i + size]
+
+    async def all_of():
+        apart = Split(pieces())
+        return "".join([piece async for piece in apart]), apart.calls
+
+    return asyncio.run(all_of())
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "count"),
+    [
+        ("No call <tool", "No call <tool", 0),
+        (CALL, "", 1),
+        (f"Let me see.\n{CALL}\n{CALL}", "Let me see.", 2),
+        (CALL.removesuffix("</tool_call>"), "", 1),
+        ("<tool_call>{not json}</tool_call>", "<tool_call>{not json}</tool_call>", 0),
+        ('<tool_call>{"arguments": {}}</tool_call>', '<tool_call>{"arguments": {}}</tool_call>', 0),
+        ('<tool_call>{"name": "x"', '<tool_call>{"name": "x"', 0),
+    ],
+)
+def test_calls_are_taken_out_of_an_answer(text, said, count):
+    got, calls = split(text)
+    assert (got, len(calls)) == (said, count)
+    for call in calls:
+        assert call["type"] == "function" and call["function"]["name"] == "weather"
+        assert json.loads(call["function"]["arguments"]) == {"city": "Bern"}
+    assert len({call["id"] for call in calls}) == count
+    for size in (1, 3, 7, 1000):
+        piecewise, calls = split_pieces(text, size)
+        assert (piecewise.rstrip(), len(calls)) == (said, count)

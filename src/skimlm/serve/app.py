@@ -39,6 +39,7 @@ from skimlm.serve.schema import Body, ChatBody, TextBody
 from skimlm.serve.shape import Rule, Shapes
 from skimlm.serve.skills import Skills
 from skimlm.serve.text import Pieces
+from skimlm.serve.tools import Split, split, written_so
 from skimlm.skills.distill import ends
 
 PAGE = Path(__file__).parent / "page"
@@ -124,7 +125,8 @@ def _completions(made: FastAPI, server: Server) -> None:
         rule = None if shape is None else await _apart(server, server.shapes.rule, shape)
         most = body.max_completion_tokens or body.max_tokens
         asked = _ask(server, body, ids, names, most, raw=False, rule=rule)
-        return await _respond(server, request, body, asked, Chat(server.name))
+        form = Chat(server.name, calls=bool(tools) and written_so(server.tokenizer))
+        return await _respond(server, request, body, asked, form)
 
     @made.post("/v1/completions", responses=RESPONSES)
     async def text(body: TextBody, request: Request) -> Response:
@@ -267,7 +269,8 @@ async def _respond(
         gone.cancel()
         text.cancel()
     _count(server, asked)
-    return JSONResponse({**form.whole(said, asked.answer.finish), "usage": _usage(asked)})
+    made = form.whole(*(split(said) if form.calls else (said, [])), asked.answer.finish)
+    return JSONResponse({**made, "usage": _usage(asked)})
 
 
 async def _events(
@@ -275,11 +278,13 @@ async def _events(
 ) -> AsyncIterator[str]:
     """Server-sent events of an answer."""
     pieces = asked.answer.__aiter__()
+    apart = Split(pieces) if form.calls else None
     try:
         yield _event(form.piece(None)) if isinstance(form, Chat) else ""
-        async for piece in pieces:
+        async for piece in apart or pieces:
             yield _event(form.piece(piece))
-        yield _event(form.piece("", asked.answer.finish))
+        calls = apart.calls if apart else []
+        yield _event(form.piece("", asked.answer.finish, calls))
         if usage:
             yield _event({**form.base, "object": form.chunk, "choices": [], "usage": _usage(asked)})
         yield "data: [DONE]\n\n"
