@@ -192,12 +192,13 @@ class TableMethod(QuantizeMethodBase):
         if sum(output_partition_sizes) != output_size:
             raise ValueError("compressed tables are not cut yet: use tensor_parallel_size=1")
         layer.dtype = params_dtype
-        spec, kinds = None, {"scale": torch.bfloat16}
+        self.spec: LayerSpec | None = None
         if self.name in self.stored.tables:
-            spec = self.stored.spec(self.name, layer.org_vocab_size, layer.embedding_dim)
-            kinds = dtypes(spec)
+            self.spec = self.stored.spec(self.name, layer.org_vocab_size, layer.embedding_dim)
+            kinds = dtypes(self.spec)
         else:
-            kinds["weight"] = torch.int8 if self.stored.embed_bits == 8 else torch.uint8
+            codes = torch.int8 if self.stored.embed_bits == 8 else torch.uint8
+            kinds = {"weight": codes, "scale": torch.bfloat16}
         layer.arrived = keep_by_name(layer, kinds)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -211,10 +212,9 @@ class TableMethod(QuantizeMethodBase):
         rows, cols = layer.org_vocab_size, layer.embedding_dim
         head = isinstance(layer, ParallelLMHead)
         how: dict[str, Any] = {"dtype": layer.dtype}
-        if self.name in self.stored.tables:
-            spec = self.stored.spec(self.name, rows, cols)
-            table: nn.Module = (PackedHead if head else PackedEmbedding)(spec, **how)
-            held = dict(checked(spec, tensors, self.name).tensors)
+        if self.spec is not None:
+            table: nn.Module = (PackedHead if head else PackedEmbedding)(self.spec, **how)
+            held = dict(checked(self.spec, tensors, self.name).tensors)
         else:
             kind = CompressedHead if head else CompressedEmbedding
             table = kind(rows, cols, self.stored.embed_bits, **how)

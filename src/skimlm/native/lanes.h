@@ -212,6 +212,37 @@ VBMI inline void add_lanes(__m512i v, int32_t* to) {
                    _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 }
 
+// v[i] lane j becomes v[j] lane i, 32 bits each.
+VBMI inline void transpose(__m512i (&v)[16]) {
+  __m512i u[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    u[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    u[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(u[i], u[i + 2]);
+    v[i + 1] = _mm512_unpackhi_epi64(u[i], u[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(u[i + 1], u[i + 3]);
+    v[i + 3] = _mm512_unpackhi_epi64(u[i + 1], u[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    u[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
+    u[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+    u[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+    u[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    v[i] = _mm512_shuffle_i32x4(u[i], u[8 + i], 0x88);
+    v[4 + i] = _mm512_shuffle_i32x4(u[4 + i], u[12 + i], 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(u[i], u[8 + i], 0xdd);
+    v[12 + i] = _mm512_shuffle_i32x4(u[4 + i], u[12 + i], 0xdd);
+  }
+}
+
 // The sums of R rows over their lanes and planes.
 template <int R>
 VBMI inline __attribute__((always_inline)) void add_planes(const __m512i (&sum)[R][PLANES],

@@ -11,9 +11,8 @@ int skimlm_layer_matmul(const SkimlmLayer* layer, const void* x, int64_t x_bf16,
     const SkimlmLayer& w = *layer;
     Matrix m{}, a{};
     if (n < 0 || !lay_out(w, m) || !lay_out_adapter(w, a)) return MISFIT;
-    const Output output{out, x_bf16 != 0, w.rows, w.bias};
     if (n && is_plain(w)) {
-      matmul_plain(w, m, x, x_bf16, n, exact, output, threads);
+      matmul_plain(w, m, x, x_bf16, n, exact, {out, x_bf16 != 0, w.rows, w.bias}, threads);
       return DONE;
     }
     const int64_t size = x_bf16 ? 2 : 4, turn = exact == 2 ? 1 : n;  // tokens at once

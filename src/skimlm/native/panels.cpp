@@ -49,31 +49,12 @@ constexpr decltype(&to_bytes<1, false>) bytes_of_width[2][MAX_B + 1] = {
 // 64 bytes of 16 rows, `apart` bytes from one to the next, as 16 registers of four bytes of every row, `step` bytes
 // from one to the next.
 VBMI inline void change_places(const uint8_t* from, int64_t apart, uint8_t* to, int64_t step) {
-  __m512i a[LANES], b[LANES];
+  __m512i v[LANES];
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) a[i] = _mm512_load_si512(from + i * apart);
-#pragma GCC unroll 8
-  for (int i = 0; i < LANES; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < LANES; i += 4) {  // a[i + j]: column quads j, 4 + j, 8 + j, 12 + j of rows i .. i + 3
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i low02 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), low13 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-    const __m512i high02 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-    const __m512i high13 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-    _mm512_store_si512(to + j * step, _mm512_shuffle_i32x4(low02, high02, 0x88));
-    _mm512_store_si512(to + (4 + j) * step, _mm512_shuffle_i32x4(low13, high13, 0x88));
-    _mm512_store_si512(to + (8 + j) * step, _mm512_shuffle_i32x4(low02, high02, 0xdd));
-    _mm512_store_si512(to + (12 + j) * step, _mm512_shuffle_i32x4(low13, high13, 0xdd));
-  }
+  for (int i = 0; i < LANES; ++i) v[i] = _mm512_load_si512(from + i * apart);
+  transpose(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) _mm512_store_si512(to + i * step, v[i]);
 }
 
 // What the rows of half a panel have: what is taken off a sum, and their scale.
@@ -149,9 +130,8 @@ VBMI void panel(const Product& product, int64_t begin, int64_t end) {
   const Group* g = m.groups.data();
   for (int64_t i = begin; i < end; ++i) {
     while (i >= g->first + g->rows) ++g;
-    const bool trellis = g->code == TRELLIS;
-    bytes_of_width[trellis][g->width](*g, i - g->first, x.c, pairs, bytes + (i - begin) * stride);
-    zero[i - begin] = g->width <= 5 || trellis ? 128 : double(g->zeros[i - g->first]);
+    bytes_of_width[g->code == TRELLIS][g->width](*g, i - g->first, x.c, pairs, bytes + (i - begin) * stride);
+    zero[i - begin] = g->width <= 5 ? 128 : double(g->zeros[i - g->first]);
     scale[i - begin] = from_bf16(product.layer.row_scale[i]);
     ends[(i - begin) / LANES].rows[(i - begin) % LANES] = m.order[i];
   }

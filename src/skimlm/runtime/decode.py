@@ -258,30 +258,17 @@ def _mode() -> bool:
     )
 
 
-def _length(cache: DynamicCache) -> int:
-    """Tokens in a cache whose layers are the plain ones of its kind; 0 for any other."""
-    plain = "update" not in cache.__dict__ and not cache.offloading and cache.layers
-    kind = LAYERS[type(cache)]
-    if not plain or any([type(n) is not kind for n in cache.layers]):
-        return 0
-    return DynamicLayer.get_seq_length(cache.layers[0])
-
-
 def _tokens(cache: Any, new: int = 1) -> _Tokens | None:
-    """What is in a cache; None of one that is not of a known kind."""
-    if type(cache) not in LAYERS or not new:
+    """What is in a cache; None of one whose layers are not the plain ones of a known kind."""
+    kind = LAYERS.get(type(cache))
+    if kind is None or not new or "update" in cache.__dict__ or cache.offloading:
         return None
-    length = _length(cache)
-    if not length and not _is_empty(cache):
+    if not cache.layers or any([type(n) is not kind for n in cache.layers]):
+        return None
+    length = DynamicLayer.get_seq_length(cache.layers[0])
+    if not length and any([n.is_initialized for n in cache.layers]):
         return None
     return _Tokens(cache, length, _behind(cache) + length, _room(cache), new)
-
-
-def _is_empty(cache: DynamicCache) -> bool:
-    """Whether a cache has plain layers that hold nothing."""
-    kind = LAYERS[type(cache)]
-    plain = "update" not in cache.__dict__ and not cache.offloading and cache.layers
-    return bool(plain) and all([type(n) is kind and not n.is_initialized for n in cache.layers])
 
 
 def _behind(cache: DynamicCache) -> int:
@@ -309,12 +296,12 @@ def _fits(plan: Plan, cache: DynamicCache, length: int) -> bool:
     """Whether a cache holds what the plan says, in every layer alike."""
     count, heads, size = plan.cached
     shape = (1, heads, length, size)
-    if not length:
-        return len(cache.layers) == count and all("update" not in n.__dict__ for n in cache.layers)
     return len(cache.layers) == count and all(
         "update" not in layer.__dict__
-        and _is(layer.keys, plan.dtype, shape)
-        and _is(layer.values, plan.dtype, shape)
+        and (
+            not length
+            or (_is(layer.keys, plan.dtype, shape) and _is(layer.values, plan.dtype, shape))
+        )
         for layer in cache.layers
     )
 
@@ -395,10 +382,9 @@ def _make_room(plan: Plan, cache: DynamicCache, length: int, new: int) -> _Room 
     _, heads, size = plan.cached
     capacity = length + new + max(ROOM, length)
     whole = torch.empty(len(layers), 2, 1, heads, capacity, size, dtype=plan.dtype)
-    for layer, (keys, values) in zip(layers, whole, strict=True):
-        if not length:
-            break
-        keys[:, :, :length] = layer.keys
-        values[:, :, :length] = layer.values
+    if length:
+        for layer, (keys, values) in zip(layers, whole, strict=True):
+            keys[:, :, :length] = layer.keys
+            values[:, :, :length] = layer.values
     places = [whole[i, j].data_ptr() for j in (0, 1) for i in range(len(layers))]
     return _Room(whole, (POINTER * len(places))(*places), [], prefix, groups)

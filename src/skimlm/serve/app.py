@@ -192,7 +192,7 @@ def _ask(
         ids,
         min(room, most or room),
         lambda job, item: answer.put(job, item),
-        ends(server.model, server.tokenizer),
+        server.shapes.ends,
         (lambda: server.skills.prefix(names, raw)) if names else None,
         _sampling(server, body, seed, rule),
     )
@@ -210,7 +210,6 @@ def _ask(
 
 
 def _sampling(server: Server, body: Body, seed: int, rule: Rule | None) -> Sampling:
-    rows = server.model.get_input_embeddings().num_embeddings
     bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
     usual = server.model.generation_config  # heeded where it samples
     if not usual.do_sample:
@@ -225,7 +224,7 @@ def _sampling(server: Server, body: Body, seed: int, rule: Rule | None) -> Sampl
         top_k=asked["top_k"] or 0,
         presence=body.presence_penalty or 0.0,
         frequency=body.frequency_penalty or 0.0,
-        bias={token: value for token, value in bias.items() if token < rows},
+        bias={token: value for token, value in bias.items() if token < server.shapes.rows},
         seed=seed % 2**64,
         rule=rule,
     )

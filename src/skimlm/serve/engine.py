@@ -174,15 +174,18 @@ class Engine:
         for job in self.running:
             if job.cancelled:
                 job.cache = None
-        self.running = [job for job in self.running if job.cache is not None]
+        self._let_go()
         while len(self.running) > 1 and sum(job.taken for job in self.running) > self.budget:
             youngest = self.running.pop()
             youngest.cache, youngest.read = None, 0
             self.waiting.appendleft(youngest)
-        if self.reading is not None and not self._read(self.reading):
-            return
-        if self.running:
+        others_wait = self.reading is None or self._read(self.reading)
+        if others_wait and self.running:
             self._step(self.running)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget the jobs that have ended."""
         self.running = [job for job in self.running if job.cache is not None]
 
     def _read(self, job: Job) -> bool:
@@ -204,8 +207,8 @@ class Engine:
             short = len(job.ids) <= self.few and not job.said
             if short and self._together([*self.running, job]):
                 self.prompt_tokens += len(job.ids)
-                done, self.reading = [*self.running, job], None
-                self.running = [one for one in done if one.cache is not None]
+                self.reading = None
+                self.running.append(job)
                 return False
             part = job.ids[job.read : job.read + PART]
             logits = self._next(job, part)
@@ -227,17 +230,17 @@ class Engine:
 
     def _next(self, job: Job, part: Tensor) -> Tensor:
         """Logits after a part of a prompt, read in the way that its length decides."""
-        if len(job.ids) <= self.few:
-            rows = decode.together(self.model, [part], [job.cache])
-            if rows is not None:
-                return rows[0]
-        return self._forward(job, part)
+        return self._alone(job, part) if len(job.ids) <= self.few else self._forward(job, part)
 
     def _again(self, job: Job) -> None:
         """Read what a job has said, but for the last token, as it was said."""
         for token in torch.tensor(job.said[:-1]).split(1):
-            if decode.together(self.model, [token], [job.cache]) is None:
-                self._forward(job, token)
+            self._alone(job, token)
+
+    def _alone(self, job: Job, ids: Tensor) -> Tensor:
+        """Logits after some tokens of one job, natively if that is possible."""
+        rows = decode.together(self.model, [ids], [job.cache])
+        return self._forward(job, ids) if rows is None else rows[0]
 
     def _together(self, jobs: Sequence[Job]) -> bool:
         """A token for each in one native call; whether that was possible."""

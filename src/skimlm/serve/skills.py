@@ -6,11 +6,12 @@ A prefix is read once for each choice of skills and shared by all that use it; t
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from skimlm.api import Skill
 from skimlm.errors import SkimError
 from skimlm.skills import document, store
 from skimlm.skills.front import Standing, ahead, before, taken
@@ -83,8 +84,10 @@ def _entries(model: Any, tokenizer: Any, folder: Path) -> dict[str, Entry]:
     if not folder.is_dir():
         raise SkimError(f"{folder}: no folder: --skills takes one of SKILL.md and .skim files")
     found: dict[str, Entry] = {}
-    for path in sorted(folder.rglob(f"*{store.SUFFIX}")):
-        entry = _compressed(path, model, tokenizer)
+    files = sorted(folder.rglob(f"*{store.SUFFIX}"))
+    now = store.fingerprints(model, tokenizer) if files else None
+    for path in files:
+        entry = _compressed(path, model, tokenizer, now)
         if entry.name in found:
             first = found[entry.name].file
             raise SkimError(f"{path}: a second skill named {entry.name!r}, after {first}")
@@ -100,10 +103,9 @@ def _entries(model: Any, tokenizer: Any, folder: Path) -> dict[str, Entry]:
     return dict(sorted(found.items()))
 
 
-def _compressed(path: Path, model: Any, tokenizer: Any) -> Entry:
-    skill = store.read(path)
-    store.check_source(path, skill)
-    stands, warning = store.fitting(skill, model, tokenizer, path.name)
+def _compressed(path: Path, model: Any, tokenizer: Any, now: Mapping[str, Any] | None) -> Entry:
+    skill = Skill.load(path).stored
+    stands, warning = store.fitting(skill, model, tokenizer, path.name, now)
     full = len(token_ids(tokenizer, skill.document.text))
     kind = skill.kind if warning is None and skill.k is not None else "text"
     text = skill.document

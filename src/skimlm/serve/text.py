@@ -46,7 +46,7 @@ class Pieces:
         if found:
             self.stopped, end = True, min(found)
         elif not last:
-            end -= max((_overlap(self.text, stop) for stop in self.stops), default=0)
+            end -= max((overlap(self.text, stop) for stop in self.stops), default=0)
         piece, self.given = self.text[self.given : end], max(end, self.given)
         return piece
 
@@ -54,7 +54,7 @@ class Pieces:
         return max(0, self.given - len(stop))
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Characters at the end of a text that a stop string begins with."""
     most = min(len(stop) - 1, len(text))
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

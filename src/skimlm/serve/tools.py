@@ -13,6 +13,8 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
+from skimlm.serve.text import overlap
+
 BEGIN = "<tool_call>"
 CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*(?:</tool_call>|\Z)", re.S)
 
@@ -54,9 +56,7 @@ class Split:
             text += piece
             end = text.find(BEGIN)
             if end < 0:  # the end may become the beginning of a call
-                most = min(len(BEGIN) - 1, len(text))
-                end = len(text) - next((n for n in range(most, 0, -1)
-                                        if text.endswith(BEGIN[:n])), 0)  # fmt: skip
+                end = len(text) - overlap(text, BEGIN)
             if end > given:
                 yield text[given:end]
                 given = end

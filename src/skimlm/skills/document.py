@@ -93,10 +93,16 @@ def catalogue_line(skill: Document) -> str:
 
 
 def _catalogue_of(folder: Path) -> Document:
-    skills = [read(file) for file in find([folder])]
-    if not skills:
-        raise SkimError(f"{folder}: no skills: a SKILL.md has front matter")
+    skills = [read(file) for file in find_some([folder])]
     return catalogue(sorted(skills, key=lambda skill: skill.name))
+
+
+def find_some(places: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The same as `find`; SkimError where there is none."""
+    places = [*places]
+    if not (found := find(places)):
+        raise SkimError(f"{', '.join(map(str, places))}: no skills: a SKILL.md has front matter")
+    return found
 
 
 def find(places: Iterable[str | os.PathLike[str]]) -> list[Path]:

@@ -34,8 +34,7 @@ Standing: TypeAlias = list[Piece] | Pack  # in a prompt for one skill
 
 def before(model: Any, tokenizer: Any, skills: Sequence[Standing], raw: bool = False) -> Prefix:
     """Everything before the question; gradients are not followed."""
-    packs = [skill for skill in skills if isinstance(skill, Pack)]
-    texts = [skill for skill in skills if not isinstance(skill, Pack)]
+    packs, texts = _kinds(skills)
     with torch.no_grad():
         if not packs:
             return rollout.read(model, opening(tokenizer, texts, raw))
@@ -47,12 +46,17 @@ def before(model: Any, tokenizer: Any, skills: Sequence[Standing], raw: bool = F
 
 def ahead(tokenizer: Any, skills: Sequence[Standing], raw: bool = False) -> int:
     """Positions that `before` takes: where the question begins."""
-    packs = [skill for skill in skills if isinstance(skill, Pack)]
-    texts = [skill for skill in skills if not isinstance(skill, Pack)]
+    packs, texts = _kinds(skills)
     if not packs:
         return length(opening(tokenizer, texts, raw))
     between = len(token_ids(tokenizer, WRAPPER[1]))
     return max(pack.length for pack in packs) + sum(between + length(text) for text in texts)
+
+
+def _kinds(skills: Sequence[Standing]) -> tuple[list[Pack], list[list[Piece]]]:
+    """Those that are there without being read, and those that are read behind them."""
+    packs = [skill for skill in skills if isinstance(skill, Pack)]
+    return packs, [skill for skill in skills if not isinstance(skill, Pack)]
 
 
 def taken(stands: Standing) -> int:

@@ -122,9 +122,14 @@ class MadeFor(Protocol):
         ...
 
 
-def stale(made: MadeFor, model: Any, tokenizer: Any) -> list[str]:
-    """Which of tokenizer, chat_template and model are not those something was made for."""
-    now = fingerprints(model, tokenizer)
+def stale(
+    made: MadeFor, model: Any, tokenizer: Any, now: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Which of tokenizer, chat_template and model are not those something was made for.
+
+    `now`: their fingerprints, where many are asked about.
+    """
+    now = now or fingerprints(model, tokenizer)
     return [what for what in HASHES if made.made_for[what] != now[what]]
 
 
@@ -342,11 +347,16 @@ def served(path: str | os.PathLike[str], model: Any, tokenizer: Any) -> tuple[St
     return fitting(skill, model, tokenizer, str(path))
 
 
-def fitting(skill: Skill, model: Any, tokenizer: Any, where: str) -> tuple[Standing, str | None]:
-    """What is served for a skill, and a warning where its full text stands in for its content."""
+def fitting(
+    skill: Skill, model: Any, tokenizer: Any, where: str, now: Mapping[str, Any] | None = None
+) -> tuple[Standing, str | None]:
+    """What is served for a skill, and a warning where its full text stands in for its content.
+
+    `now` as in `stale`.
+    """
     if skill.k is None:
         return standing(skill, tokenizer), None
-    wrong = stale(skill, model, tokenizer)
+    wrong = stale(skill, model, tokenizer, now)
     if not wrong:
         return standing(skill, tokenizer), None
     warning = f"{where}: made for another {' and '.join(wrong)}: its full text is used"
