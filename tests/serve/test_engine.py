@@ -232,6 +232,25 @@ def test_what_outgrows_memory_waits_and_goes_on_where_it_was(world, start, monke
     assert engine.prompt_tokens > 2 * sum(map(len, PROMPTS[:4]))  # some were read again
 
 
+def test_a_request_is_put_back_under_the_lock(world, start, monkeypatch):
+    """`submit` walks the queue on another thread."""
+    engine, held = start(world[0]), []
+
+    class Queue(type(engine.waiting)):
+        def appendleft(self, job):
+            held.append(engine._changed._is_owned())
+            super().appendleft(job)
+
+    jobs = [Job(PROMPTS[0], 40, lambda job, item: None, cache=object()) for _ in range(2)]
+    monkeypatch.setattr(engine, "_step", lambda some: None)
+    engine.waiting, engine.budget, engine.running = Queue(), 5, list(jobs)
+    engine._turn()  # its own thread sleeps: nobody has told it of them
+    assert held == [True]
+    assert engine.running == jobs[:1] and [*engine.waiting] == jobs[1:]
+    engine.running = []
+    engine.waiting.clear()
+
+
 def test_one_whose_token_cannot_be_chosen_is_told_alone(world, start):
     engine = start(world[0])
 

@@ -178,7 +178,8 @@ class Engine:
         while len(self.running) > 1 and sum(job.taken for job in self.running) > self.budget:
             youngest = self.running.pop()
             youngest.cache, youngest.read = None, 0
-            self.waiting.appendleft(youngest)
+            with self._changed:
+                self.waiting.appendleft(youngest)
         others_wait = self.reading is None or self._read(self.reading)
         if others_wait and self.running:
             self._step(self.running)
