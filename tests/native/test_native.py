@@ -2,6 +2,7 @@
 
 import _ctypes
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -113,11 +114,31 @@ def test_the_struct_of_a_layer_says_what_it_has():
     assert not fields.bias and not fields.in_scale and not fields.order and not fields.counts
 
 
-def run(code, *args):
+def run(code, *args, **environment):
     command = [sys.executable, "-c", code, *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    changed = os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=changed)
     assert done.returncode == 0, done.stderr
     return done
+
+
+OPENMP = """
+import ctypes, sys, torch
+from skimlm import native
+fork = native._openmp()[0].value
+for line in open("/proc/self/maps"):
+    begin, end = (int(at, 16) for at in line.split()[0].split("-"))
+    if begin <= fork < end:
+        print(line.split(maxsplit=5)[5])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")
+def test_work_is_split_by_the_openmp_that_torch_runs_on(tmp_path):
+    first = run(OPENMP).stdout.strip()
+    assert "gomp" in first
+    other = shutil.copy(first, tmp_path / "preloaded.so")  # torch's calls go there
+    assert run(OPENMP, LD_PRELOAD=str(other)).stdout.strip() == str(other)
 
 
 LITTLE_MEMORY = """

@@ -1,6 +1,7 @@
 """Products with packed weights, against float64 gather and matmul, on every instruction set."""
 
 import dataclasses
+import itertools
 import random
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_rows_of_version_2_cut_into_chunks_give_the_same_weight(monkeypatch, cho
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("widths", MIXED, ids=str)
 def test_exact_products_are_exact(isa, widths, scaled):
-    for rows, cols in SHAPES:
+    for rows, cols in [*SHAPES, (7, 1152)]:  # the last longer than what is made at once
         q = random_quantized(rows, cols, widths=widths, in_scale=scaled)
         weight = dequantize(q).double()
         for count in (1, 2, 5, 15, 33, 70):
@@ -151,9 +152,29 @@ def test_a_product_for_each_of_several_layers_is_that_of_each_alone(pool):
     assert torch.equal(got, ops.matmul_each_reference(x, layers))
 
 
+def test_layers_side_by_side_are_those_one_after_the_other(pool):
+    kinds = [dict(), *OPTIONS[::9], dict(), dict()]
+    scaled = [False, *[bool(i % 2) for i in range(len(kinds) - 2)], False]
+    qs = [
+        with_options(random_quantized(30 + 9 * i, 192, seed=i, in_scale=s), **kind)
+        for i, (kind, s) in enumerate(zip(kinds, scaled, strict=True))
+    ]
+    layers, rows = [pack(q) for q in qs], [len(q.widths) for q in qs]
+    for dtype, count in itertools.product((torch.float32, torch.bfloat16), (1, 5, 6, 40, 300)):
+        x, bias = inputs(count, 192, dtype), torch.randn(sum(rows)).to(dtype)
+        for shift in (bias, None):
+            got = ops.matmul_beside(x, layers, shift)
+            shifts = [None] * len(rows) if shift is None else shift.split(rows)
+            for part, layer, some in zip(got.split(rows, 1), layers, shifts, strict=True):
+                assert torch.equal(part, ops.matmul(x, layer, some))
+    assert torch.equal(got, ops.matmul_beside_reference(x, layers, None))
+
+
 def test_layers_that_cannot_go_together_are_refused(isa):
     a, b, c = (pack(random_quantized(*shape)) for shape in ((6, 70), (6, 71), (7, 70)))
     x = torch.randn(2, 70)
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., 71\]"):
+        ops.matmul_beside(x, [a, b])
     with pytest.raises(ValueError, match=r"x must be \[\.\.\., 71\]"):
         ops.matmul_each(x, [a, b])
     with pytest.raises(RuntimeError, match="equal size"):
@@ -289,14 +310,24 @@ def test_table_products(isa, bits, cols):
     torch.manual_seed(0)
     codes, scale = quantize_table(torch.randn(300, cols), bits)
     table = table_values(codes, scale, cols, torch.float32).double()
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(2, 3, cols).to(dtype)
+    for dtype, count in itertools.product((torch.float32, torch.bfloat16), (1, 3, 20)):
+        x = torch.randn(2, count, cols).to(dtype)
         got, want = ops.table_matmul(x, codes, scale, bits), x.double() @ table.T
         size = x.double().abs() @ table.abs().T
         rounding = want.abs() * 2**-8 if dtype == torch.bfloat16 else 0
-        assert got.shape == (2, 3, 300)
+        if 2 * count >= cpu.FEW_TOKENS and not native.many(dtype):
+            rounding = rounding + 2**-8 * size  # torch's product with the table in the dtype of x
+        assert got.shape == (2, count, 300)
         # at 4 bits 8 times the sum of x is taken off a sum of up to twice its size
         assert ((got.double() - want).abs() <= 5e-6 * size + rounding + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_times_a_table_are_what_each_is_alone(isa, dtype):
+    codes, scale = quantize_table(torch.randn(3000, 1000), 8)  # many: bfloat16 hides most sums
+    x = torch.randn(40, 1000).to(dtype)
+    alone = torch.cat([ops.table_matmul(row, codes, scale, 8) for row in x.split(1)])
+    assert torch.equal(ops.table_matmul_alone(x, codes, scale, 8), alone)
 
 
 @pytest.mark.parametrize("chosen", [options(), options("2:4", 70, 64, 2, 4)], ids=options_id)

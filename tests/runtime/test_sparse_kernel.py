@@ -144,7 +144,7 @@ def sparse_exactly(x, layer):
 def multiply(x, layer, bias=None):
     """The native product, whatever the number of tokens; None if it is refused."""
     out = torch.empty(len(x), layer.spec.rows, dtype=x.dtype)
-    return out if native.layer_matmul(x, layer, bias, out, True) else None
+    return out if native.layer_matmul(x, [layer], [bias], out, True) else None
 
 
 @pytest.mark.parametrize("group", SCALES)

@@ -120,12 +120,7 @@ class Linear:
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., c] times all of them, [..., rows]."""
-        found, begin = [], 0
-        for layer in self.parts:
-            end = begin + layer.spec.rows
-            found.append(ops.matmul(x, layer, None if bias is None else bias[begin:end]))
-            begin = end
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+        return ops.matmul_beside(x, self.parts, bias)
 
 
 class LinearMethod(LinearMethodBase):

@@ -24,7 +24,7 @@ from skimlm.format.layer import Layer
 from skimlm.native.structs import POINTER, SIZE, STRUCTS, BodyStruct, layer_struct, with_order
 
 ISAS = ("portable", "avx2", "avx512")
-ABI = 6  # of kernels.h; raised whenever a function or a struct there changes
+ABI = 7  # of kernels.h; raised whenever a function or a struct there changes
 FOLDER = Path(__file__).parent  # where the libraries are
 SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}  # elsewhere .so: as CMake names shared libraries
 REINSTALL = "reinstall skimlm with `pip install --force-reinstall .`"
@@ -67,19 +67,21 @@ def _check_abi(loaded: Any, path: Path) -> None:
 
 @functools.cache
 def _openmp() -> tuple[ctypes.c_void_p | None, ctypes.c_void_p | None]:
-    """GOMP_parallel and omp_get_num_threads of the OpenMP that torch runs on, if it is GNU's.
+    """GOMP_parallel and omp_get_num_threads of torch's OpenMP, if it has GNU's calls.
 
     Two sets of threads on the same cores hinder each other: attention between two of our products
-    took 150 us instead of 20.
+    took 150 us instead of 20, and vLLM, which preloads Intel's, did 12 tokens/s instead of 90.
     """
     try:
-        maps = Path("/proc/self/maps").read_text().splitlines()
-        loaded = {line.split(maxsplit=5)[5] for line in maps if "/libgomp" in line}
-        file = min(loaded, key=lambda name: "/torch" not in name)  # others bring their own
-        openmp = ctypes.CDLL(file)
+        openmp = ctypes.CDLL(None)  # what all libraries find first, torch's too
+        if not hasattr(openmp, "GOMP_parallel"):
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            loaded = {line.split(maxsplit=5)[5] for line in maps if "/libgomp" in line}
+            # others bring their own
+            openmp = ctypes.CDLL(min(loaded, key=lambda name: "/torch" not in name))
         fork, size = openmp.GOMP_parallel, openmp.omp_get_num_threads
         return ctypes.cast(fork, ctypes.c_void_p), ctypes.cast(size, ctypes.c_void_p)
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):  # the last where there is no None
         return None, None
 
 
@@ -175,7 +177,7 @@ def _function(loaded: ctypes.CDLL, name: str, arguments: tuple[Any, ...]) -> Cal
     return function
 
 
-_MATMUL = (ctypes.c_char_p, POINTER, SIZE, POINTER, SIZE, SIZE)
+_MATMUL = (ctypes.c_char_p, SIZE, POINTER, SIZE, POINTER, SIZE, SIZE)
 _EACH = (ctypes.c_char_p, SIZE, POINTER, SIZE, SIZE, POINTER)
 _UNPACK = (ctypes.c_char_p, POINTER, SIZE, SIZE, SIZE, SIZE)
 _ROWS = (ctypes.c_char_p, POINTER, SIZE, POINTER, SIZE)
@@ -183,22 +185,27 @@ _DECODE = (POINTER, POINTER, POINTER, POINTER, SIZE, POINTER, SIZE, POINTER)
 
 
 def layer_matmul(
-    x: torch.Tensor, layer: Layer, bias: torch.Tensor | None, out: torch.Tensor, exact: int
+    x: torch.Tensor,
+    layers: Sequence[Layer],
+    biases: Sequence[torch.Tensor | None],
+    out: torch.Tensor,
+    exact: int,
 ) -> bool:
     """`skimlm_layer_matmul`, called hundreds of times per token: False if tensors do not fit.
 
-    `x` [..., cols] and `out` [..., rows] are contiguous, on the CPU, float32 or bfloat16 alike;
-    `bias` is float32.
+    `x` [..., cols] and `out` [..., rows of all] are contiguous, on the CPU, float32 or bfloat16
+    alike; biases are float32.
     """
-    fields = layer_struct(layer, bias)
-    if fields is None:
+    fields = [layer_struct(layer, bias) for layer, bias in zip(layers, biases, strict=True)]
+    if None in fields:
         return False
     status = _function(library(), "skimlm_layer_matmul", _MATMUL)(
-        fields,
+        b"".join(fields),  # type: ignore[arg-type]
+        len(layers),
         x.data_ptr(),
         x.dtype == torch.bfloat16,
         out.data_ptr(),
-        x.numel() // layer.spec.cols,
+        x.numel() // layers[0].spec.cols,
         exact,
         torch.get_num_threads(),
     )

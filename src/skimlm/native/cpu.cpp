@@ -6,7 +6,7 @@
 #include "parallel.h"
 
 int64_t skimlm_abi(int64_t what) {
-  constexpr int64_t found[] = {6, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody),
+  constexpr int64_t found[] = {7, sizeof(SkimlmLayer), sizeof(SkimlmBlock), sizeof(SkimlmBody),
                                sizeof(SkimlmPrefix), sizeof(SkimlmSequence)};
   return what >= 0 && what < int64_t(std::size(found)) ? found[what] : -1;
 }

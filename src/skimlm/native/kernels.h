@@ -97,12 +97,12 @@ SKIMLM_API int skimlm_reduce_bf16(const uint8_t* codes, const uint16_t* gradient
 // Whether the routines for AVX-512 with VBMI, VNNI, BF16 and GFNI run: the processor has them, this library too.
 SKIMLM_API int skimlm_has_vbmi();
 
-// out [n, rows] = x [n, cols] times a layer transposed, its adapter and bias included (runtime/ops.py,
-// FORMAT.md). x and out are float, or bfloat16 bits if x_bf16. exact = 0, of a layer without sparsity, grid
+// out [n, rows of all] = x [n, cols] times `count` layers transposed, side by side, their adapters and biases
+// included (runtime/ops.py, FORMAT.md). x and out are float, or bfloat16 bits if x_bf16. exact = 0, of layers without sparsity, grid
 // and adapter: x is rounded to int8 per token and 128 columns; 2: every token to the bit what it gives alone.
 // `threads` is not 0.
-SKIMLM_API int skimlm_layer_matmul(const SkimlmLayer* layer, const void* x, int64_t x_bf16, void* out,
-                                   int64_t n, int64_t exact, int threads);
+SKIMLM_API int skimlm_layer_matmul(const SkimlmLayer* layers, int64_t count, const void* x, int64_t x_bf16,
+                                   void* out, int64_t n, int64_t exact, int threads);
 
 // One token for each of `count` layers of one shape, such as the experts a token is sent to: row i of
 // out [count, rows] is row i of x [count, cols] (or, if `shared`, the one row there is) times layers[i]
@@ -120,10 +120,11 @@ SKIMLM_API int skimlm_layer_unpack(const SkimlmLayer* layer, void* out, int64_t 
 SKIMLM_API int skimlm_layer_rows(const SkimlmLayer* layer, const int32_t* places, int64_t count, void* out,
                                  int64_t out_bf16, int threads);
 
-// out [n, r] = x [n, c] times a table of 8 or 4 bits transposed (runtime/linear.py, FORMAT.md).
+// out [n, r] = x [n, c] times a table of 8 or 4 bits transposed (runtime/tables.py, FORMAT.md); exact: in integers
+// however many tokens there are, which are then to the bit what they are alone.
 SKIMLM_API int skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int64_t bits,
                                     const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,
-                                    int threads);
+                                    int64_t exact, int threads);
 
 // A block has one mlp, or `experts` of them, of which each token takes the `chosen` likeliest; their probabilities
 // are divided by the sum of those chosen if `normalised`. Experts are layers without sparsity, grid and adapter,

@@ -124,6 +124,13 @@ VBMI inline __m512i plane_places(int b) {
   return _mm512_load_si512(places[b - 1].at);
 }
 
+// The same in the last chunk, a whole one: behind it are the first groups of the row, in a second register.
+VBMI inline __m512i end_places(int b) {
+  const __m512i places = plane_places(b), size = _mm512_set1_epi8(char(8 * b));
+  const __mmask64 behind = _mm512_cmpge_epu8_mask(places, size);
+  return _mm512_mask_add_epi8(places, behind, places, _mm512_set1_epi8(char(64 - 8 * b)));
+}
+
 VBMI inline __m512i mixed_places(int b) {
   static constexpr PlanePlaces places[] = {{1, 0, 1, true}, {2, 0, 1, true}, {3, 0, 1, true}, {4, 0, 1, true}};
   return _mm512_load_si512(places[b - 1].at);

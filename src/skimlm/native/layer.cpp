@@ -5,21 +5,36 @@
 #include "guard.h"
 #include "product.h"
 
-int skimlm_layer_matmul(const SkimlmLayer* layer, const void* x, int64_t x_bf16, void* out, int64_t n,
+int skimlm_layer_matmul(const SkimlmLayer* layers, int64_t count, const void* x, int64_t x_bf16, void* out, int64_t n,
                         int64_t exact, int threads) {
   return guarded([&] {
-    const SkimlmLayer& w = *layer;
-    Matrix m{}, a{};
-    if (n < 0 || !lay_out(w, m) || !lay_out_adapter(w, a)) return MISFIT;
-    if (n && is_plain(w)) {
-      matmul_plain(w, m, x, x_bf16, n, exact, {out, x_bf16 != 0, w.rows, w.bias}, threads);
-      return DONE;
+    std::vector<Matrix> m(std::max<int64_t>(count, 0)), a(m.size());
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (layers[i].cols != layers->cols || !lay_out(layers[i], m[i]) || !lay_out_adapter(layers[i], a[i]))
+        return MISFIT;
+      rows += layers[i].rows;
     }
+    if (n < 0) return MISFIT;
     const int64_t size = x_bf16 ? 2 : 4, turn = exact == 2 ? 1 : n;  // tokens at once
-    for (int64_t t = 0; t < n; t += turn) {
-      const Output to{static_cast<char*>(out) + t * w.rows * size, x_bf16 != 0, w.rows, w.bias};
-      matmul_any(w, m, a, static_cast<const char*>(x) + t * w.cols * size, x_bf16, turn, to, threads);
+    std::vector<ManyProduct> many;
+    char* to = static_cast<char*>(out);
+    for (int64_t i = 0; i < count; to += layers[i++].rows * size) {
+      const SkimlmLayer& w = layers[i];
+      const bool whole = x_bf16 && !w.in_scale && n >= IN_BF16 && skimlm_has_vbmi();
+      if (is_plain(w) && exact == 1 && whole) {
+        many.push_back({w, m[i], {to, true, rows, w.bias}});
+        continue;
+      }
+      if (n && is_plain(w)) {
+        matmul_plain(w, m[i], x, x_bf16, n, exact, {to, x_bf16 != 0, rows, w.bias}, threads);
+        continue;
+      }
+      for (int64_t t = 0; t < n; t += turn)
+        matmul_any(w, m[i], a[i], static_cast<const char*>(x) + t * w.cols * size, x_bf16, turn,
+                   {to + t * rows * size, x_bf16 != 0, rows, w.bias}, threads);
     }
+    multiply_many(many, x, n, threads);
     return DONE;
   });
 }

@@ -17,7 +17,6 @@
 namespace {
 
 constexpr int64_t PER_THREAD = 1 << 16;  // bytes
-constexpr int64_t MANY = 2;              // tokens from which rows are turned into bfloat16 (gemm.cpp)
 
 // ---- any processor: a row becomes integers, then one dot product per token
 
@@ -262,7 +261,6 @@ void multiply(const Product* products, int64_t count, int threads, std::atomic<i
 
 void matmul_plain(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n, int64_t exact,
                   const Output& out, int threads) {
-  if (exact == 1 && n >= MANY && skimlm_has_vbmi()) return multiply_many(w, m, x, bf16, n, out, threads);
   const std::vector<float> values = to_floats(x, bf16, w.in_scale, n, w.cols);
   const Integers whole = exact ? to_integers(values.data(), n, w.cols) : Integers{};
   const Product product{w, m, whole, out};

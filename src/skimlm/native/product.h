@@ -84,8 +84,11 @@ struct Output {
     else
       static_cast<float*>(data)[token * r + row] = value;
   }
-  void put(int64_t token, int64_t row, const float* values, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) put(token, row + i, values[i]);
+  // Rows from `row` on; values change.
+  void put(int64_t token, int64_t row, float* values, int64_t count) const {
+    if (bias)
+      for (int64_t i = 0; i < count; ++i) values[i] += bias[row + i];
+    from_float(values, bf16, count, static_cast<char*>(data) + (token * r + row) * (bf16 ? 2 : 4));
   }
 };
 
@@ -129,19 +132,34 @@ void unpack(const SkimlmLayer& w, const Matrix& m, void* out, bool bf16, int64_t
 void unpack_each(const SkimlmLayer& w, const Matrix& m, const int32_t* places, int64_t count, void* out, bool bf16,
                  int threads);
 
-// Many tokens, with VBMI: a few rows at a time become bfloat16 in cache. x [n, c] float or bfloat16.
-void multiply_many(const SkimlmLayer& w, const Matrix& m, const void* x, bool bf16, int64_t n,
-                   const Output& out, int threads);
+// Tokens in bfloat16 from which that costs less than integers do.
+constexpr int64_t IN_BF16 = 6;
+
+// One product of several of the same x, of a plain layer without in_scale.
+struct ManyProduct {
+  const SkimlmLayer& layer;
+  const Matrix& matrix;
+  Output out;
+};
+
+// Many tokens, with VBMI: a few rows at a time become bfloat16 in cache. x [n, c] bfloat16.
+void multiply_many(const std::vector<ManyProduct>& products, const void* x, int64_t n, int threads);
+
+// Rows of bytes in memory.
+struct StoredBytes {
+  const int8_t* at;  // [., stride], whole chunks of every row
+  int64_t stride;
+};
 
 // Rows of integers -128..127 that are made when they are needed, with a scale for every `span` columns,
 // whole chunks unless there is one scale.
 struct ByteRows {
   int64_t r, c, scales, span;
-  const int32_t* order;  // which row of `out` they are
-  // Rows begin..end to bytes [., stride], and their scales to [., scales].
-  std::function<void(int64_t begin, int64_t end, int8_t* bytes, int64_t stride, float* scale)> make;
+  const int32_t* order;  // which row of `out` they are, null if the same
+  // Rows begin..end to `room`, if they are not to be had as they are, and their scales to [., scales].
+  std::function<StoredBytes(int64_t begin, int64_t end, int8_t* room, int64_t stride, float* scale)> make;
 };
 
-// The same for such rows; in_scale may be null.
+// The same for such rows, x float or bfloat16; in_scale may be null.
 void multiply_many(const ByteRows& rows, const void* x, bool bf16, const uint16_t* in_scale, int64_t n,
                    const Output& out, int threads);

@@ -47,7 +47,7 @@ bool is_bytes(const Matrix& m, const Group& g) {
 ByteRows byte_rows(const Matrix& m, std::vector<int32_t>& order) {
   for (const Group& g : m.groups)
     for (int64_t i = 0; is_bytes(m, g) && i < g.rows; ++i) order.push_back(int32_t(m.row(g.first + i)));
-  auto make = [&m](int64_t begin, int64_t end, int8_t* bytes, int64_t stride, float* scale) {
+  auto make = [&m](int64_t begin, int64_t end, int8_t* bytes, int64_t stride, float* scale) -> StoredBytes {
     Room room(m.c);
     int64_t before = 0;  // rows of the groups before
     for (const Group& g : m.groups) {
@@ -68,6 +68,7 @@ ByteRows byte_rows(const Matrix& m, std::vector<int32_t>& order) {
           scale[place * m.scales + s] = from_bf16(m.row_scale[at * m.scales + s]);
       }
     }
+    return {bytes, stride};
   };
   return {int64_t(order.size()), m.c, m.scales, m.span, order.data(), make};
 }

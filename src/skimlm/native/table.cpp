@@ -1,8 +1,10 @@
-// out = x T^T for a table of 8 or 4 bits with a scale per row (runtime/linear.py, FORMAT.md), few tokens.
+// out = x T^T for a table of 8 or 4 bits with a scale per row (runtime/tables.py, FORMAT.md).
 //
-// Like the packed linears (product.h): x as 24-bit integers, so sums are exact. At 4 bits even columns
-// are the low nibbles and odd ones the high: x in two halves, one after the other.
+// Several tokens in bfloat16 are multiplied in it (gemm.cpp), others like the packed linears (product.h): x as
+// 24-bit integers, so sums are exact. At 4 bits even columns are the low nibbles and odd ones the high: x in two
+// halves, one after the other.
 #include <algorithm>
+#include <cstring>
 
 #include "guard.h"
 #include "lanes.h"
@@ -85,14 +87,34 @@ VBMI void rows_vbmi(const Table& table, int64_t i, const Integers& x, int halves
 }
 #endif
 
+ByteRows byte_rows(const Table& table, int64_t c) {
+  auto make = [&table, c](int64_t begin, int64_t end, int8_t* room, int64_t stride, float* scale) -> StoredBytes {
+    const uint8_t* row = table.codes + begin * table.bytes;
+    for (int64_t i = begin; i < end; ++i) scale[i - begin] = from_bf16(table.scale[i]);
+    if (table.bits == 8 && c % CHUNK == 0 && end - begin == PANEL) return {reinterpret_cast<const int8_t*>(row), c};
+    for (int8_t* to = room; begin < end; ++begin, row += table.bytes, to += stride) {
+      if (table.bits == 8) {
+        std::memcpy(to, row, c);
+        continue;
+      }
+      for (int64_t j = 0; j < c; ++j) to[j] = int8_t((row[j / 2] >> j % 2 * 4 & 15) - 8);
+    }
+    return {room, stride};
+  };
+  return {table.r, c, 1, c, nullptr, make};
+}
+
 }  // namespace
 
 int skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int64_t bits,
                         const uint16_t* scale, void* out, int64_t n, int64_t r, int64_t c,
-                        int threads) {
+                        int64_t exact, int threads) {
   return guarded([&] {
     const int halves = bits == 8 ? 1 : 2;
     const Table table{codes, bits, bits == 8 ? c : (c + 1) / 2, r, scale};
+    const Output output{out, x_bf16 != 0, r, nullptr};
+    if (!exact && x_bf16 && n >= IN_BF16 && skimlm_has_vbmi())
+      return multiply_many(byte_rows(table, c), x, true, nullptr, n, output, threads), DONE;
     const std::vector<float> values = to_floats(x, x_bf16, nullptr, n, c);
     std::vector<float> ordered(n * halves * table.bytes);
     for (int64_t t = 0; t < n; ++t)
@@ -100,7 +122,6 @@ int skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int
         ordered[(t * halves + j % halves) * table.bytes + j / halves] = values[t * c + j];
     // both halves of a token in one unit
     const Integers integers = to_integers(ordered.data(), n, halves * table.bytes, halves);
-    const Output output{out, x_bf16 != 0, r, nullptr};
     const int64_t turn = std::max(WORK, r * table.bytes / (TURNS * threads));
     const int64_t block = std::max<int64_t>(4, turn / table.bytes / 4 * 4);
     parallel_rows(r, block, threads, [&](int64_t begin, int64_t end) {
@@ -125,5 +146,6 @@ int skimlm_table_matmul(const void* x, int64_t x_bf16, const uint8_t* codes, int
                                     integers.steps[t * halves]));
         }
     });
+    return DONE;
   });
 }

@@ -1,8 +1,8 @@
 """The operations of ops.py on the CPU, in native code, for float32 and bfloat16.
 
-One token is multiplied in integers, exactly; several in bfloat16 pieces, weights being turned into
-bfloat16 in cache; many on torch's product, a tile of de-quantized rows at a time, where the
-processor has no instructions for that or has AMX units, which torch knows how to use.
+Float32 and a few tokens in bfloat16 are multiplied in integers, exactly; more in bfloat16, weights
+being turned into it in cache; many on torch's product, a tile of de-quantized rows at a time, where
+the processor has no instructions for that or has AMX units, which torch knows how to use.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from skimlm import native
 from skimlm.format.check import check_sizes
-from skimlm.format.layer import Layer
+from skimlm.format.layer import Layer, LayerSpec
 from skimlm.runtime.ops import add_adapter, check_devices, register, stored_order
 
 FEW_TOKENS = 32  # from here on torch's product, unless `native.many`
+FEW_TABLE = 256  # the same of a table times float32, with VBMI
 FEW_SPARSE = 256  # the same of layers that are not plain, with VBMI (4096x4096: torch takes 240 ms)
 TILE = 2**21  # weights de-quantized at a time for many tokens
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,22 +34,41 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
     known = spec.row_codes <= KNOWN_ROW_CODES
     if x.dtype not in DTYPES or not count or not known or native.missing():
         return NotImplemented
-    if count < FEW_TOKENS:
-        few = True
-    elif spec.plain:
-        few = native.many(x.dtype)
-    else:
-        few = count < FEW_SPARSE and bool(native.library().skimlm_has_vbmi())
     out = torch.empty(*x.shape[:-1], spec.rows, dtype=x.dtype)
-    if not few:
+    if not _is_native(spec, count, x.dtype):
         check_devices([x, *layer.tensors.values(), bias])
         check_sizes(layer)
         _tiles(x.reshape(count, spec.cols), layer, bias, out.view(count, spec.rows))
         return add_adapter(out, x, layer)
     shift = None if bias is None else bias.float()  # added before the one rounding
-    if not native.layer_matmul(x.contiguous(), layer, shift, out, exact):
+    if not native.layer_matmul(x.contiguous(), [layer], [shift], out, exact):
         _refuse(layer)
     return out
+
+
+def _is_native(spec: LayerSpec, count: int, dtype: torch.dtype) -> bool:
+    """Whether a product of `count` tokens is native; else it is torch's, a tile at a time."""
+    if count < FEW_TOKENS:
+        return True
+    if spec.plain:
+        return native.many(dtype)
+    return count < FEW_SPARSE and bool(native.library().skimlm_has_vbmi())
+
+
+def matmul_beside(x: Tensor, layers: Sequence[Layer], bias: Tensor | None) -> Any:
+    """`ops.matmul_beside`."""
+    count, specs = x.numel() // max(1, x.shape[-1]), [layer.spec for layer in layers]
+    if x.dtype not in DTYPES or not count or native.missing():
+        return NotImplemented
+    for spec in specs:
+        known = spec.row_codes <= KNOWN_ROW_CODES and spec.cols == x.shape[-1]
+        if not known or not _is_native(spec, count, x.dtype):
+            return NotImplemented
+    rows = [spec.rows for spec in specs]
+    out = torch.empty(*x.shape[:-1], sum(rows), dtype=x.dtype)
+    shifts = [None] * len(layers) if bias is None else bias.float().split(rows)
+    done = native.layer_matmul(x.contiguous(), layers, shifts, out, 1)
+    return out if done else NotImplemented  # one by one it shows which does not fit
 
 
 def matmul_alone(x: Tensor, layer: Layer, bias: Tensor | None) -> Any:
@@ -57,7 +77,7 @@ def matmul_alone(x: Tensor, layer: Layer, bias: Tensor | None) -> Any:
         return NotImplemented
     out = torch.empty(*x.shape[:-1], layer.spec.rows, dtype=x.dtype)
     shift = None if bias is None else bias.float()
-    done = native.layer_matmul(x.contiguous(), layer, shift, out, 2)
+    done = native.layer_matmul(x.contiguous(), [layer], [shift], out, 2)
     return out if done else NotImplemented  # one by one it shows what does not fit
 
 
@@ -98,16 +118,27 @@ def rows(layer: Layer, ids: Tensor, dtype: torch.dtype) -> Any:
 
 
 def table_matmul(x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tensor | None) -> Any:
-    """`ops.table_matmul`, for few tokens."""
+    """`ops.table_matmul`."""
+    return _table_matmul(x, codes, scale, bits, bias, False)
+
+
+def _table_matmul(
+    x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tensor | None, exact: bool
+) -> Any:
     cols, rows = x.shape[-1], len(scale)
     count = x.numel() // max(cols, 1)
-    if not 0 < count < FEW_TOKENS or x.dtype not in DTYPES or native.missing():
+    if not count or x.dtype not in DTYPES or native.missing():
         return NotImplemented
+    if count >= FEW_TOKENS and not exact:
+        most = FEW_TABLE if x.dtype == torch.float32 else count
+        if count > most or not native.many(x.dtype):
+            return NotImplemented
     want = (rows, cols if bits == 8 else -(-cols // 2))
     native.require("codes", codes, torch.int8 if bits == 8 else torch.uint8, want)
     native.require("scale", scale, torch.bfloat16, (rows,))
     out, bf16 = torch.empty(*x.shape[:-1], rows, dtype=x.dtype), int(x.dtype == torch.bfloat16)
-    native.call("table_matmul", x.contiguous(), bf16, codes, bits, scale, out, count, rows, cols)
+    how = codes, bits, scale, out, count, rows, cols, int(exact)
+    native.call("table_matmul", x.contiguous(), bf16, *how)
     return out if bias is None else out + bias
 
 
@@ -115,14 +146,13 @@ def table_matmul_alone(
     x: Tensor, codes: Tensor, scale: Tensor, bits: int, bias: Tensor | None
 ) -> Any:
     """`ops.table_matmul_alone`: sums are exact."""
-    some = x.split(FEW_TOKENS - 1)
-    parts = [table_matmul(rows, codes, scale, bits, bias) for rows in some]
-    return NotImplemented if any(p is NotImplemented for p in parts) else torch.cat(parts)
+    return _table_matmul(x, codes, scale, bits, bias, True)
 
 
 for _implementation in (
     matmul,
     matmul_alone,
+    matmul_beside,
     matmul_each,
     dequantize,
     rows,

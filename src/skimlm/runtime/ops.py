@@ -1,6 +1,7 @@
 """One table of operations: what can be done with a stored layer, and who does it on a device.
 
     matmul        x W^T + bias + (x A^T) B straight from the stored tensors
+    matmul_beside the same for several layers of one x, side by side
     matmul_each   the same for a token and several layers, such as the experts it is sent to
     dequantize    W as a matrix
     rows          some rows of W, as an embedding looks them up
@@ -80,6 +81,12 @@ def matmul_reference(x: Tensor, layer: Layer, bias: Tensor | None = None) -> Ten
     """`matmul` in torch, in the dtype of `x`: the whole weight is made, and forgotten."""
     check_devices([x, *layer.tensors.values(), bias])
     return add_adapter(F.linear(x, dequantize_reference(layer, x.dtype), bias), x, layer)
+
+
+def matmul_beside_reference(x: Tensor, layers: Sequence[Layer], bias: Tensor | None) -> Tensor:
+    """`matmul_beside` layer by layer."""
+    parts = [None] * len(layers) if bias is None else bias.split([w.spec.rows for w in layers])
+    return torch.cat([matmul(x, *each) for each in zip(layers, parts, strict=True)], -1)
 
 
 def matmul_each_reference(x: Tensor, layers: Sequence[Layer]) -> Tensor:
@@ -165,6 +172,7 @@ def _state(tensor: Tensor) -> tuple[int, int]:
 OPERATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "matmul": {},
     "matmul_alone": {},
+    "matmul_beside": {},
     "matmul_each": {},
     "dequantize": {},
     "rows": {},
@@ -200,6 +208,16 @@ def matmul_alone(x: Tensor, layer: Layer, bias: Tensor | None = None) -> Tensor:
     if out is not NotImplemented:
         return out
     return torch.cat([matmul(row, layer, bias) for row in x.split(1)])
+
+
+def matmul_beside(x: Tensor, layers: Sequence[Layer], bias: Tensor | None = None) -> Tensor:
+    """`x` [..., c] times several layers of c columns, side by side: [..., rows of all].
+
+    `bias` is [rows of all]. Numbers and errors are those of `matmul`.
+    """
+    run = OPERATIONS["matmul_beside"].get(x.device.type)
+    out = NotImplemented if run is None else run(x, layers, bias)
+    return matmul_beside_reference(x, layers, bias) if out is NotImplemented else out
 
 
 def matmul_each(x: Tensor, layers: Sequence[Layer]) -> Tensor:
