@@ -15,6 +15,8 @@ from conftest import tiny_model
 from skill_sample import TEXT, chat_tokenizer, skill_model
 from skimlm import generate
 from skimlm.errors import FormatError, SkimError
+from skimlm.runtime import prefix as runtime_prefix
+from skimlm.runtime.prefix import Group
 from skimlm.skills import compression, front, gate, kv, kv_file, kv_search, rollout, splice, store
 from skimlm.skills.document import parse
 from skimlm.skills.gate import Settings
@@ -44,13 +46,14 @@ def pack_of(prefix, kept, bias=0.0, first=0):
     parts = []
     for layer in prefix.cache.layers:
         for h, mine in enumerate(kept):
-            keys, scale = kv._quantize(layer.keys[0, h, mine])
-            values, other = kv._quantize(layer.values[0, h, mine])
+            keys, steps = kv.key_codes(layer.keys[0, h, mine])
+            values, scale = kv.value_codes(layer.values[0, h, mine])
             logits = torch.full((len(mine),), bias)
-            parts.append((keys, values, torch.stack([scale, other], 1), logits.half(), mine.int()))
-    keys, values, scales, logits, found = map(torch.cat, zip(*parts, strict=True))
+            parts.append((keys, values, steps[None], scale, logits.half(), mine.int()))
+    keys, values, steps, scale, logits, found = map(torch.cat, zip(*parts, strict=True))
     counts = torch.tensor([[len(mine) for mine in kept]] * len(prefix.cache.layers)).int()
-    return kv.Pack(keys, values, scales, logits, found, counts, prefix.length, first)
+    steps = steps.view(*counts.shape, *steps.shape[1:])
+    return kv.Pack(keys, values, steps, scale, logits, found, counts, prefix.length, first)
 
 
 def exact(prefix, kept, bias):
@@ -274,13 +277,11 @@ def test_fitting_does_better_than_the_same_positions_as_they_are(world, made):
     for layer, counts in zip(text, plain.counts.tolist(), strict=True):
         for h, count in enumerate(counts):
             mine = plain.places[at : at + count].long()
-            values.append(kv._quantize(layer.values[0, h, mine]))
+            values.append(kv.value_codes(layer.values[0, h, mine]))
             at += count
-    numbers, scales = map(torch.cat, zip(*values, strict=True))
-    plain = dataclasses.replace(
-        plain, values=numbers, bias=torch.zeros_like(plain.bias),
-        scales=torch.stack([plain.scales[:, 0], scales], 1),
-    )  # fmt: skip
+    numbers, steps = map(torch.cat, zip(*values, strict=True))
+    none = torch.zeros_like(plain.bias)
+    plain = dataclasses.replace(plain, values=numbers, value_steps=steps, bias=none)
     assert first == plain.first
     kl = [
         sum(
@@ -300,7 +301,7 @@ def test_the_same_inputs_give_the_same_file(world, made, tmp_path):
     store.write(tmp_path / "b.skim", again)
     assert (tmp_path / "a.skim").read_bytes() == (tmp_path / "b.skim").read_bytes()
     read_back = store.read(tmp_path / "a.skim")
-    for name in ("keys", "values", "scales", "bias", "places", "counts"):
+    for name in kv_file.TENSORS:
         assert torch.equal(getattr(read_back.content, name), getattr(made.content, name))
     assert (read_back.k, read_back.kind, read_back.evidence) == (120, "kv", made.evidence)
 
@@ -415,8 +416,8 @@ def test_text_behind_a_pack_is_read(world):
     _, pack = whole_pack(model, tokenizer)
     more = [splice.token_ids(tokenizer, "And read this.")]
     text = [splice.token_ids(tokenizer, DOCUMENT.text)]
-    want = generate.generate(model, tokenizer, "Where?", 6, skills=[text, more])
-    got = generate.generate(model, tokenizer, "Where?", 6, skills=[more, pack])
+    want = generate.generate(model, tokenizer, "What is it?", 6, skills=[text, more])
+    got = generate.generate(model, tokenizer, "What is it?", 6, skills=[more, pack])
     assert (got.text, got.prompt_tokens) == (want.text, want.prompt_tokens)
 
 
@@ -514,10 +515,14 @@ def move(counts):
     counts[-1, 1] = 1
 
 
+ENTRIES = ("keys", "values", "value_steps", "bias", "places")
 DAMAGE = {
     "tampered": (lambda p: (changed(p, "values", put(0, 0, value=99)), dict(again=False)),
                  "have been changed"),
-    "NaN": (lambda p: (changed(p, "scales", put(1, 1, value=torch.nan)), {}), "scales: holds NaN"),
+    "NaN": (lambda p: (changed(p, "value_steps", put(1, value=torch.nan)), {}),
+            "value_steps: holds NaN"),
+    "NaN keys": (lambda p: (changed(p, "key_steps", put(1, 1, 0, 2, value=torch.nan)), {}),
+                 "key_steps: holds NaN"),
     "infinite": (lambda p: (changed(p, "bias", put(2, value=torch.inf)), {}), "bias: holds NaN"),
     "counts": (lambda p: (changed(p, "counts", put(0, 0, value=int(p.counts[0, 0]) + 1)), {}),
                "counts: do not add up"),
@@ -534,10 +539,10 @@ DAMAGE = {
     "dtype": (lambda p: ({"keys": p.keys.short()}, {}), r"keys: I16 \[.*must be I8"),
     "flat": (lambda p: ({"values": p.values.flatten()}, {}), "values: I8"),
     "fewer": (lambda p: ({"bias": p.bias[:-1].clone()}, {}), "bias: F16"),
-    "none": (lambda p: ({n: getattr(p, n)[:0] for n in kv_file.TENSORS if n != "counts"}, {}),
-             "0 entries"),
-    "surplus": (lambda p: ({"more": p.bias.clone()}, {}), "holds bias, counts, keys, more"),
-    "soft": (lambda p: ({}, dict(kind="soft")), "format 2 has no kind 'soft'"),
+    "none": (lambda p: ({n: getattr(p, n)[:0] for n in ENTRIES}, {}), "0 entries"),
+    "surplus": (lambda p: ({"more": p.bias.clone()}, {}),
+                "holds bias, counts, key_steps, keys, more"),
+    "soft": (lambda p: ({}, dict(kind="soft")), "format 3 has no kind 'soft'"),
 }  # fmt: skip
 
 
@@ -595,3 +600,33 @@ def test_no_damage_goes_unnoticed(made, tmp_path):
         for name in kv_file.TENSORS:
             assert torch.equal(getattr(found.content, name), getattr(made.content, name))
     assert unharmed < 60
+
+
+def test_numbers_of_keys_that_are_far_from_the_others_do_not_cost_the_others():
+    """As biases make them: hundreds in one number of all keys of a head, one in the rest."""
+    torch.manual_seed(8)
+    keys = torch.randn(40, 16)
+    keys[:, 3] += 358
+    codes, steps = kv.key_codes(keys)
+    assert codes.dtype == torch.int8 and steps.shape == (2, 16)
+    step = (keys.amax(0) - keys.amin(0)) / 254
+    error = (kv.key_values(codes, steps) - keys).abs()
+    assert (error <= 0.6 * step + 358 * 2**-9 * (torch.arange(16) == 3) + 1e-6).all()
+
+
+def test_logits_are_not_rounded_to_bfloat16():
+    """Logits of about 1,000 that differ by some: bfloat16 would have steps of 4."""
+    torch.manual_seed(9)
+    middle = 60 * torch.ones(16)
+    query, value = torch.randn(1, 1, 3, 16) / 4 + 1, torch.randn(1, 1, 3, 16)
+    key, far, given = (torch.randn(1, n, 16) / 2 for n in (3, 12, 12))
+    query, value, key, far, given = (
+        part.bfloat16() for part in (query, value, (key + middle)[None], far + middle, given)
+    )
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    out, _ = runtime_prefix._attend(query, (key, value), Group(far, given), mask)
+    keys, values = torch.cat([far[None], key], 2), torch.cat([given[None], value], 2)
+    logits = query.double() @ keys.double().transpose(2, 3)
+    want = logits.softmax(-1) @ values.double()
+    assert logits.min() > 500 and logits.softmax(-1).max() < 0.9
+    assert ((out.double() - want).abs() <= 2**-6 * values.abs().max()).all()

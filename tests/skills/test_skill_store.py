@@ -207,7 +207,7 @@ DAMAGE = {
         "text: has been changed",
     ),
     "not text": (dict(tensors={"text": torch.full((9,), 255, dtype=torch.uint8)}), "not UTF-8"),
-    "version": (dict(format_version=3), "format 3, this skimlm reads 1, 2"),
+    "version": (dict(format_version=4), "format 4, this skimlm reads 1, 2, 3"),
     "kind": (dict(format_version=2), "format 2 has no kind 'soft'"),
     "unknown kind": (dict(kind="magic"), "format 1 has no kind 'magic'"),
     "no k": (dict(k="absent"), "k is missing"),

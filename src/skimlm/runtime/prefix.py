@@ -249,9 +249,11 @@ def _attend(
     r = h // g
     grouped = query.view(b, g, r, n, d)
     far_query = grouped.transpose(0, 1).reshape(g, b * r * n, d)
-    far = (far_query @ prefix.keys.transpose(1, 2)).float()  # [g, b r n, p]
+    # in float32, as torch's own attention has them: logits of bfloat16 are off by 1/256
+    far = far_query.float() @ prefix.keys.float().transpose(1, 2)  # [g, b r n, p]
     far = far if prefix.bias is None else far + prefix.bias[:, None]
-    near = (grouped.reshape(b, g, r * n, d) @ key.transpose(2, 3)).float().view(b, g, r, n, -1)
+    near = grouped.reshape(b, g, r * n, d).float() @ key.float().transpose(2, 3)
+    near = near.view(b, g, r, n, -1)
     near = near.masked_fill(~mask[:, :, None], -torch.inf)
     far_top = far.amax(-1).view(g, b, r, n).transpose(0, 1)
     top = torch.maximum(far_top, near.amax(-1)).detach()  # [b, g, r, n]

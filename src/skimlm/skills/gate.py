@@ -9,6 +9,7 @@ stays in the artefact. The same inputs give the same: no clock, no judge, no net
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from skimlm import __version__
+from skimlm.errors import SkimError
 from skimlm.skills import rollout
 from skimlm.skills.distill import Study, divergences, study
 from skimlm.skills.document import Document
@@ -115,6 +117,11 @@ def choose(
 def measured(gate: Gate, method: str, k: int, tokens: int, prefix: Prefix) -> dict[str, Any]:
     """A row of the evidence; literals are asked for where they decide."""
     total = sum(divergences(gate.model, prefix, gate.dev))
+    if not math.isfinite(total):
+        raise SkimError(
+            f"{gate.model.config.model_type}: answers behind {k} of kind {method} are no numbers"
+            f" (KL {total}): --kind text needs none of it"
+        )
     row: dict[str, Any] = {
         "method": method,
         "k": k,

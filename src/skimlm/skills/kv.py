@@ -51,7 +51,8 @@ class Pack:
 
     keys: Tensor = field(repr=False)  # int8 [n, d], turned to their places
     values: Tensor = field(repr=False)  # int8 [n, d]
-    scales: Tensor = field(repr=False)  # bfloat16 [n, 2]: of a key's and of a value's numbers
+    key_steps: Tensor = field(repr=False)  # bfloat16 [layers, heads, 2, d]: middle, and a step
+    value_steps: Tensor = field(repr=False)  # bfloat16 [n]
     bias: Tensor = field(repr=False)  # float16 [n]
     places: Tensor = field(repr=False)  # int32 [n], ascending within a head
     counts: Tensor = field(repr=False)  # int32 [layers, heads]
@@ -137,10 +138,11 @@ def _watched(group: Group, queries: Tensor, own: Tensor, weights: Tensor) -> Wat
     out = torch.empty(g, tokens * r, group.values.shape[2], dtype=queries.dtype)
     score = torch.zeros(g, group.keys.shape[1])
     for h in range(g):
-        keys, values = group.keys[h].T, group.values[h]
+        # in float32: biases of keys make logits of hundreds, which bfloat16 rounds to whole nats
+        keys, values = group.keys[h].float().T, group.values[h]
         for begin in range(0, tokens * r, CHUNK):
             some = slice(begin, begin + CHUNK)
-            a = (queries[h, some] @ keys).float()
+            a = queries[h, some].float() @ keys
             top = a.amax(1)
             a = a.sub_(top[:, None]).exp_()  # in place: fresh memory costs more than arithmetic
             given = a.sum(1)
@@ -175,21 +177,21 @@ def fit(prefix: Prefix, watched: Sequence[Watched], keep: Tensor, first: int) ->
     for cached, seen, chosen in zip(prefix.cache.layers, watched, keep, strict=True):
         for h, mine in enumerate(chosen):
             places = mine.nonzero()[:, 0]
-            keys, key_scale = _quantize(cached.keys[0, h].cpu()[places].float())
-            stored = keys * key_scale.float()[:, None]
+            keys, steps = key_codes(cached.keys[0, h].cpu()[places].float())
             values = cached.values[0, h].cpu()[places].float()
-            bias, values = _refit(seen, h, stored, values, first)
-            parts.append((keys, key_scale, *_quantize(values), bias, places.to(torch.int32)))
-    keys, key_scale, values, scale, bias, places = map(torch.cat, zip(*parts, strict=True))
-    scales, counts = torch.stack([key_scale, scale], 1), keep.sum(-1).to(torch.int32)
-    return Pack(keys, values, scales, bias.half(), places, counts, prefix.length, first)
+            bias, values = _refit(seen, h, key_values(keys, steps), values, first)
+            parts.append((keys, *value_codes(values), bias, places.to(torch.int32), steps[None]))
+    keys, values, scale, bias, places, steps = map(torch.cat, zip(*parts, strict=True))
+    steps, counts = steps.view(*keep.shape[:2], 2, -1), keep.sum(-1).to(torch.int32)
+    return Pack(keys, values, steps, scale, bias.half(), places, counts, prefix.length, first)
 
 
 def _refit(
     seen: Watched, h: int, keys: Tensor, values: Tensor, first: int
 ) -> tuple[Tensor, Tensor]:
     """Bias [k] and values [k, d] of one head's kept positions; the `first` stay as they are."""
-    a = (seen.queries[h].float() @ keys.T).sub_(seen.total[h][:, None]).exp_()
+    # a rounded key may get more than there is, of a logit far off e^88 times as much
+    a = (seen.queries[h].float() @ keys.T).sub_(seen.total[h][:, None]).clamp_(max=0).exp_()
     often, free = torch.ones(len(keys)), slice(first, None)
     if len(keys) > first:
         counted = a[:, free] * seen.weights[:, None]
@@ -217,17 +219,40 @@ def _counts(gram: Tensor, aim: Tensor) -> Tensor:
     return w
 
 
-def _quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [n, d] and a scale in bfloat16 [n] of every row."""
-    scale = (rows.abs().amax(1) / 127).clamp(min=1e-30).to(torch.bfloat16)
-    return (rows / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+def key_codes(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """A head's keys [n, d] as int8, and bfloat16 [2, d]: middle and step of every number.
+
+    Some numbers of a key are hundreds of times the others, and much the same in all keys (biases,
+    of Qwen2: 358 beside 1): with a step for each key, as values have, logits were off by 33.
+    """
+    keys = keys.float()
+    middle = ((keys.amax(0) + keys.amin(0)) / 2).to(torch.bfloat16)
+    step = ((keys - middle.float()).abs().amax(0) / 127).clamp(min=1e-30).to(torch.bfloat16)
+    return _codes((keys - middle.float()) / step.float()), torch.stack([middle, step])
+
+
+def key_values(codes: Tensor, steps: Tensor) -> Tensor:
+    """What `key_codes` says: float32 [n, d]; `steps` [2, d], or [n, 2, d] of each key's head."""
+    middle, step = steps.float().unbind(-2)
+    return middle + codes * step
+
+
+def value_codes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Values [n, d] as int8, and the step of each in bfloat16 [n]."""
+    step = (values.float().abs().amax(1) / 127).clamp(min=1e-30).to(torch.bfloat16)
+    return _codes(values / step.float()[:, None]), step
+
+
+def _codes(numbers: Tensor) -> Tensor:
+    return numbers.round().clamp(-127, 127).to(torch.int8)
 
 
 def groups(pack: Pack, dtype: torch.dtype, device: torch.device | str = "cpu") -> list[list[Group]]:
     """A pack as it stands before a sequence: every head of every layer a group of its own."""
-    keys = (pack.keys * pack.scales[:, :1].float()).to(device, dtype)
-    values = (pack.values * pack.scales[:, 1:].float()).to(device, dtype)
     heads, sizes = pack.counts.shape[1], pack.counts.flatten().tolist()
+    split = zip(pack.keys.split(sizes), pack.key_steps.flatten(0, 1), strict=True)
+    keys = torch.cat([key_values(*head) for head in split]).to(device, dtype)
+    values = (pack.values * pack.value_steps.float()[:, None]).to(device, dtype)
     parts = (keys.split(sizes), values.split(sizes), pack.bias.float().to(device).split(sizes))
     flat = [Group(k[None], v[None], b[None]) for k, v, b in zip(*parts, strict=True)]
     return [flat[i : i + heads] for i in range(0, len(flat), heads)]

@@ -15,7 +15,7 @@ from skimlm.skills.document import Document
 from skimlm.skills.kv import Pack
 from skimlm.storage.safetensors import finite
 
-VERSION = 2
+VERSION = 3
 CONTENT = Pack
 MAX_ENTRIES, MAX_WIDTH, MAX_LENGTH = 2**28, 65_536, 2**24
 METHODS = ("kv",)
@@ -24,7 +24,8 @@ FACTS: dict[str, Any] = {"kv_sha256": str, "length": int, "first": int}
 TENSORS: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "keys": ("I8", ("n", "d")),
     "values": ("I8", ("n", "e")),
-    "scales": ("BF16", ("n", 2)),
+    "key_steps": ("BF16", ("layers", "heads", 2, "d")),
+    "value_steps": ("BF16", ("n",)),
     "bias": ("F16", ("n",)),
     "places": ("I32", ("n",)),
     "counts": ("I32", ("layers", "heads")),
@@ -76,7 +77,7 @@ def read(
     """Make it of the tensors `held`, all of it checked."""
     if kv_sha256(held) != facts["kv_sha256"]:
         raise FormatError("keys and values have been changed: compress the skill again", file=path)
-    for name in ("scales", "bias"):
+    for name in ("key_steps", "value_steps", "bias"):
         if not finite(held[name]):
             raise FormatError("holds NaN or Inf: compress the skill again", file=path, tensor=name)
     length, first, counts, places = facts["length"], facts["first"], held["counts"], held["places"]
