@@ -1,12 +1,14 @@
 """The server under load: speed beside llama.cpp's, right answers for many, time to the first token.
 
     python bench/serve.py --model DIR --skills DIR --llama llama-server --gguf Q4_0.gguf --out OUT
+    python bench/serve.py --model DIR --first pack=DIR soft=DIR text=DIR --out OUT
 
 The model is a folder that `skimlm compress` made, the skills are compressed for it. Both servers
 run at the same time and are asked in turn, greedily, 128 tokens an answer; the best of --reps
 rounds counts, as this process shares the processors with both. The soak (--seconds 0: none) has
 --clients clients ask for --seconds: an answer is wrong if it is not what the server says to the
-same question alone.
+same question alone. --first has the same skills in folders, compressed in other ways or as their
+texts: a server for each, and the time to the first token behind them, the first time and later.
 """
 
 import argparse
@@ -138,6 +140,21 @@ async def soak(address, process, clients, seconds, skills):
     return {**counts, "clients": clients, "seconds": seconds, "rss_bytes": memory}
 
 
+async def kinds_of_skill(address, reps=7):
+    """Seconds to the first token behind every skill there is: the first time, and later."""
+    found = {}
+    async with httpx.AsyncClient() as client:
+        await answer(client, address, "Warm up.", 16)
+        for row in (await client.get(f"{address}/v1/skills")).json()["data"]:
+            how = dict(skills=[row["id"]])
+            cold = (await answer(client, address, QUESTIONS[0], 2, **how))[2]
+            later = [
+                (await answer(client, address, QUESTIONS[0], 2, **how))[2] for _ in range(reps)
+            ]
+            found[row["id"]] = {"first": cold, "later": statistics.median(later)}
+    return found
+
+
 async def first_tokens(address, names, texts, reps=7):
     """Seconds to the first token behind a skill: its text as a message, and as it is served."""
     found = {}
@@ -170,6 +187,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
     parser.add_argument("--skills", type=Path)
+    parser.add_argument("--first", nargs="+", help="KIND=DIR: only the time to the first token")
     parser.add_argument("--llama")
     parser.add_argument("--gguf")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count())
@@ -186,6 +204,14 @@ def main():
                "--threads", str(args.threads), "--queue", "1000"]  # fmt: skip
     command += ["--skills", str(args.skills)] if args.skills else []
     found = {"command": sys.argv[1:], "provenance": provenance()}
+    for pair in args.first or ():
+        kind, folder = pair.split("=", 1)
+        with server([*command, "--skills", folder], addresses["skimlm"]):
+            found[kind] = asyncio.run(kinds_of_skill(addresses["skimlm"]))
+            print(kind, json.dumps(found[kind]), flush=True)
+    if args.first:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        return
     with contextlib.ExitStack() as stack:
         process = stack.enter_context(server(command, addresses["skimlm"]))
         if args.llama:

@@ -500,3 +500,19 @@ def test_native_dequantizing_refuses_tensors_that_do_not_fit_together():
     for width in (0, 9, 200):
         with pytest.raises(ValueError, match="widths|weight"):
             run(widths=torch.full_like(layer.tensors["widths"], width))
+
+
+@pytest.mark.parametrize("chosen", OPTIONS, ids=options_id)
+def test_rows_that_are_cut_off_are_the_same_rows(chosen):
+    plain = not chosen["sparsity"] and not chosen["group"]
+    q = random_quantized(300, 140, in_scale=True, widths=[19, 3, 18, 20, 7, 17] if plain else None)
+    q = with_options(q, **chosen)
+    for begin, end in ((0, 128), (128, 256), (128, 300), (256, 257)):
+        got = P.unpack(P.cut(P.pack(q), begin, end))
+        assert torch.equal(P.effective(got), P.effective(q)[begin:end])
+
+
+def test_a_scale_of_an_adapter_cannot_be_cut_in_two():
+    q = with_options(random_quantized(300, 140), "2:4", 70, 64, 3, 4)
+    with pytest.raises(ValueError, match="cannot be cut at row 150"):
+        P.cut(P.pack(q), 150, 300)

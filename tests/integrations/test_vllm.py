@@ -1,6 +1,11 @@
 """The vLLM plug-in against transformers: the same greedy tokens from one folder."""
 
 import copy
+import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,7 +40,7 @@ KINDS = {
 
 def folder(out, family, kinds="plain", tables="tables of 8 bits", widths=None, **changes):
     """A compressed folder of a tiny model, with its tokenizer."""
-    dense = tiny_model(family, torch.float32, **SIZES, **changes)
+    dense = tiny_model(family, torch.float32, **SIZES | changes)
     layout = structure_of(dense).layout
     separate(dense, layout)
     quantized = quantized_linears(dense, widths=widths)
@@ -60,13 +65,28 @@ def greedy(out, count=12):
     return found
 
 
+VLLM = {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}  # fmt: skip
+TWO_RANKS = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(sys.argv[1], enforce_eager=True, max_model_len=256, dtype="float32",
+              tensor_parallel_size=2, distributed_executor_backend="mp")
+    some = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
+    made = [list(one.outputs[0].token_ids) for one in llm.generate(prompts, some)]
+    print("MADE", json.dumps(made), flush=True)
+"""
+
+
 @pytest.fixture
 def served(monkeypatch):
     """What vLLM says, in this process."""
-    for name, value in {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "GLOO_SOCKET_IFNAME": "lo",
-    }.items():  # fmt: skip
+    for name, value in (VLLM | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}).items():
         monkeypatch.setenv(name, value)
 
     def run(out, count=12, **how):
@@ -106,6 +126,24 @@ def test_rows_of_every_width(served, tmp_path, widths):
 def test_sparse_layers_and_adapters(served, tmp_path):
     out = folder(tmp_path / "out", "llama", kinds="2:4 with adapters and others")
     assert served(out) == greedy(out)
+
+
+@pytest.mark.parametrize("tables", [*TABLES])
+@pytest.mark.parametrize("kinds", [*KINDS])
+def test_two_ranks_have_half_of_the_rows_each(tmp_path, kinds, tables):
+    """One key-value head: both have it. In a process of its own: ranks are processes."""
+    sizes = dict(
+        vocab_size=300, tie_word_embeddings=tables == "tables of 4 bits", hidden_size=256,
+        intermediate_size=512, num_attention_heads=4,
+    )  # fmt: skip
+    out = folder(tmp_path / "out", "llama", kinds, tables, **sizes)
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_RANKS, str(out), json.dumps(PROMPTS)],
+        capture_output=True, text=True, env=os.environ | VLLM,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (made,) = re.findall("MADE (.*)", done.stdout)
+    assert json.loads(made) == greedy(out)
 
 
 def test_what_is_damaged_is_told(served, tmp_path):

@@ -21,7 +21,7 @@ KEY = "SKIMLM_API_KEY"
 @click.option("--api-key", help=f"Ask clients for it.  [default: ${KEY}]")
 @click.option("--rows", type=POSITIVE, default=16, show_default=True, help="Answers at a time.")
 @click.option("--queue", type=POSITIVE, default=64, show_default=True, help="More that may wait.")
-@click.option("--max-tokens", type=POSITIVE, default=4096, show_default=True, help="Of one answer.")
+@click.option("--max-tokens", type=POSITIVE, help="Of one answer; default: what fits the model.")
 @click.option(
     "--timeout", type=click.FloatRange(min=0.001), default=600.0, show_default=True,
     help="Seconds for one answer.",

@@ -18,7 +18,7 @@ trellis rows: the level of a code depends on it and on the highest bits of those
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -249,6 +249,28 @@ def unpack(layer: Layer, *, name: str = "") -> QuantizedWeight:
         unpack_adapter(layer),
         **shared,
     )
+
+
+def cut(layer: Layer, begin: int, end: int) -> Layer:
+    """Rows begin..end of a layer as a layer of their own.
+
+    ValueError if they cut a scale of its adapter in two: one of 4 bits has a scale for 128 rows.
+    """
+    q, rows = unpack(layer), slice(begin, end)
+    adapter = q.adapter
+    if adapter is not None:
+        b_scale = adapter.b_scale
+        if b_scale is not None:
+            if begin % ADAPTER_GROUP:
+                raise ValueError(f"an adapter of 4 bits cannot be cut at row {begin}")
+            b_scale = b_scale[:, begin // ADAPTER_GROUP : -(-end // ADAPTER_GROUP)]
+        adapter = replace(adapter, b=adapter.b[:, rows], b_scale=b_scale)
+    widths = q.widths[rows]
+    before = q.widths[q.widths > TRELLIS].unique()
+    used = torch.isin(before, widths)
+    by_row = ("codes", "codebook", "row_scale", "row_zero", "mask")
+    cut_rows = {n: None if (t := getattr(q, n)) is None else t[rows] for n in by_row}
+    return pack(replace(q, widths=widths, adapter=adapter, trellis=q.trellis[used], **cut_rows))
 
 
 def _added(q: QuantizedWeight, spec: LayerSpec, width: int, index: Tensor) -> dict[str, Tensor]:

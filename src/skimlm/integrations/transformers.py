@@ -64,6 +64,13 @@ class SkimlmConfig(QuantizationConfigMixin):
         if self.tables and format_version < TABLES_VERSION:
             raise FormatError(f"format_version {format_version} has no tables", file=CONFIG)
 
+    def rows(self, name: str, usual: int) -> int:
+        """Rows of a linear that is stored; `usual` where its entry does not say it."""
+        try:
+            return sum(self.linears[name]["widths"].values())
+        except (TypeError, KeyError, AttributeError):
+            return usual  # what is wrong with it `spec` says
+
     def spec(self, name: str, rows: int, cols: int) -> LayerSpec:
         """How a linear or a table of this shape is stored."""
         table = name in self.tables

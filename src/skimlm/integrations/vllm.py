@@ -3,7 +3,11 @@
 vLLM finds `register` by its entry point (`vllm.general_plugins`), in spawned workers too. It fuses
 q, k and v, and gate and up: every part keeps its own layer here, of widths of its own. Stored
 tensors go by name to placeholders that keep them as they come, and are checked when all are there.
-Products are those of runtime/ops.py: in integers for one token, in bfloat16 for more.
+Products are those of runtime/ops.py: in integers for few tokens, in bfloat16 for more.
+
+With `tensor_parallel_size` every rank keeps a share of the rows, whatever vLLM would cut: the codes
+of a row belong together. Where a rank has some of the inputs only, it gets the others' first, and
+gives its rows of the sum, zeros elsewhere.
 
 vLLM is no dependency of skimlm: whoever imports this has it.
 """
@@ -11,11 +15,17 @@ vLLM is no dependency of skimlm: whoever imports this has it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import get_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
+)
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -31,6 +41,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from skimlm.errors import FormatError
 from skimlm.format.check import check_stored
 from skimlm.format.layer import METHOD, TENSORS, Layer, LayerSpec
+from skimlm.format.pack import cut
 from skimlm.integrations.transformers import CONFIG, SkimlmConfig
 from skimlm.runtime import ops
 from skimlm.runtime.tables import (
@@ -112,15 +123,22 @@ class VllmConfig(QuantizationConfig):
         return others[0] if others and (tied or not head) else prefix
 
 
+@dataclass(frozen=True)
 class Linear:
     """The stored parts of one of vLLM's linears, one after the other in its output."""
 
-    def __init__(self, parts: Sequence[Layer]) -> None:
-        self.parts = parts
+    parts: Sequence[Layer]
+    rows: int  # of the output
+    first: int | None = None  # of its rows, those of the parts; None: they are the output
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., c] times all of them, [..., rows]."""
-        return ops.matmul_beside(x, self.parts, bias)
+        if self.first is None:
+            return ops.matmul_beside(x, self.parts, bias)
+        own = ops.matmul_beside(tensor_model_parallel_all_gather(x), self.parts)
+        out = own.new_zeros(*own.shape[:-1], self.rows)
+        out[..., self.first : self.first + own.shape[-1]] = own
+        return out if bias is None else out + bias
 
 
 class LinearMethod(LinearMethodBase):
@@ -140,12 +158,14 @@ class LinearMethod(LinearMethodBase):
         **_: Any,
     ) -> None:
         """Placeholders that keep what comes."""
-        rows = sum(output_partition_sizes)
-        if input_size_per_partition != input_size or rows != output_size:
-            raise ValueError("compressed layers are not cut yet: use tensor_parallel_size=1")
-        sizes = output_partition_sizes if len(self.names) > 1 else [rows]
-        specs = zip(self.names, sizes, strict=True)
-        self.specs = [self.stored.spec(name, size, input_size) for name, size in specs]
+        self.rows = sum(output_partition_sizes)
+        sizes = output_partition_sizes if len(self.names) > 1 else [self.rows]
+        self.gathers = input_size_per_partition != input_size
+        self.specs, self.own = [], []
+        for name, size in zip(self.names, sizes, strict=True):
+            rows = self.stored.rows(name, size)
+            self.specs.append(self.stored.spec(name, rows, input_size))
+            self.own.append(share(rows) if self.gathers else share(rows, size))
         layer.arrived = keep_by_name(layer, dtypes(self.specs[0]))
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -154,16 +174,19 @@ class LinearMethod(LinearMethodBase):
         if arrived is None:
             return
         parts = [
-            checked(spec, arrived.get(i, {}), name)
-            for i, (spec, name) in enumerate(zip(self.specs, self.names, strict=True))
+            cut_to(checked(spec, arrived.get(i, {}), name), *own)
+            for i, (spec, name, own) in enumerate(
+                zip(self.specs, self.names, self.own, strict=True)
+            )
         ]
+        first = self.own[0][0] if self.gathers else None
         layer.number = len(_known)
-        _known[layer.number] = layer.linear = Linear(parts)
+        _known[layer.number] = layer.linear = Linear(parts, self.rows, first)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times the layer."""
         if torch.compiler.is_compiling():
-            return torch.ops.skimlm.vllm_linear(x, bias, layer.number, layer.output_size)
+            return torch.ops.skimlm.vllm_linear(x, bias, layer.number, layer.linear.rows)
         return layer.linear.product(x, bias)
 
 
@@ -184,8 +207,6 @@ class TableMethod(QuantizeMethodBase):
         **_: Any,
     ) -> None:
         """Placeholders that keep what comes."""
-        if sum(output_partition_sizes) != output_size:
-            raise ValueError("compressed tables are not cut yet: use tensor_parallel_size=1")
         layer.dtype = params_dtype
         self.spec: LayerSpec | None = None
         if self.name in self.stored.tables:
@@ -204,16 +225,18 @@ class TableMethod(QuantizeMethodBase):
         layer.table = self._table(layer, arrived.get(0, {}))
 
     def _table(self, layer: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
-        rows, cols = layer.org_vocab_size, layer.embedding_dim
+        cols, shard = layer.embedding_dim, layer.shard_indices
+        own = shard.org_vocab_start_index, shard.org_vocab_end_index
         head = isinstance(layer, ParallelLMHead)
         how: dict[str, Any] = {"dtype": layer.dtype}
         if self.spec is not None:
-            table: nn.Module = (PackedHead if head else PackedEmbedding)(self.spec, **how)
-            held = dict(checked(self.spec, tensors, self.name).tensors)
+            kept = cut_to(checked(self.spec, tensors, self.name), *own)
+            table: nn.Module = (PackedHead if head else PackedEmbedding)(kept.spec, **how)
+            held = dict(kept.tensors)
         else:
             kind = CompressedHead if head else CompressedEmbedding
-            table = kind(rows, cols, self.stored.embed_bits, **how)
-            held = dict(tensors)
+            table = kind(own[1] - own[0], cols, self.stored.embed_bits, **how)
+            held = {name: tensor[slice(*own)] for name, tensor in tensors.items()}
         wrong = table.load_state_dict(held, strict=False)
         missing = [
             name for name in wrong.missing_keys if name in held or name in ("weight", "scale")
@@ -237,7 +260,10 @@ class TableMethod(QuantizeMethodBase):
         if tied is not None and not hasattr(layer, "table"):
             layer.table = _head_of(tied[0].table)
         out = layer.table(x)
-        return out if bias is None else out + bias[: out.shape[-1]]
+        out = out if bias is None else out + bias[: out.shape[-1]]
+        if layer.tp_size == 1:
+            return out
+        return nn.functional.pad(out, (0, layer.num_embeddings_per_partition - out.shape[-1]))
 
 
 def _head_of(embedding: Any) -> nn.Module:
@@ -250,6 +276,25 @@ def _head_of(embedding: Any) -> nn.Module:
     head = CompressedHead(embedding.rows, embedding.cols, embedding.bits, tied=True, dtype=dtype)
     head.tie(embedding)
     return head
+
+
+def share(rows: int, size: int | None = None) -> tuple[int, int]:
+    """This rank's of the rows of a part: evenly, or as vLLM cuts them, `size` each.
+
+    There may be fewer shares than ranks: of key-value heads, which several ranks then have alike.
+    """
+    rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    if size is None:
+        return rows * rank // ranks, rows * (rank + 1) // ranks
+    if rows % size or ranks % (rows // size):
+        raise ValueError(f"{rows} rows cannot be cut into {size} for each of {ranks} ranks")
+    begin = rank * (rows // size) // ranks * size
+    return begin, begin + size
+
+
+def cut_to(layer: Layer, begin: int, end: int) -> Layer:
+    """Some rows of a layer, itself if they are all."""
+    return layer if (begin, end) == (0, layer.spec.rows) else cut(layer, begin, end)
 
 
 def dtypes(spec: LayerSpec) -> dict[str, torch.dtype]:
