@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -269,7 +270,9 @@ def cut(layer: Layer, begin: int, end: int) -> Layer:
     before = q.widths[q.widths > TRELLIS].unique()
     used = torch.isin(before, widths)
     by_row = ("codes", "codebook", "row_scale", "row_zero", "mask")
-    cut_rows = {n: None if (t := getattr(q, n)) is None else t[rows] for n in by_row}
+    cut_rows: dict[str, Any] = {
+        name: None if (whole := getattr(q, name)) is None else whole[rows] for name in by_row
+    }
     return pack(replace(q, widths=widths, adapter=adapter, trellis=q.trellis[used], **cut_rows))
 
 
