@@ -543,6 +543,7 @@ DAMAGE = {
     "surplus": (lambda p: ({"more": p.bias.clone()}, {}),
                 "holds bias, counts, key_steps, keys, more"),
     "soft": (lambda p: ({}, dict(kind="soft")), "format 3 has no kind 'soft'"),
+    "old": (lambda p: ({}, dict(format_version=2)), "no kind 'kv': compress the skill again"),
 }  # fmt: skip
 
 

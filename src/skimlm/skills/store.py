@@ -290,7 +290,9 @@ def _facts(path: Path, text: str | None) -> dict[str, Any]:
         reads = ", ".join(str(number) for number in sorted({*known.values()}))
         raise FormatError(f"format {version!r}, this skimlm reads {reads}", file=path)
     if not isinstance(kind, str) or known.get(kind) != version:
-        raise FormatError(f"metadata: format {version} has no kind {kind!r:.40}", file=path)
+        reason = f"metadata: format {version} has no kind {kind!r:.40}"
+        again = ": compress the skill again" if version < known.get(str(kind), 0) else ""
+        raise FormatError(reason + again, file=path)
     for key, type_ in (COMMON | KINDS[kind].FACTS).items():
         if key not in facts or not isinstance(facts[key], type_) or isinstance(facts[key], bool):
             raise FormatError(f"metadata: {key} is missing or of a wrong kind", file=path)
