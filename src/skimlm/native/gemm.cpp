@@ -23,10 +23,9 @@ struct Place {
   const Cutting* cutting;
 };
 
-// 64 windows of a trellis row, in the order of bf16_chunk.
-VBMI inline void trellis_chunk(const Planes& planes, int64_t k, const Cutting& cutting, __m512i* low, __m512i* high) {
-  const __m512i window = turned(planes.chunk(k, cutting.places));
-  cutting.trellis(_mm512_shuffle_epi32(window, _MM_PERM_DBCA), low, high);
+// 64 codes of a trellis row, of the planes of their windows, in the order of bf16_chunk.
+VBMI inline void bf16_windows(const Cutting& cutting, __m512i planes, __m512i* low, __m512i* high) {
+  cutting.trellis(_mm512_shuffle_epi32(turned(planes), _MM_PERM_DBCA), low, high);
 }
 
 // A row being turned into bfloat16.
@@ -45,7 +44,8 @@ struct Row {
 // first register holds column 8 i + q, of the second 8 i + 4 + q.
 VBMI inline void bf16_chunk(const Row& row, __mmask64 mask, __m512i table, __m512i* low,
                             __m512i* high) {
-  if (row.code == TRELLIS) return trellis_chunk(row.planes, row.chunk, *row.cutting, low, high);
+  if (row.code == TRELLIS)
+    return bf16_windows(*row.cutting, row.planes.chunk(row.chunk, row.cutting->places), low, high);
   const Controls& c = row.cutting->controls;
   const __m512i lanes = _mm512_permutexvar_epi8(c.spread, load_chunk(row.at, mask));
   *low = _mm512_multishift_epi64_epi8(c.low, lanes);
@@ -112,12 +112,12 @@ VBMI void fill_pairs(const Place* places, int64_t count, int64_t first, int64_t 
 
 VBMI inline void put_windows(const Cutting& cutting, __m512i planes, uint16_t* to) {
   __m512i low, high;
-  cutting.trellis(_mm512_shuffle_epi32(turned(planes), _MM_PERM_DBCA), &low, &high);
+  bf16_windows(cutting, planes, &low, &high);
   _mm512_store_si512(to, low);
   _mm512_store_si512(to + 32, high);
 }
 
-// Chunks first..last of such a row, whole ones.
+// Chunks first..last of a trellis row, whole ones: its end is never in memory, as that of `Planes` is.
 VBMI void fill_trellis(const Place& place, int64_t first, int64_t last, int64_t c, uint16_t* to) {
   const auto& [g, at, cutting] = place;
   const int b = g->width;

@@ -34,16 +34,25 @@ def matmul(x: Tensor, layer: Layer, bias: Tensor | None, exact: bool) -> Any:
     known = spec.row_codes <= KNOWN_ROW_CODES
     if x.dtype not in DTYPES or not count or not known or native.missing():
         return NotImplemented
-    out = torch.empty(*x.shape[:-1], spec.rows, dtype=x.dtype)
     if not _is_native(spec, count, x.dtype):
+        out = torch.empty(*x.shape[:-1], spec.rows, dtype=x.dtype)
         check_devices([x, *layer.tensors.values(), bias])
         check_sizes(layer)
         _tiles(x.reshape(count, spec.cols), layer, bias, out.view(count, spec.rows))
         return add_adapter(out, x, layer)
-    shift = None if bias is None else bias.float()  # added before the one rounding
-    if not native.layer_matmul(x.contiguous(), [layer], [shift], out, exact):
+    found = _product(x, [layer], bias, exact)
+    if found is None:
         _refuse(layer)
-    return out
+    return found
+
+
+def _product(x: Tensor, layers: Sequence[Layer], bias: Tensor | None, exact: int) -> Tensor | None:
+    """Of layers side by side, `exact` as native code has it; None if their tensors do not fit."""
+    rows = [layer.spec.rows for layer in layers]
+    out = torch.empty(*x.shape[:-1], sum(rows), dtype=x.dtype)
+    # in float32, to be added before the one rounding
+    shifts = [None] * len(rows) if bias is None else bias.float().split(rows)
+    return out if native.layer_matmul(x.contiguous(), layers, shifts, out, exact) else None
 
 
 def _is_native(spec: LayerSpec, count: int, dtype: torch.dtype) -> bool:
@@ -64,21 +73,16 @@ def matmul_beside(x: Tensor, layers: Sequence[Layer], bias: Tensor | None) -> An
         known = spec.row_codes <= KNOWN_ROW_CODES and spec.cols == x.shape[-1]
         if not known or not _is_native(spec, count, x.dtype):
             return NotImplemented
-    rows = [spec.rows for spec in specs]
-    out = torch.empty(*x.shape[:-1], sum(rows), dtype=x.dtype)
-    shifts = [None] * len(layers) if bias is None else bias.float().split(rows)
-    done = native.layer_matmul(x.contiguous(), layers, shifts, out, 1)
-    return out if done else NotImplemented  # one by one it shows which does not fit
+    out = _product(x, layers, bias, 1)
+    return NotImplemented if out is None else out  # one by one it shows which does not fit
 
 
 def matmul_alone(x: Tensor, layer: Layer, bias: Tensor | None) -> Any:
     """`ops.matmul_alone`."""
     if x.dtype not in DTYPES or not layer.spec.row_codes <= KNOWN_ROW_CODES or native.missing():
         return NotImplemented
-    out = torch.empty(*x.shape[:-1], layer.spec.rows, dtype=x.dtype)
-    shift = None if bias is None else bias.float()
-    done = native.layer_matmul(x.contiguous(), [layer], [shift], out, 2)
-    return out if done else NotImplemented  # one by one it shows what does not fit
+    out = _product(x, [layer], bias, 2)
+    return NotImplemented if out is None else out  # one by one it shows what does not fit
 
 
 def matmul_each(x: Tensor, layers: Sequence[Layer]) -> Any:

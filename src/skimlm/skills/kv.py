@@ -177,7 +177,7 @@ def fit(prefix: Prefix, watched: Sequence[Watched], keep: Tensor, first: int) ->
     for cached, seen, chosen in zip(prefix.cache.layers, watched, keep, strict=True):
         for h, mine in enumerate(chosen):
             places = mine.nonzero()[:, 0]
-            keys, steps = key_codes(cached.keys[0, h].cpu()[places].float())
+            keys, steps = key_codes(cached.keys[0, h].cpu()[places])
             values = cached.values[0, h].cpu()[places].float()
             bias, values = _refit(seen, h, key_values(keys, steps), values, first)
             parts.append((keys, *value_codes(values), bias, places.to(torch.int32), steps[None]))
@@ -232,8 +232,8 @@ def key_codes(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def key_values(codes: Tensor, steps: Tensor) -> Tensor:
-    """What `key_codes` says: float32 [n, d]; `steps` [2, d], or [n, 2, d] of each key's head."""
-    middle, step = steps.float().unbind(-2)
+    """What `key_codes` made them of: float32 [n, d]."""
+    middle, step = steps.float()
     return middle + codes * step
 
 
@@ -251,9 +251,9 @@ def groups(pack: Pack, dtype: torch.dtype, device: torch.device | str = "cpu") -
     """A pack as it stands before a sequence: every head of every layer a group of its own."""
     heads, sizes = pack.counts.shape[1], pack.counts.flatten().tolist()
     split = zip(pack.keys.split(sizes), pack.key_steps.flatten(0, 1), strict=True)
-    keys = torch.cat([key_values(*head) for head in split]).to(device, dtype)
+    keys = [key_values(*head).to(device, dtype) for head in split]
     values = (pack.values * pack.value_steps.float()[:, None]).to(device, dtype)
-    parts = (keys.split(sizes), values.split(sizes), pack.bias.float().to(device).split(sizes))
+    parts = (keys, values.split(sizes), pack.bias.float().to(device).split(sizes))
     flat = [Group(k[None], v[None], b[None]) for k, v, b in zip(*parts, strict=True)]
     return [flat[i : i + heads] for i in range(0, len(flat), heads)]
 
