@@ -163,7 +163,7 @@ class LinearMethod(LinearMethodBase):
         self.gathers = input_size_per_partition != input_size
         self.specs, self.own = [], []
         for name, size in zip(self.names, sizes, strict=True):
-            rows = self.stored.rows(name, size)
+            rows = size if self.gathers else self.stored.rows(name, size)
             self.specs.append(self.stored.spec(name, rows, input_size))
             self.own.append(share(rows) if self.gathers else share(rows, size))
         layer.arrived = keep_by_name(layer, dtypes(self.specs[0]))
